@@ -1,0 +1,69 @@
+"""Every key of a run with the paper's value; a data set's file changes only what differs."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.dataset = "runs/data"  # folder written by sdpo_jax.prepare
+    config.model = "runs/llama2-7b"  # folder written by sdpo_jax.convert
+    config.seed = 0  # of templates, negatives, example order, adapter and dropout
+    config.stages = ("sft", "sdpo")
+    config.prompt_file = ""  # templates in the authors' format; "" = the built-in ones
+    config.max_length = 512  # tokens of prompt and answer; a longer prompt keeps its end
+
+    config.batch_size = 128  # examples a step over all devices; accumulation follows from it
+    config.microbatch = 4  # examples a device takes at once
+    config.num_negatives = 3  # K; 1 is DPO
+    config.beta = 1.0
+    config.batch_layout = "shared_prefix"  # or "padded": K+1 full rows, the oracle
+    config.dtype = "bfloat16"  # of the base and of matrix products; or "float32"
+    config.remat = "full"  # what the backward pass computes again: none, dots, full
+
+    config.sft = ml_collections.ConfigDict()
+    config.sft.epochs = 5
+    config.sft.max_steps = 0  # 0 = all epochs
+    config.sft.learning_rate = 1e-4
+    config.sdpo = ml_collections.ConfigDict()
+    config.sdpo.epochs = 3
+    config.sdpo.max_steps = 0
+    config.sdpo.learning_rate = 1e-5
+    config.warmup = 0.05  # share of the steps
+    config.clip = 0.3  # global gradient norm
+    config.weight_decay = 0.0
+
+    config.lora = ml_collections.ConfigDict()
+    config.lora.rank = 8
+    config.lora.alpha = 32.0
+    config.lora.dropout = 0.1
+    config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
+
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = -1  # one axis may be -1: the rest of the devices
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+
+    config.validation_split = "val"
+    config.validation_windows = 0  # that many, evenly spread over the split; 0 = all
+    config.log_every = 1  # steps
+    config.eval_every = 50  # steps between validations; a checkpoint is written with each
+    config.checkpoint_every = 50  # steps
+    return config
+
+
+def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The same run in a few steps of the quickstart's small model, to see that all is in place."""
+    config.model = "runs/quickstart/model"
+    config.dtype, config.remat = "float32", "none"
+    config.batch_size, config.microbatch = 4, 2
+    config.sft.max_steps = config.sdpo.max_steps = 4
+    config.eval_every = config.checkpoint_every = 2
+    config.validation_windows = 8
+    return config
+
+
+def variant(config, arg: str, **changes):
+    """Applies the change named by the config file's argument (`file.py:arg`), if there is one."""
+    if arg and arg not in changes:
+        raise ValueError(f"config argument {arg!r} is unknown: expected {' or '.join(changes)}")
+    return changes[arg](config) if arg else config

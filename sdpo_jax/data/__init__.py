@@ -1,0 +1,1 @@
+"""Raw interactions -> sequences -> windows -> candidates -> prompts."""

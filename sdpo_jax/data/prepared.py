@@ -1,0 +1,214 @@
+"""The prepared folder: items.jsonl, one JSONL file per split, dataset.json."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import logging
+
+from sdpo_jax.errors import InputError
+
+DOMAINS = ("movie", "music", "book")
+# Every split a folder can hold, in the order of the fingerprint; the first three must be there.
+SPLITS = ("train", "val", "test", "val_all", "test_all")
+_WINDOW_KEYS = ("user", "history", "candidates", "target")
+_PREPARE = "python -m sdpo_jax.prepare --dataset=movielens|lastfm --output={}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Window:
+    """Up to 10 item ids of history (oldest first), candidates in display order, the target."""
+
+    user: int | str
+    history: tuple[int, ...]
+    candidates: tuple[int, ...]
+    target: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """`titles`: item id -> title, in file order. `meta`: dataset.json, with "fingerprint"."""
+
+    domain: str
+    titles: dict[int, str]
+    splits: dict[str, list[Window]]
+    meta: dict
+
+
+def write_dataset(path: str | Path, dataset: Dataset) -> None:
+    """Writes the whole folder, or nothing: a folder beside it is filled and then renamed.
+
+    Raises InputError when `path` is a file or a folder with something in it, and when the disk
+    is full or not writable.
+    """
+    path = Path(path).absolute()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        _write_files(partial, dataset)
+        os.rename(partial, path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: found {error.strerror or error}, expected to write a new folder: "
+            "choose another --output or free space"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_dataset(path: str | Path, splits: Sequence[str] | None = None) -> Dataset:
+    """Reads and checks a prepared folder; `splits` (default: all there are) limits the windows.
+
+    `meta["fingerprint"]` is the SHA-256 of items and all splits as they lie on disk, whichever
+    splits are read. Raises InputError naming the file, and the line of a malformed window.
+    """
+    path = Path(path)
+    meta = _read_meta(path)
+    titles = _read_items(path / "items.jsonl")
+    names = splits or [s for s in SPLITS if s in SPLITS[:3] or (path / f"{s}.jsonl").exists()]
+    size: int | None = None
+    windows: dict[str, list[Window]] = {}
+    for name in names:
+        windows[name] = _read_split(path / f"{name}.jsonl", titles, size)
+        size = len(windows[name][0].candidates)
+    found = fingerprint(path)
+    if meta.get("fingerprint", found) != found:
+        logging.warning("%s: files were changed after they were prepared", path)
+    return Dataset(meta["domain"], titles, windows, meta | {"fingerprint": found})
+
+
+def fingerprint(path: Path) -> str:
+    """Hexadecimal SHA-256 over names and bytes of items.jsonl and the splits that are there."""
+    digest = hashlib.sha256()
+    for name in ("items", *SPLITS):
+        file = path / f"{name}.jsonl"
+        if file.is_file():
+            data = file.read_bytes()
+            digest.update(f"{name} {len(data)}\n".encode() + data)
+    return digest.hexdigest()
+
+
+def _write_files(folder: Path, dataset: Dataset) -> None:
+    rows = [{"id": item, "title": title} for item, title in dataset.titles.items()]
+    _write_lines(folder / "items.jsonl", rows)
+    for name, windows in dataset.splits.items():
+        rows = [{key: getattr(w, key) for key in _WINDOW_KEYS} for w in windows]
+        _write_lines(folder / f"{name}.jsonl", rows)
+    meta = dataset.meta | {"domain": dataset.domain, "fingerprint": fingerprint(folder)}
+    text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
+    (folder / "dataset.json").write_text(text, encoding="utf-8")
+
+
+def _write_lines(path: Path, rows: list[dict]) -> None:
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(encode(row) + "\n" for row in rows)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: found bytes that are not UTF-8, {_expected(path)}") from error
+    except OSError as error:
+        raise InputError(f"{path}: found {error.strerror}, {_expected(path)}") from error
+
+
+def _expected(path: Path) -> str:
+    return f"expected a prepared folder: run {_PREPARE.format(path.parent)}"
+
+
+def _read_meta(path: Path) -> dict:
+    file = path / "dataset.json"
+    try:
+        meta = json.loads(_text(file))
+    except ValueError as error:
+        raise InputError(f"{file}: found no valid JSON ({error}), {_expected(file)}") from error
+    domain = meta.get("domain") if isinstance(meta, dict) else None
+    if domain not in DOMAINS:
+        raise InputError(
+            f"{file}: found domain {domain!r}, expected one of {', '.join(DOMAINS)}: "
+            "correct the key or prepare the data again"
+        )
+    return meta
+
+
+def _rows(path: Path, keys: Sequence[str]):
+    """(file:line, record) for every line; each record is a dict with `keys`."""
+    lines = _text(path).removesuffix("\n").split("\n")
+    if lines == [""]:
+        raise InputError(f"{path}: found no lines, expected at least one: prepare the data again")
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise _bad(where, f"no valid JSON ({error})", f"an object with {keys}") from error
+        if not isinstance(record, dict):
+            raise _bad(where, f"a {type(record).__name__}", f"an object with {keys}")
+        for key in keys:
+            if key not in record:
+                raise _bad(where, f"no key {key!r}", f"an object with {keys}")
+        yield where, record
+
+
+def _bad(where: str, found: str, expected: str) -> InputError:
+    return InputError(f"{where}: found {found}, expected {expected}: correct this line")
+
+
+def _read_items(path: Path) -> dict[int, str]:
+    titles: dict[int, str] = {}
+    for where, record in _rows(path, ("id", "title")):
+        item, title = record["id"], record["title"]
+        if type(item) is not int:
+            raise _bad(where, f"id {item!r}", "an integer")
+        if item in titles:
+            raise _bad(where, f"id {item} a second time", "each id once")
+        # An empty title is a substring of every answer and encodes to no tokens.
+        if type(title) is not str or not title.strip() or "\n" in title or "\r" in title:
+            raise _bad(where, f"title {title!r}", "one line of text that is not empty")
+        titles[item] = title
+    return titles
+
+
+def _read_split(path: Path, titles: dict[int, str], size: int | None) -> list[Window]:
+    windows = []
+    for where, record in _rows(path, _WINDOW_KEYS):
+        window = _window(where, record, titles)
+        size = size or len(window.candidates)
+        if len(window.candidates) != size:
+            raise _bad(where, f"{len(window.candidates)} candidates", f"{size} as in other rows")
+        windows.append(window)
+    return windows
+
+
+def _window(where: str, record: dict, titles: dict[int, str]) -> Window:
+    user, target = record["user"], record["target"]
+    if type(user) not in (int, str):
+        raise _bad(where, f"user {user!r}", "an integer or a string")
+    history = _ids(where, "history", record["history"], titles, 1)
+    candidates = _ids(where, "candidates", record["candidates"], titles, 2)
+    if type(target) is not int:
+        raise _bad(where, f"target {target!r}", "an integer item id")
+    if target not in candidates:
+        raise _bad(where, f"target {target} outside the candidates", "the target among them")
+    if len(set(candidates)) < len(candidates):
+        raise _bad(where, f"candidates {list(candidates)} with a repeated id", "distinct ids")
+    if len({titles[item] for item in candidates}) < len(candidates):
+        raise _bad(where, "two candidates with the same title", "distinct titles")
+    return Window(user, history, candidates, target)
+
+
+def _ids(where: str, key: str, value: object, titles: dict[int, str], least: int):
+    if type(value) is not list or len(value) < least:
+        raise _bad(where, f"{key} {value!r}", f"a list of {least} or more item ids")
+    for item in value:
+        if type(item) is not int:
+            raise _bad(where, f"{item!r} in {key}", "integer item ids")
+        if item not in titles:
+            raise _bad(where, f"item {item} in {key}", "an id of items.jsonl")
+    return tuple(value)

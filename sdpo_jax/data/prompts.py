@@ -1,0 +1,149 @@
+"""Prompt templates, the official template file format, and the per-example template draw."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdpo_jax.data.draws import generator
+from sdpo_jax.errors import InputError
+
+PLACEHOLDERS = ("[HistoryHere]", "[CansHere]")
+_PLACEHOLDER = re.compile(r"\[(HistoryHere|CansHere)\]")
+
+_LISTS = "{before}\n[HistoryHere]\n{between}\n[CansHere]\n{after}\n"
+
+# (what comes before the history, between the lists, after the candidates)
+_WORDING = {
+    "movie": (
+        ("Movies a viewer watched, oldest first:",
+         "Which one of these movies comes next? Copy its title.", "Next movie:"),
+        ("A person has seen these films, in this order:",
+         "Exactly one of the films below was seen next:", "Answer:"),
+        ("Watch history, from the oldest to the latest:",
+         "Pick the movie this viewer goes on to watch. Options:", "Title:"),
+        ("You recommend movies. The user has watched, in order:",
+         "Recommend one movie of this list and give only its title:", "Recommendation:"),
+        ("These titles were watched one after another:",
+         "Predict the title that follows. Choose from:", "Prediction:"),
+        ("Someone's evenings at the movies, earliest first:",
+         "For the next evening there is a choice of:", "The movie chosen:"),
+        ("Here is what a user watched over time:",
+         "Of the candidates below, name the one most likely to be watched next.",
+         "Most likely:"),
+        ("Seen so far, oldest at the top:",
+         "To see next, one of:", "Answer with one title:"),
+    ),
+    "music": (
+        ("Artists a listener has played, oldest first:",
+         "Which one of these artists comes next? Copy the name.", "Next artist:"),
+        ("A person has listened to these artists, in this order:",
+         "Exactly one of the artists below was played next:", "Answer:"),
+        ("Listening history, from the oldest to the latest:",
+         "Pick the artist this listener goes on to play. Options:", "Artist:"),
+        ("You recommend music. The user has listened, in order, to:",
+         "Recommend one artist of this list and give only the name:", "Recommendation:"),
+        ("These artists were played one after another:",
+         "Predict the artist that follows. Choose from:", "Prediction:"),
+        ("Someone's record shelf, first bought at the top:",
+         "The next record is by one of:", "The artist chosen:"),
+        ("Here is who a user listened to over time:",
+         "Of the candidates below, name the one most likely to be played next.",
+         "Most likely:"),
+        ("Heard so far, oldest at the top:",
+         "To hear next, one of:", "Answer with one artist:"),
+    ),
+    "book": (
+        ("Books a reader has finished, oldest first:",
+         "Which one of these books comes next? Copy its title.", "Next book:"),
+        ("A person has read these books, in this order:",
+         "Exactly one of the books below was read next:", "Answer:"),
+        ("Reading history, from the oldest to the latest:",
+         "Pick the book this reader goes on to read. Options:", "Title:"),
+        ("You recommend books. The user has read, in order:",
+         "Recommend one book of this list and give only its title:", "Recommendation:"),
+        ("These titles were read one after another:",
+         "Predict the title that follows. Choose from:", "Prediction:"),
+        ("Someone's loans from the library, earliest first:",
+         "For the next loan there is a choice of:", "The book chosen:"),
+        ("Here is what a user read over time:",
+         "Of the candidates below, name the one most likely to be read next.",
+         "Most likely:"),
+        ("Read so far, oldest at the top:",
+         "To read next, one of:", "Answer with one title:"),
+    ),
+}  # fmt: skip
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    domain: tuple(
+        _LISTS.format(before=before, between=between, after=after)
+        for before, between, after in wordings
+    )
+    for domain, wordings in _WORDING.items()
+}
+
+
+def render(template: str, history_titles: Sequence[str], candidate_titles: Sequence[str]) -> str:
+    """The prompt text: a placeholder alone on its line becomes one title a line, else ", "."""
+    titles = {"HistoryHere": history_titles, "CansHere": candidate_titles}
+
+    def fill(match: re.Match) -> str:
+        before, after = template[: match.start()], template[match.end() :]
+        alone = before[-1:] in ("", "\n") and after[:1] in ("", "\n")
+        return ("\n" if alone else ", ").join(titles[match[1]])
+
+    # One pass, so that a title that holds a placeholder's text is left alone.
+    return _PLACEHOLDER.sub(fill, template)
+
+
+def template_index(seed: int, split: str, row: int, n: int) -> int:
+    """Which of n templates row `row` of `split` uses: a pure function of its arguments."""
+    return int(generator(seed, "template", split, row).integers(n))
+
+
+def read_templates(prompt_file: str | Path) -> tuple[str, ...]:
+    r"""Templates of a file in the authors' format: one a line, with [HistoryHere] and [CansHere].
+
+    The two characters \n stand for a line break (the authors' files have none). A template that
+    does not end in one gets a single space at its end, as in the authors' Prompt.py. Raises
+    InputError naming file and line.
+    """
+    path = Path(prompt_file)
+    text = _read(path)
+    templates = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not (line := line.strip()):
+            continue
+        for name in PLACEHOLDERS:
+            if name not in line:
+                raise InputError(
+                    f"{path}:{number}: found {line[:40]!r} without {name}, expected a prompt "
+                    f"template with {' and '.join(PLACEHOLDERS)}: add it, or give a file with "
+                    "one template a line"
+                )
+        template = line.replace("\\n", "\n")
+        templates.append(template if template.endswith("\n") else template + " ")
+    if not templates:
+        raise InputError(
+            f"{path}: found no template, expected at least one line with "
+            f"{' and '.join(PLACEHOLDERS)}: give another prompt file"
+        )
+    return tuple(templates)
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: found {getattr(error, 'strerror', None) or 'bytes that are not UTF-8'}, "
+            "expected a UTF-8 text file of prompt templates: correct the path or the file"
+        ) from error
+    try:
+        json.loads(text)
+    except ValueError:
+        return text
+    raise InputError(
+        f"{path}:1: found JSON, expected text with one prompt template a line: give a prompt "
+        "file, not a data file"
+    )

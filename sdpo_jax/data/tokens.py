@@ -1,0 +1,98 @@
+"""From windows to token ids: prompt and answers are tokenised apart, so sharing is always legal."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from sdpo_jax.data import prompts
+from sdpo_jax.data.draws import generator
+from sdpo_jax.data.prepared import Dataset, Window
+from sdpo_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids of one prompt and of C answers, each ending in EOS; all int32."""
+
+    prompt: np.ndarray
+    answers: tuple[np.ndarray, ...]
+
+    @property
+    def packed(self) -> int:
+        """How many answer tokens are fed: all but each answer's last."""
+        return sum(len(answer) - 1 for answer in self.answers)
+
+
+class Encoder:
+    """Renders and tokenises the windows of a data set.
+
+    Every prompt begins with BOS if the tokenizer puts one there (Llama's does), in both stages.
+    `max_length` bounds prompt plus longest answer: a longer prompt keeps its end, as in the
+    official recipe, and is counted in `truncated`.
+    """
+
+    def __init__(self, dataset: Dataset, tokenizer, templates: Sequence[str], seed: int,
+                 max_length: int):  # fmt: skip
+        self.dataset, self.tokenizer, self.templates = dataset, tokenizer, templates
+        self.seed, self.max_length, self.truncated = seed, max_length, 0
+        start = tokenizer("", add_special_tokens=True).input_ids[:1]
+        self.bos = start if start == [tokenizer.bos_token_id] else []
+        self._answers: dict[int, np.ndarray] = {}
+
+    def window(self, split: str, row: int) -> Window:
+        return self.dataset.splits[split][row]
+
+    def prompt_text(self, split: str, row: int) -> str:
+        """The prompt of a row; its template is a pure function of (seed, split, row)."""
+        window, titles = self.window(split, row), self.dataset.titles
+        index = prompts.template_index(self.seed, split, row, len(self.templates))
+        return prompts.render(
+            self.templates[index],
+            [titles[item] for item in window.history],
+            [titles[item] for item in window.candidates],
+        )
+
+    def answer(self, item: int) -> np.ndarray:
+        """Token ids of an item's title, no special tokens, then EOS.
+
+        Raises InputError when the title encodes to nothing or to special tokens.
+        """
+        if item not in self._answers:
+            title = self.dataset.titles[item]
+            ids = self.tokenizer(title, add_special_tokens=False).input_ids
+            if not ids or set(ids) & set(self.tokenizer.all_special_ids):
+                raise InputError(
+                    f"item {item}: title {title!r} encodes to {ids}, expected one or more ordinary "
+                    "tokens: correct the title in items.jsonl"
+                )
+            self._answers[item] = np.array([*ids, self.tokenizer.eos_token_id], np.int32)
+        return self._answers[item]
+
+    def examples(self, split: str, rows: Sequence[int], items: Sequence[Sequence[int]]):
+        """Examples of `rows`, the answers of each being the titles of `items[i]`, in that order."""
+        texts = [self.prompt_text(split, row) for row in rows]
+        encoded = self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        return [
+            self._example(ids, [self.answer(item) for item in of_row])
+            for ids, of_row in zip(encoded, items, strict=True)
+        ]
+
+    def _example(self, ids: list[int], answers: list[np.ndarray]) -> Example:
+        room = self.max_length - max(map(len, answers)) - len(self.bos)
+        if room < 1:
+            raise InputError(
+                f"max_length={self.max_length} leaves no room for a prompt beside an answer of "
+                f"{max(map(len, answers))} tokens: raise --config.max_length"
+            )
+        self.truncated += len(ids) > room
+        return Example(np.array(self.bos + ids[-room:], np.int32), tuple(answers))
+
+
+def training_items(encoder: Encoder, split: str, row: int, num_negatives: int) -> list[int]:
+    """The target and `num_negatives` of the other candidates shown, drawn once per example."""
+    window = encoder.window(split, row)
+    others = [item for item in window.candidates if item != window.target]
+    draw = generator(encoder.seed, "negatives", split, row)
+    chosen = draw.choice(len(others), num_negatives, replace=False)
+    return [window.target, *(others[i] for i in chosen)]

@@ -1,0 +1,52 @@
+"""Errors a person can cause, and the wrapper that turns them into one line and exit status 2."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+
+class InputError(Exception):
+    """A wrong path, file, key, shape or size.
+
+    The message is one line: what and where (file:line or key), what was found, what was
+    expected, what to do.
+    """
+
+
+def run_command(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs `main` under absl; an `InputError` ends in one line on stderr and exit status 2.
+
+    ml_collections raises plain Python errors for a misspelt `--config.key`, a wrong type or a
+    missing config file while flags are being parsed: those are told the same way.
+    """
+
+    def guarded(argv: Sequence[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            # absl shows INFO by default, and Orbax writes thirty such lines a checkpoint.
+            logging.set_verbosity(logging.WARNING)
+        if len(argv) > 1:
+            fail(f"unexpected argument {argv[1]!r}: options are written --name=value; see --help")
+        try:
+            main(argv)
+        except InputError as error:
+            fail(error)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def fail(error: object) -> None:
+    """Prints `error` on one line and exits with status 2."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (
+        flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError,
+        SyntaxError, InputError,
+    ) as error:  # fmt: skip
+        fail(error)
+        raise

@@ -1,0 +1,1 @@
+"""Decoding, metrics, files and tables of an evaluation."""

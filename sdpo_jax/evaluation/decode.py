@@ -1,0 +1,135 @@
+"""Three decoders over one prefilled prompt.
+
+`prefill` runs the prompt once and keeps its keys and values; `score`, `greedy` and `trie` read
+them. All take a batch as `sdpo_jax.objectives.logprobs` describes it and are pure, so whoever
+calls them jits them. Shape letters are declared in `sdpo_jax.sharding`; N in `tokens_BN` counts
+new tokens.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sdpo_jax.models.decoder import Decoder, attend
+from sdpo_jax.objectives.logprobs import Batch, PackedAnswers, causal_mask, prompt_positions
+
+MAX_NEW_TOKENS = 20  # the authors' evaluate_batch.py
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Keys and values of every layer for the prompt, and the last prompt token's hidden state."""
+
+    keys_LBPGH: jax.Array
+    values_LBPGH: jax.Array
+    mask_BP: jax.Array
+    last_BD: jax.Array
+
+
+# (logits_BV, number of the new token, state) -> (token_B, done_B, state)
+Choose = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
+
+
+def prefill(decoder: Decoder, batch: Batch) -> Prefix:
+    """Runs the prompts once."""
+    mask_BP = batch["prompt_mask_BP"]
+    causal_BPP = causal_mask(mask_BP)
+
+    def attention(q, k, v, _):
+        # `attend` multiplies in this dtype, so keeping more of the numbers would change nothing.
+        kept = (k.astype(decoder.dtype), v.astype(decoder.dtype))
+        return attend(q, [(k, v, causal_BPP)], decoder.dtype), kept
+
+    hidden_BPD, (keys, values) = decoder(batch["prompt_BP"], prompt_positions(mask_BP), attention)
+    return Prefix(keys, values, mask_BP, hidden_BPD[:, -1])
+
+
+def score(decoder: Decoder, prefix: Prefix, batch: Batch) -> jax.Array:
+    """Log-probs `logp_BC` of all candidates in one pass; equal to `shared_prefix_logp`."""
+    packed = PackedAnswers(batch)
+
+    def attention(q, k, v, prompt):
+        return packed.attend(q, prompt, (k, v), decoder.dtype), None
+
+    cache = (prefix.keys_LBPGH, prefix.values_LBPGH)
+    hidden_BSD, _ = decoder(packed.tokens_BS, packed.positions_BS, attention, cache)
+    return packed.logp(decoder, prefix.last_BD, hidden_BSD, batch)
+
+
+def greedy(
+    decoder: Decoder, prefix: Prefix, eos: int, max_new_tokens: int = MAX_NEW_TOKENS
+) -> jax.Array:
+    """The most likely token at every step, `tokens_BN`; from a row's EOS on all is EOS."""
+
+    def choose(logits_BV, i, state):
+        tokens_BN, done_B = state
+        token_B = jnp.where(done_B, eos, jnp.argmax(logits_BV, -1)).astype(jnp.int32)
+        done_B |= token_B == eos
+        return token_B, done_B, (tokens_BN.at[:, i].set(token_B), done_B)
+
+    B = prefix.last_BD.shape[0]
+    start = (jnp.full((B, max_new_tokens), eos, jnp.int32), jnp.zeros(B, bool))
+    return _generate(decoder, prefix, choose, start, max_new_tokens)[0]
+
+
+def trie(decoder: Decoder, prefix: Prefix, answers_BCA: jax.Array) -> jax.Array:
+    """Greedy decoding among the tokens that continue a candidate; the candidate's index, [B].
+
+    A candidate is alive while its tokens equal those generated. A row is done when one is left,
+    which happens at the latest at the EOS that ends one of two answers with a common beginning.
+    """
+
+    def choose(logits_BV, i, alive_BC):
+        next_BC = jax.lax.dynamic_index_in_dim(answers_BCA, i, 2, keepdims=False)
+        logit_BC = jnp.take_along_axis(logits_BV, next_BC, -1)
+        best_B1 = jnp.argmax(jnp.where(alive_BC, logit_BC, -jnp.inf), -1, keepdims=True)
+        token_B1 = jnp.take_along_axis(next_BC, best_B1, -1)
+        alive_BC &= next_BC == token_B1
+        return token_B1[:, 0], alive_BC.sum(-1) == 1, alive_BC
+
+    B, C, A = answers_BCA.shape
+    alive_BC = _generate(decoder, prefix, choose, jnp.ones((B, C), bool), A)
+    return jnp.argmax(alive_BC, -1)
+
+
+def _generate(decoder: Decoder, prefix: Prefix, choose: Choose, state: Any, steps: int) -> Any:
+    """Chooses up to `steps` tokens, until every row is done; returns `choose`'s last state.
+
+    New tokens have a cache of their own, `steps` long, so the prompt's is never written again.
+    """
+    length_B = prefix.mask_BP.sum(-1)
+    L, B, _, G, H = prefix.keys_LBPGH.shape
+    prompt_mask_B1P = prefix.mask_BP[:, None]
+
+    def step(carry):
+        i, token_B, _, state, cache = carry
+        seen_B1N = jnp.broadcast_to(jnp.arange(steps) <= i, (B, 1, steps))
+
+        def attention(q, k, v, layer):
+            k_prompt, v_prompt, keys_BNGH, values_BNGH = layer
+            keys_BNGH = _put(keys_BNGH, k, i)
+            values_BNGH = _put(values_BNGH, v, i)
+            blocks = [(k_prompt, v_prompt, prompt_mask_B1P), (keys_BNGH, values_BNGH, seen_B1N)]
+            return attend(q, blocks, decoder.dtype), (keys_BNGH, values_BNGH)
+
+        layers = (prefix.keys_LBPGH, prefix.values_LBPGH, *cache)
+        hidden_B1D, cache = decoder(token_B[:, None], (length_B + i)[:, None], attention, layers)
+        logits_BV = decoder.logits(hidden_B1D)[:, 0]
+        return (i + 1, *choose(logits_BV, i + 1, state), cache)
+
+    def goes_on(carry):
+        i, _, done_B, _, _ = carry
+        return (i + 1 < steps) & ~done_B.all()
+
+    first = choose(decoder.logits(prefix.last_BD[:, None])[:, 0], 0, state)
+    cache = (jnp.zeros((L, B, steps, G, H), prefix.keys_LBPGH.dtype),) * 2
+    return jax.lax.while_loop(goes_on, step, (0, *first, cache))[3]
+
+
+def _put(cache_BNGH: jax.Array, new_B1GH: jax.Array, i: jax.Array) -> jax.Array:
+    new_B1GH = new_B1GH.astype(cache_BNGH.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(cache_BNGH, new_B1GH, i, 1)

@@ -1,0 +1,124 @@
+"""Metrics of next-item recommendation among C candidates, one relevant item each.
+
+Values are per example; a system's value is their mean over all examples, invalid ones included.
+Intervals are 95% and take examples as independent: windows of one user are not quite, so with
+many windows of few users the true interval is somewhat wider.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+Z = 1.959963984540054  # the normal distribution's 0.975 quantile
+
+
+def recommended(generation: str, candidates: Sequence[str]) -> int | None:
+    """Index of the candidate that a generation names, or None where it is invalid.
+
+    A generation is valid iff exactly one candidate is a substring of it, case-sensitive (Chen
+    et al. 2024, arXiv 2406.09215; the authors' evaluate_batch.py). So a candidate that contains
+    another candidate's title can never be recommended: both are found.
+    """
+    found = [i for i, title in enumerate(candidates) if title in generation]
+    return found[0] if len(found) == 1 else None
+
+
+def target_rank(scores: Sequence[float], target: int) -> int:
+    """The target's place, 1 to C, by descending score.
+
+    Candidates that score as high as the target stand before it. A system that gives every
+    candidate the same score thus gets the last place; placing the target first would call it
+    perfect (on ties in ranking metrics: McSherry & Najork 2008, doi 10.1007/978-3-540-78646-7_38).
+    NaN counts as high.
+    """
+    return 1 + sum(not s < scores[target] for i, s in enumerate(scores) if i != target)
+
+
+def hit_at(k: int, rank: int) -> float:
+    """HR@k = 1 if rank <= k, else 0 (equals recall@k with one relevant item)."""
+    return float(rank <= k)
+
+
+def ndcg_at(k: int, rank: int) -> float:
+    """NDCG@k = 1 / log2(1 + rank) if rank <= k, else 0.
+
+    Järvelin & Kekäläinen 2002 (doi 10.1145/582415.582418) with one relevant item, whose ideal
+    gain, at rank 1, is 1.
+    """
+    return 1 / math.log2(1 + rank) if rank <= k else 0.0
+
+
+def reciprocal_rank(rank: int) -> float:
+    """1 / rank; its mean is MRR (Voorhees 1999, the TREC-8 question answering track report)."""
+    return 1 / rank
+
+
+def mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def chance(metric, candidates: int) -> float:
+    """The mean of `metric(rank)` when the target's rank is uniform on 1..C."""
+    return mean([metric(rank) for rank in range(1, candidates + 1)])
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Score interval of a proportion p = s/n.
+
+    (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n): Wilson 1927
+    (doi 10.1080/01621459.1927.10502953). It stays within [0, 1] and has a positive width even at
+    p = 0 and p = 1.
+    """
+    p = successes / n
+    centre = p + Z * Z / (2 * n)
+    half = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
+    scale = 1 + Z * Z / n
+    # At p = 0 and 1 an end is exact, but for rounding.
+    low = (centre - half) / scale if successes > 0 else 0.0
+    return low, (centre + half) / scale if successes < n else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Hit ratio of `a` minus that of `b` on the same examples, its interval and p-value."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    only_a: int
+    only_b: int
+    n: int
+
+
+def paired_difference(hits_a: Sequence[bool], hits_b: Sequence[bool]) -> Difference:
+    """Compares two systems on the same examples, in the same order.
+
+    With b examples hit by `a` only and c by `b` only, the value is (b - c)/n. The interval is
+    Bonett & Price's (2012, doi 10.3102/1076998611411915): Wald's with one added to b and c
+    and two to n, which keeps its coverage at small counts. p is McNemar's exact two-sided test:
+    twice the binomial(b + c, 1/2) tail, at most 1. Raises ValueError for unequal lengths.
+    """
+    pairs = list(zip(hits_a, hits_b, strict=True))
+    n = len(pairs)
+    only_a = sum(bool(a) and not b for a, b in pairs)
+    only_b = sum(bool(b) and not a for a, b in pairs)
+    p_a, p_b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
+    half = Z * math.sqrt((p_a + p_b - (p_a - p_b) ** 2) / (n + 2))
+    return Difference(
+        value=(only_a - only_b) / n,
+        low=max(-1.0, p_a - p_b - half),
+        high=min(1.0, p_a - p_b + half),
+        p=mcnemar(only_a, only_b),
+        only_a=only_a,
+        only_b=only_b,
+        n=n,
+    )
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Exact two-sided p-value of McNemar's test (1947, doi 10.1007/BF02295996)."""
+    n = only_a + only_b
+    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
+    # Integers: 2**n is beyond a float's range for n > 1023.
+    return min(1.0, 2 * tail / 2**n)

@@ -1,0 +1,1 @@
+"""Decoders in Flax NNX, LoRA, and the tables that bring weights in."""

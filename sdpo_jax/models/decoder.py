@@ -1,0 +1,218 @@
+"""Llama decoder (Touvron et al. 2023, arXiv 2307.09288): Llama 1/2, SmolLM2.
+
+The decoder does not know how its tokens are laid out: whoever calls it gives each token's
+position and the attention, a function of queries, keys and values. Shape letters are declared in
+`sdpo_jax.sharding`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sdpo_jax.errors import InputError
+from sdpo_jax.models.lora import Frozen, Linear, LoraConfig, product
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a Llama decoder, named by their shape letters."""
+
+    V: int
+    L: int
+    D: int
+    N: int
+    G: int
+    H: int
+    F: int
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tied: bool = False
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], where: str) -> "DecoderConfig":
+        """Reads a Hugging Face `config.json`, old spelling (`rope_theta`) or new.
+
+        Raises:
+          InputError: not a Llama, a missing key, or a feature this decoder does not compute.
+        """
+        if config.get("model_type") != "llama":
+            raise InputError(f"{where}: model_type is {config.get('model_type')!r}, expected 'llama'")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        for key, found, expected in (
+            ("rope_type", kind, "default"),
+            ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+            ("attention_bias", config.get("attention_bias", False), False),
+            ("mlp_bias", config.get("mlp_bias", False), False),
+        ):
+            if found != expected:
+                raise InputError(f"{where}: {key} is {found!r}, this decoder computes {expected!r}")
+        try:
+            heads = config["num_attention_heads"]
+            return cls(
+                V=config["vocab_size"],
+                L=config["num_hidden_layers"],
+                D=config["hidden_size"],
+                N=heads,
+                G=config.get("num_key_value_heads") or heads,
+                H=config.get("head_dim") or config["hidden_size"] // heads,
+                F=config["intermediate_size"],
+                rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+                norm_eps=config.get("rms_norm_eps", 1e-6),
+                tied=config.get("tie_word_embeddings", False),
+            )
+        except KeyError as error:
+            raise InputError(f"{where}: key {error} is missing: is this a full model?") from None
+
+
+KeyBlock = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def attend(q_BTNH: jax.Array, blocks: Sequence[KeyBlock], dtype) -> jax.Array:
+    """Softmax attention of `q_BTNH` over the concatenation of key blocks, softmax in float32.
+
+    A block is (k_BSGH, v_BSGH, mask_BTS); the mask is True where a query sees a key. A query that
+    sees nothing (a padded one) gets a finite mean that nobody reads. Returns [B, T, N*H].
+    """
+    B, T, N, H = q_BTNH.shape
+    G = blocks[0][0].shape[2]
+    n = N // G
+    q_BGTnH = (q_BTNH * H**-0.5).reshape(B, T, G, n, H).transpose(0, 2, 1, 3, 4)
+    q_BGXH = q_BGTnH.reshape(B, G, T * n, H)
+    scores = []
+    for k_BSGH, _, mask_BTS in blocks:
+        score_BGXS = product("bgxh,bgsh->bgxs", q_BGXH, k_BSGH.transpose(0, 2, 1, 3), dtype)
+        mask_B1XS = jnp.repeat(mask_BTS, n, 1)[:, None]
+        scores.append(jnp.where(mask_B1XS, score_BGXS, -1e30))
+    weights = jax.nn.softmax(jnp.concatenate(scores, -1).astype(jnp.float32)).astype(q_BTNH.dtype)
+    start, out_BGXH = 0, 0.0
+    for _, v_BSGH, mask_BTS in blocks:
+        weights_BGXS = weights[..., start : start + mask_BTS.shape[2]]
+        out_BGXH += product("bgxs,bgsh->bgxh", weights_BGXS, v_BSGH.transpose(0, 2, 1, 3), dtype)
+        start += mask_BTS.shape[2]
+    return out_BGXH.reshape(B, G, T, N // G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N * H)
+
+
+def rotary(positions_BT: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of RoPE's angles, [B, T, 1, H/2] in float32."""
+    exponent = jnp.arange(0, config.H, 2, dtype=jnp.float32) / config.H
+    angles = positions_BT[..., None, None] * config.rope_theta**-exponent
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """RoPE in Hugging Face's half-split order."""
+    cos, sin = rope
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, -1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, -1).astype(x_BTNH.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm, computed in float32."""
+
+    def __init__(self, size: int, eps: float, *, dtype):
+        self.eps = eps
+        self.scale = Frozen(jnp.ones(size, dtype), letters="-")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        return x32.astype(x.dtype) * self.scale[...]
+
+
+# (q_BTNH, k_BTGH, v_BTGH, the layer's cache) -> (output [B, T, N*H], what to keep of the layer)
+Attention = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and SwiGLU."""
+
+    def __init__(self, config: DecoderConfig, lora: LoraConfig, *, dtype, rngs: nnx.Rngs):
+        c, self.config = config, config
+        linear = dict(lora=lora, dtype=dtype, rngs=rngs)
+        self.attention_norm = RMSNorm(c.D, c.norm_eps, dtype=dtype)
+        self.q = Linear("q", c.D, c.N * c.H, "DN", **linear)
+        self.k = Linear("k", c.D, c.G * c.H, "DG", **linear)
+        self.v = Linear("v", c.D, c.G * c.H, "DG", **linear)
+        self.o = Linear("o", c.N * c.H, c.D, "ND", **linear)
+        self.mlp_norm = RMSNorm(c.D, c.norm_eps, dtype=dtype)
+        self.gate = Linear("gate", c.D, c.F, "DF", **linear)
+        self.up = Linear("up", c.D, c.F, "DF", **linear)
+        self.down = Linear("down", c.F, c.D, "FD", **linear)
+
+    def __call__(self, x_BTD, rope, attention: Attention, cache, dropout_key):
+        heads = (*x_BTD.shape[:2], -1, self.config.H)
+        y = self.attention_norm(x_BTD)
+        q_BTNH = rotate(self.q(y, dropout_key).reshape(heads), rope)
+        k_BTGH = rotate(self.k(y, dropout_key).reshape(heads), rope)
+        v_BTGH = self.v(y, dropout_key).reshape(heads)
+        y, kept = attention(q_BTNH, k_BTGH, v_BTGH, cache)
+        x_BTD = x_BTD + self.o(y, dropout_key)
+        y = self.mlp_norm(x_BTD)
+        y = jax.nn.silu(self.gate(y, dropout_key)) * self.up(y, dropout_key)
+        return x_BTD + self.down(y, dropout_key), kept
+
+
+class Decoder(nnx.Module):
+    """Embedding, L stacked layers under one scan, final norm and (tied or own) head."""
+
+    def __init__(self, config: DecoderConfig, lora: LoraConfig, *, dtype=jnp.float32,
+                 remat: str = "none", rngs: nnx.Rngs):  # fmt: skip
+        self.config, self.dtype, self.remat = config, dtype, remat
+        table = (config.V, config.D)
+        self.embedding = Frozen(0.02 * jax.random.normal(rngs.params(), table, dtype), letters="VD")
+
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs):
+            return Layer(config, lora, dtype=dtype, rngs=rngs)
+
+        self.layers = stack(rngs.split(config.L))
+        self.norm = RMSNorm(config.D, config.norm_eps, dtype=dtype)
+        if not config.tied:
+            self.head = Frozen(
+                0.02 * jax.random.normal(rngs.params(), table[::-1], dtype), letters="DV"
+            )
+
+    def __call__(self, tokens_BT, positions_BT, attention: Attention, cache=None, dropout_key=None):
+        """Hidden states after the final norm, [B, T, D], and what `attention` kept, stacked over L.
+
+        Args:
+          tokens_BT: int32 token ids.
+          positions_BT: int32 positions for RoPE.
+          attention: see `Attention`; it holds the masks.
+          cache: pytree with leading axis L handed to `attention` layer by layer, or None.
+          dropout_key: key of LoRA's dropout, or None for none.
+        """
+        rope = rotary(positions_BT, self.config)
+        graphdef, state = nnx.split(self.layers)
+
+        def body(x_BTD, scanned):
+            state, cache, i = scanned
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
+            return nnx.merge(graphdef, state)(x_BTD, rope, attention, cache, key)
+
+        if self.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
+        x_BTD, kept = jax.lax.scan(
+            body, self.embedding[...][tokens_BT].astype(jnp.float32), (state, cache, jnp.arange(self.config.L))
+        )
+        return self.norm(x_BTD), kept
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> [..., V] in float32."""
+        if self.config.tied:
+            return product("btd,vd->btv", hidden, self.embedding[...], self.dtype)
+        return jnp.einsum(
+            "...d,dv->...v", hidden, self.head[...], preferred_element_type=jnp.float32
+        )

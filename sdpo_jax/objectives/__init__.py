@@ -1,0 +1,1 @@
+"""Sequence log-probabilities of candidates and the losses over them."""

@@ -1,0 +1,120 @@
+"""Log-probabilities of every candidate answer given its prompt, in two layouts.
+
+A batch holds
+  prompt_BP        int32, padded on the left, so that the last column is the last prompt token;
+  prompt_mask_BP   bool, True on tokens;
+  answers_BCA      int32, each answer ends in EOS, padded on the right;
+  answers_mask_BCA bool, True on tokens, EOS included;
+  packed_BS        int32, indices into the flattened [C*A] answers of the tokens that are fed to
+                   the decoder (every answer token but its last), -1 where a row has fewer.
+
+`shared_prefix` feeds `[prompt | answer_0 | ... | answer_K]` as one row: the prompt is computed
+once, an answer token sees the prompt and the earlier tokens of its own answer, and positions of
+every answer restart at the prompt's length. `padded` feeds C full rows a prompt, as the official
+code does; it is the oracle. Both put the head on rows that predict an answer token and on no other:
+the last prompt row predicts the first token of all C answers, and EOS is a target, never an input.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sdpo_jax.models.decoder import Decoder, attend
+
+Batch = dict[str, jax.Array]
+Keys = tuple[jax.Array, jax.Array]  # k_BSGH, v_BSGH
+
+
+def prompt_positions(prompt_mask_BP: jax.Array) -> jax.Array:
+    """Positions of left-padded prompt tokens, [B, P]; padding gets 0."""
+    return jnp.maximum(jnp.cumsum(prompt_mask_BP, -1) - 1, 0)
+
+
+def causal_mask(mask_BT: jax.Array) -> jax.Array:
+    """[B, T, T]: a query sees the real tokens up to itself."""
+    T = mask_BT.shape[1]
+    return jnp.tril(jnp.ones((T, T), bool)) & mask_BT[:, None, :]
+
+
+def _target_logp(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Gathered logit minus float32 logsumexp; logits [..., V], targets [...]."""
+    gathered = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return gathered - jax.nn.logsumexp(logits, -1)
+
+
+class PackedAnswers:
+    """The S packed answer tokens of each row: what is fed, what it predicts, and what it sees."""
+
+    def __init__(self, batch: Batch):
+        answers_BCA = batch["answers_BCA"]
+        B, C, A = answers_BCA.shape
+        flat_BX = answers_BCA.reshape(B, C * A)
+        index_BS = jnp.maximum(batch["packed_BS"], 0)
+        self.valid_BS = batch["packed_BS"] >= 0
+        self.tokens_BS = jnp.take_along_axis(flat_BX, index_BS, 1)
+        self.targets_BS = jnp.take_along_axis(flat_BX, jnp.minimum(index_BS + 1, C * A - 1), 1)
+        self.candidate_BS = index_BS // A
+        mask_BP = batch["prompt_mask_BP"]
+        self.positions_BS = mask_BP.sum(-1, keepdims=True) + index_BS % A
+        self.prompt_mask_BSP = jnp.broadcast_to(
+            mask_BP[:, None, :], (B, index_BS.shape[1], mask_BP.shape[1])
+        )
+        same_BSS = self.candidate_BS[:, :, None] == self.candidate_BS[:, None, :]
+        self.mask_BSS = causal_mask(self.valid_BS) & same_BSS
+
+    def attend(self, q_BSNH: jax.Array, prompt: Keys, answers: Keys, dtype) -> jax.Array:
+        """Attention of the answer tokens over keys and values of their prompt and of their own."""
+        blocks = [(*prompt, self.prompt_mask_BSP), (*answers, self.mask_BSS)]
+        return attend(q_BSNH, blocks, dtype)
+
+    def logp(self, decoder: Decoder, last_BD: jax.Array, hidden_BSD: jax.Array, batch: Batch):
+        """Sums token log-probs into `logp_BC`; `last_BD`: hidden state of the last prompt token."""
+        answers_BCA = batch["answers_BCA"]
+        C = answers_BCA.shape[1]
+        logits = decoder.logits(jnp.concatenate([last_BD[:, None], hidden_BSD], 1))
+        first_BV, rest_BSV = logits[:, 0], logits[:, 1:]
+        first_BC = jnp.take_along_axis(first_BV, answers_BCA[:, :, 0], -1)
+        first_BC -= jax.nn.logsumexp(first_BV, -1, keepdims=True)
+        rest_BS = jnp.where(self.valid_BS, _target_logp(rest_BSV, self.targets_BS), 0.0)
+        owner_BSC = jax.nn.one_hot(self.candidate_BS, C, dtype=rest_BS.dtype)
+        return first_BC + jnp.einsum("bs,bsc->bc", rest_BS, owner_BSC)
+
+
+def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_key=None) -> jax.Array:
+    """Sequence log-probs `logp_BC` in nats, each prompt computed once."""
+    packed = PackedAnswers(batch)
+    mask_BP = batch["prompt_mask_BP"]
+    P = mask_BP.shape[1]
+    causal_BPP = causal_mask(mask_BP)
+
+    def attention(q, k, v, cache):
+        prompt = attend(q[:, :P], [(k[:, :P], v[:, :P], causal_BPP)], decoder.dtype)
+        answers = packed.attend(q[:, P:], (k[:, :P], v[:, :P]), (k[:, P:], v[:, P:]), decoder.dtype)
+        return jnp.concatenate([prompt, answers], 1), None
+
+    tokens_BT = jnp.concatenate([batch["prompt_BP"], packed.tokens_BS], 1)
+    positions_BT = jnp.concatenate([prompt_positions(mask_BP), packed.positions_BS], 1)
+    hidden_BTD, _ = decoder(tokens_BT, positions_BT, attention, None, dropout_key)
+    return packed.logp(decoder, hidden_BTD[:, P - 1], hidden_BTD[:, P:], batch)
+
+
+def padded_logp(decoder: Decoder, batch: Batch, dropout_key=None) -> jax.Array:
+    """The same `logp_BC` from C full rows a prompt: K+1 times the prompt's work, and the oracle."""
+    answers_BCA, answers_mask_BCA = batch["answers_BCA"], batch["answers_mask_BCA"]
+    B, C, A = answers_BCA.shape
+    P = batch["prompt_BP"].shape[1]
+    mask_RP = jnp.repeat(batch["prompt_mask_BP"], C, 0)
+    answers_RA = answers_BCA.reshape(B * C, A)
+    answers_mask_RA = answers_mask_BCA.reshape(B * C, A)
+    tokens_RT = jnp.concatenate([jnp.repeat(batch["prompt_BP"], C, 0), answers_RA[:, :-1]], 1)
+    mask_RT = jnp.concatenate([mask_RP, answers_mask_RA[:, 1:]], 1)
+    causal_RTT = causal_mask(mask_RT)
+
+    def attention(q, k, v, cache):
+        return attend(q, [(k, v, causal_RTT)], decoder.dtype), None
+
+    hidden_RTD, _ = decoder(tokens_RT, prompt_positions(mask_RT), attention, None, dropout_key)
+    logp_RA = _target_logp(decoder.logits(hidden_RTD[:, P - 1 :]), answers_RA)
+    return jnp.where(answers_mask_RA, logp_RA, 0.0).sum(-1).reshape(B, C)
+
+
+LAYOUTS = {"shared_prefix": shared_prefix_logp, "padded": padded_logp}

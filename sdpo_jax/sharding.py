@@ -1,0 +1,68 @@
+"""The device mesh, the rules from shape letters to mesh axes, and placement.
+
+Shape letters, used on signatures, batch keys and einsum strings throughout:
+B prompts · C candidates of a prompt = K+1, index 0 is the preferred one · P prompt tokens ·
+A answer tokens (EOS included) · S packed answer tokens of a prompt that are fed (each answer's
+last is only a target) · T = P + S tokens of a row · L layers · D model width · N query heads
+(times head width in a kernel) · G key/value heads (likewise) · H head width · F feed-forward
+width · V vocabulary · R LoRA rank · M microbatch.
+"""
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sdpo_jax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+RULES = {"D": "fsdp", "N": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over all devices of all processes; one axis may be -1, which takes the rest.
+
+    Raises InputError when the sizes do not multiply to the number of devices.
+    """
+    sizes, count = [data, fsdp, tensor], jax.device_count()
+    known = 1
+    for size in sizes:
+        known *= size if size > 0 else 1
+    if sizes.count(-1) == 1 and known and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if min(sizes) < 1 or sizes[0] * sizes[1] * sizes[2] != count:
+        raise InputError(
+            f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} do not multiply to the "
+            f"{count} devices found: set one of --config.mesh.data, .fsdp, .tensor to -1"
+        )
+    # Explicit axes, make_mesh's default, refuse an embedding gather on a sharded table.
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def data_shards(mesh: Mesh) -> int:
+    """Over how many shards the examples of a batch lie."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Examples over `data` and `fsdp`, after `leading` axes that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, ("data", "fsdp")))
+
+
+def placement(mesh: Mesh):
+    """Function from an abstract variable to its sharding, by its `.letters` and `RULES`.
+
+    A stacked variable has L (not sharded) before its letters; a dimension that its axis does not
+    divide stays whole.
+    """
+
+    def place(variable) -> NamedSharding:
+        shape = variable.shape
+        letters = variable.letters.rjust(len(shape), "L")
+        axes = [RULES.get(letter) for letter in letters]
+        fits = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True)]
+        return NamedSharding(mesh, PartitionSpec(*fits))
+
+    return place

@@ -1,0 +1,166 @@
+"""Trains a recommender: SFT, then the reference's log-probs, then S-DPO.
+
+python -m sdpo_jax.train --config=configs/lastfm.py --workdir=runs/lastfm/run
+
+Any key of the config can be given as --config.key=value. The same command goes on where it was
+stopped.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from sdpo_jax import sharding, workdir
+from sdpo_jax.data import prompts
+from sdpo_jax.data.prepared import read_dataset
+from sdpo_jax.data.tokens import Encoder
+from sdpo_jax.errors import InputError, run_command
+from sdpo_jax.model_folder import load_model
+from sdpo_jax.models.decoder import REMAT
+from sdpo_jax.models.lora import PROJECTIONS, LoraConfig
+from sdpo_jax.objectives.logprobs import LAYOUTS
+from sdpo_jax.runtime import set_up_jax
+from sdpo_jax.training.stage import Inference, Interrupted, Stage, StopSignal
+
+STAGES = ("sft", "sdpo")
+
+
+def train(config, run: Path) -> None:
+    """All stages of `config` in the folder `run`. Raises Interrupted after a signal."""
+    check(config)
+    stop = StopSignal()
+    set_up_jax(config.dtype)
+    mesh = sharding.make_mesh(**config.mesh)
+    check_batch(config, sharding.data_shards(mesh))
+
+    dataset = read_dataset(config.dataset)
+    templates = prompts.TEMPLATES[dataset.domain]
+    if config.prompt_file:
+        templates = prompts.read_templates(config.prompt_file)
+    check_dataset(config, dataset)
+
+    lora_config = LoraConfig(**config.lora.to_dict() | {"targets": tuple(config.lora.targets)})
+    model = load_model(
+        config.model, lora_config, dtype=config.dtype, remat=config.remat, seed=config.seed,
+        shardings=sharding.placement(mesh),
+    )  # fmt: skip
+    fingerprints = {"dataset": dataset.meta["fingerprint"], "model": model.meta["sha256"]}
+    workdir.open_run(run, config.to_dict(), fingerprints)
+
+    encoder = Encoder(dataset, model.tokenizer, templates, config.seed, config.max_length)
+    inference = Inference(model, config.batch_layout, mesh, config.microbatch)
+    announce(config, run, model, encoder)
+    lora = model.lora
+    for name in config.stages:
+        stage = Stage(name, config, run, model, encoder, mesh, inference, stop)
+        lora = stage.run(lora)
+    print(
+        f"next: python -m sdpo_jax.evaluate --workdir={run} --decoder=greedy,score\n"
+        f"      python -m sdpo_jax.report --workdir={run}"
+    )
+
+
+def check(config) -> None:
+    """Refuses wrong values before anything is read or written."""
+    for key, known in (("batch_layout", LAYOUTS), ("remat", REMAT), ("dtype", ("float32", "bfloat16"))):
+        if config[key] not in known:
+            raise InputError(
+                f"config.{key} is {config[key]!r}, expected one of {', '.join(known)}"
+            )
+    for key, known in (("stages", STAGES), ("lora.targets", PROJECTIONS)):
+        value = list(config.lora.targets if key == "lora.targets" else config[key])
+        if not value or set(value) - set(known) or value != sorted(set(value), key=known.index):
+            raise InputError(
+                f"config.{key} is {value}, expected some of {', '.join(known)}, in this order"
+            )
+    positive = ["batch_size", "microbatch", "num_negatives", "beta", "max_length", "log_every",
+                "eval_every", "checkpoint_every", "clip", "lora.rank", "lora.alpha",
+                "sft.epochs", "sdpo.epochs", "sft.learning_rate", "sdpo.learning_rate"]  # fmt: skip
+    for key in positive:
+        if not value_of(config, key) > 0:
+            raise InputError(f"config.{key} is {value_of(config, key)}, expected more than 0")
+    for key in ("sft.max_steps", "sdpo.max_steps", "validation_windows", "seed", "weight_decay"):
+        if not value_of(config, key) >= 0:
+            raise InputError(f"config.{key} is {value_of(config, key)}, expected 0 or more")
+    for key in ("warmup", "lora.dropout"):
+        if not 0 <= value_of(config, key) < 1:
+            raise InputError(f"config.{key} is {value_of(config, key)}, expected 0 <= it < 1")
+    missing = [
+        f"`{command}`"
+        for folder, file, command in (
+            (config.dataset, "dataset.json",
+             f"python -m sdpo_jax.prepare --dataset=NAME --source=PATH --output={config.dataset}"),
+            (config.model, "model.json",
+             f"python -m sdpo_jax.convert --model=PATH --output={config.model}"),
+        )
+        if not (Path(folder) / file).is_file()
+    ]  # fmt: skip
+    if missing:
+        raise InputError(f"nothing to train on yet: first run {' and '.join(missing)}")
+
+
+def value_of(config, key: str):
+    """`config.a.b` for the key "a.b"."""
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def check_batch(config, shards: int) -> None:
+    """The global batch is what is configured; how it is cut must come out even."""
+    whole = config.microbatch * shards
+    if config.batch_size % whole:
+        raise InputError(
+            f"batch_size={config.batch_size} does not divide into microbatch={config.microbatch} "
+            f"on {shards} data shards: set --config.batch_size to a multiple of {whole}, or "
+            "--config.microbatch to a divisor"
+        )
+
+
+def check_dataset(config, dataset) -> None:
+    """The data set has the split to validate on and enough candidates to draw from."""
+    if config.validation_split not in dataset.splits:
+        raise InputError(
+            f"config.validation_split is {config.validation_split!r}, {config.dataset} has "
+            f"{', '.join(dataset.splits)}: choose one of them"
+        )
+    shown = len(dataset.splits["train"][0].candidates)
+    if config.num_negatives > shown - 1:
+        raise InputError(
+            f"config.num_negatives is {config.num_negatives}, {config.dataset} shows {shown} "
+            f"candidates: at most {shown - 1}"
+        )
+
+
+def announce(config, run: Path, model, encoder: Encoder) -> None:
+    """What is about to run: config, sizes, devices, and one example as the model reads it."""
+    count = sum(x.size for x in jax.tree.leaves(model.lora))
+    base = sum(x.size for x in jax.tree.leaves(model.base))
+    print(config)
+    print(
+        f"{jax.device_count()} {jax.devices()[0].platform} device(s); base {base:,} parameters "
+        f"(frozen, {config.dtype}), LoRA {count:,}; run in {run}"
+    )
+    window = encoder.window("train", 0)
+    print(f"\n--- train example 0 ---\n{encoder.prompt_text('train', 0)}"
+          f"{encoder.dataset.titles[window.target]}<eos>\n---\n")  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    stem = Path(config_flags.get_config_filename(args["config"])).stem
+    run = Path(args.workdir or f"runs/{stem.partition(':')[0]}/run")
+    try:
+        train(args.config, run)
+    except Interrupted:
+        print(f"stopped; all that was done is in {run}: the same command goes on from there")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "config file, with :argument", lock_config=True)
+    flags.DEFINE_string("workdir", None, "folder of the run (default: runs/<config's name>/run)")
+    flags.mark_flag_as_required("config")
+    run_command(main)

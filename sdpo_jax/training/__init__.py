@@ -1,0 +1,1 @@
+"""State and step, optimizer, reference log-probs, checkpoints, metrics."""

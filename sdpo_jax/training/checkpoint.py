@@ -1,0 +1,196 @@
+"""Orbax: base weights of a model folder, and the checkpoints of a stage.
+
+The only module that imports orbax.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from sdpo_jax.errors import InputError
+
+
+def write_weights(path: Path, tree: Any) -> None:
+    """Writes a tree of arrays into the new folder `path`; returns when all is on disk.
+
+    Raises InputError where the disk refuses (full, read-only, over quota).
+    """
+    check_room(Path(path).parent, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(Path(path).absolute(), tree)
+    except (ValueError, OSError) as error:  # tensorstore tells a full disk as a ValueError
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise InputError(
+            f"{path}: the weights cannot be written ({reason}): free space or choose another folder"
+        ) from error
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises InputError unless `needed` bytes can be written into `folder`.
+
+    Asked before Orbax writes, because it meets a full disk with a page of tracebacks. Reserving
+    the space also finds quotas and file-size limits, which the free space does not tell.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"{folder}: found {free / 1e9:.2f} GB free, expected {needed / 1e9:.2f} GB: free space "
+            "or choose another folder"
+        )
+    if needed == 0 or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, needed)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: {error.strerror} on reserving {needed / 1e9:.2f} GB: free space or choose "
+            "another folder"
+        ) from error
+
+
+def read_weights(path: Path, abstract_tree: Any) -> Any:
+    """Reads a tree of arrays straight onto the devices of `abstract_tree`'s shardings.
+
+    Args:
+      path: what `write_weights` wrote.
+      abstract_tree: `jax.ShapeDtypeStruct`s with the stored shape and dtype, and a sharding.
+
+    Raises:
+      InputError: the folder is broken, or an array's name, shape or dtype is not the expected one
+        (Orbax itself would cast in silence).
+    """
+    path = Path(path).absolute()
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            stored = checkpointer.metadata(path).item_metadata
+            problem = "found unreadable weights"
+            if stored is not None and not (problem := _difference(stored.tree, abstract_tree)):
+                return checkpointer.restore(path, abstract_tree)
+        except (ValueError, OSError, KeyError) as error:
+            reason = str(error).strip().splitlines() or [repr(error)]
+            problem = f"found unreadable weights ({reason[0]})"
+    raise InputError(f"{path}: {problem}: convert the model again into a new folder")
+
+
+def _difference(stored: Any, expected: Any) -> str:
+    def described(tree: Any) -> dict[str, str]:
+        return {
+            jax.tree_util.keystr(key, simple=True, separator="/"):
+                f"{jax.numpy.dtype(leaf.dtype).name}{list(leaf.shape)}"
+            for key, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }  # fmt: skip
+
+    found, wanted = described(stored), described(expected)
+    return "; ".join(
+        f"{name} is {found.get(name, 'missing')}, expected {wanted.get(name, 'nothing')}"
+        for name in sorted(found | wanted)
+        if found.get(name) != wanted.get(name)
+    )
+
+
+class CheckpointGone(Exception):
+    """The step was there when it was listed and could not be read: deleted, or being deleted."""
+
+
+class Checkpoints:
+    """The checkpoints of one stage: the two latest and the best by validation loss are kept.
+
+    Args:
+      directory: workdir/<stage>.
+      read_only: for a reader beside the trainer: nothing is written, created or cleaned up.
+    """
+
+    def __init__(self, directory: Path, read_only: bool = False):
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: -metrics["loss"], n=1,
+            keep_checkpoints_without_metrics=False,
+        )  # fmt: skip
+        # Without a best_fn Orbax neither writes nor reads metrics, whatever the policy says.
+        options = ocp.CheckpointManagerOptions(
+            best_fn=lambda metrics: metrics["loss"],
+            best_mode="min",
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+        )
+        self._manager = ocp.CheckpointManager(
+            Path(directory).absolute(),
+            options=options,
+            item_handlers={
+                "lora": ocp.StandardCheckpointHandler(),
+                "optimizer": ocp.StandardCheckpointHandler(),
+                "position": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def reload(self) -> None:
+        self._manager.reload()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def losses(self) -> dict[int, float]:
+        """Validation loss of the steps that were saved with one."""
+        return {
+            step: metrics["loss"]
+            for step in self.steps()
+            if (metrics := self._manager.metrics(step)) is not None
+        }
+
+    def best_step(self) -> int | None:
+        """The step with the lowest validation loss, else the latest; None if there is none."""
+        losses, steps = self.losses(), self.steps()
+        return min(losses, key=losses.__getitem__) if losses else steps[-1] if steps else None
+
+    def save(self, state: Any, position: dict[str, Any], loss: float | None = None) -> None:
+        """Starts writing a step in the background; a step that is there already is left alone."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                lora=ocp.args.StandardSave(state.lora),
+                optimizer=ocp.args.StandardSave(state.opt_state),
+                position=ocp.args.JsonSave(position | {"step": step}),
+            ),
+            metrics=None if loss is None else {"loss": loss},
+        )
+
+    def restore(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
+        """The state saved at `step`, shaped and placed as `state`, and what was saved beside it."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        items = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                lora=ocp.args.StandardRestore(abstract.lora),
+                optimizer=ocp.args.StandardRestore(abstract.opt_state),
+                position=ocp.args.JsonRestore(),
+            ),
+        )
+        count = jax.device_put(jax.numpy.int32(items.position["step"]), state.step.sharding)
+        return type(state)(count, items.lora, items.optimizer), items.position
+
+    def restore_lora(self, step: int, lora: Any) -> Any:
+        """Only the adapter of `step`. Raises CheckpointGone if it vanished meanwhile."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, lora)
+        args = ocp.args.Composite(lora=ocp.args.StandardRestore(abstract))
+        try:
+            return self._manager.restore(step, args=args).lora
+        except (OSError, KeyError, ValueError) as error:
+            raise CheckpointGone(f"{self._manager.directory}/{step}: {error}") from error
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()

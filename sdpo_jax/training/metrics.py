@@ -1,0 +1,50 @@
+"""Where a run writes its curves: metrics.jsonl and TensorBoard events, under TRL's names."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that a killed run left unfinished is dropped."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and TensorBoard.
+
+    Args:
+      folder: workdir/metrics.
+      stage: prefix of the TensorBoard names and key of the lines.
+      step: the step the stage goes on from; lines of the stage past it are dropped, since they
+        will be written again.
+    """
+
+    def __init__(self, folder: Path, stage: str, step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._stage = stage
+        self._path = folder / "metrics.jsonl"
+        kept = [m for m in read_metrics(folder) if m["stage"] != stage or m["step"] <= step]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, self._path)
+        self._board = SummaryWriter(str(folder / stage), purge_step=step + 1)
+
+    def write(self, step: int, examples: int, values: Mapping[str, float]) -> None:
+        line = {"stage": self._stage, "step": step, "examples": examples, "time": time.time()}
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line | {k: round(float(v), 6) for k, v in values.items()}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(f"{self._stage}/{name}", value, step)
+
+    def close(self) -> None:
+        self._board.close()

@@ -1,0 +1,45 @@
+"""The reference's log-probs: computed once per (example, candidate) and kept on disk.
+
+The reference is the same graph with the adapter that SFT left, so no second model is in memory
+and no reference pass is in the step.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sdpo_jax.data.tokens import Example
+
+
+def fingerprint(base: str, lora: Any, examples: Sequence[Example], settings: Mapping) -> str:
+    """SHA-256 over base, adapter, tokens and the settings that change log-probs."""
+    digest = hashlib.sha256(json.dumps([base, dict(settings)], sort_keys=True).encode())
+    for leaf in jax.tree.leaves(lora):
+        digest.update(np.asarray(leaf).tobytes())
+    for example in examples:
+        for ids in (example.prompt, *example.answers):
+            digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+    return digest.hexdigest()
+
+
+def read_reference(path: Path, expected: str) -> np.ndarray | None:
+    """The stored `logp_NC`, or None if there is none or its fingerprint differs."""
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as stored:
+        return stored["logp_NC"] if str(stored["fingerprint"]) == expected else None
+
+
+def write_reference(path: Path, logp_NC: np.ndarray, key: str) -> None:
+    """Writes float32 log-probs with their fingerprint, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        np.savez(file, logp_NC=logp_NC.astype(np.float32), fingerprint=np.array(key))
+    os.replace(partial, path)

@@ -1,0 +1,106 @@
+"""One workdir is one run: its config, what it was made from, and which stages are finished."""
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from sdpo_jax.errors import InputError
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def open_run(workdir: Path, config: dict[str, Any], fingerprints: dict[str, str]) -> None:
+    """Starts a run in `workdir`, or checks that what is there is this very run.
+
+    Raises:
+      InputError: the workdir holds a run with another config, data set or model, naming the keys.
+    """
+    path = workdir / "config.json"
+    config = json.loads(json.dumps(config))  # tuples become lists, as they are when read back
+    if not path.exists():
+        if workdir.exists() and any(workdir.iterdir()):
+            raise InputError(
+                f"{workdir}: not empty and without config.json, so not a run: choose another "
+                "--workdir"
+            )
+        versions = {name: version(name) for name in PACKAGES}
+        content = {"config": config, "fingerprints": fingerprints, "versions": versions}
+        try:
+            write_json(path, content)
+        except OSError as error:
+            raise InputError(f"{workdir}: {error.strerror}: choose another --workdir") from error
+        return
+    stored = _read(path)
+    before = _flat(stored["config"]) | _flat(stored["fingerprints"], "fingerprint of ")
+    now = _flat(config) | _flat(fingerprints, "fingerprint of ")
+    changed = [
+        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(before | now)
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise InputError(
+            f"{workdir}: holds a run with another config ({'; '.join(changed)}): give the old "
+            "values to go on, or another --workdir to start anew"
+        )
+
+
+def read_run(workdir: Path) -> SimpleNamespace:
+    """`.path`, `.config` (attributes all the way down) and `.fingerprints` of a run.
+
+    Raises InputError when `workdir` holds no run.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise InputError(
+            f"{workdir}: found no config.json, expected a run: start one with python -m "
+            "sdpo_jax.train --config=configs/quickstart.py --workdir=DIR"
+        )
+    stored = _read(path)
+    return SimpleNamespace(
+        path=Path(workdir), config=_namespace(stored["config"]), fingerprints=stored["fingerprints"]
+    )
+
+
+def stage_result(workdir: Path, stage: str) -> dict[str, Any] | None:
+    """What a finished stage left (steps, best_step, validation_loss, seconds …), else None."""
+    path = Path(workdir) / "stages" / f"{stage}.json"
+    return _read(path) if path.exists() else None
+
+
+def write_stage_result(workdir: Path, stage: str, result: dict[str, Any]) -> None:
+    write_json(workdir / "stages" / f"{stage}.json", result)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}): restore it or choose another --workdir") from error
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _namespace(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return SimpleNamespace(**{key: _namespace(value) for key, value in tree.items()})
+    return tree

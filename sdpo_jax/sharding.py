@@ -62,7 +62,9 @@ def placement(mesh: Mesh):
         shape = variable.shape
         letters = variable.letters.rjust(len(shape), "L")
         axes = [RULES.get(letter) for letter in letters]
-        fits = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True)]
+        fits = [
+            a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True)
+        ]
         return NamedSharding(mesh, PartitionSpec(*fits))
 
     return place

@@ -26,12 +26,16 @@ from sdpo_jax.runtime import set_up_jax
 from sdpo_jax.training.stage import Inference, Interrupted, Stage, StopSignal
 
 STAGES = ("sft", "sdpo")
+DTYPES = ("float32", "bfloat16")
 
 
-def train(config, run: Path) -> None:
-    """All stages of `config` in the folder `run`. Raises Interrupted after a signal."""
+def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
+    """All stages of `config` in the folder `run`.
+
+    `experiment` is the config file's name, for messages. Raises Interrupted after a signal.
+    """
     check(config)
-    stop = StopSignal()
+    check_folders(config, experiment)
     set_up_jax(config.dtype)
     mesh = sharding.make_mesh(**config.mesh)
     check_batch(config, sharding.data_shards(mesh))
@@ -47,15 +51,18 @@ def train(config, run: Path) -> None:
         config.model, lora_config, dtype=config.dtype, remat=config.remat, seed=config.seed,
         shardings=sharding.placement(mesh),
     )  # fmt: skip
-    fingerprints = {"dataset": dataset.meta["fingerprint"], "model": model.meta["sha256"]}
-    workdir.open_run(run, config.to_dict(), fingerprints)
-
     encoder = Encoder(dataset, model.tokenizer, templates, config.seed, config.max_length)
     inference = Inference(model, config.batch_layout, mesh, config.microbatch)
+    stages = [
+        Stage(name, config, run, model, encoder, mesh, inference, stop) for name in config.stages
+    ]
+
+    # All that can be refused has been: from here on files are written.
+    fingerprints = {"dataset": dataset.meta["fingerprint"], "model": model.meta["sha256"]}
+    workdir.open_run(run, config.to_dict(), fingerprints)
     announce(config, run, model, encoder)
     lora = model.lora
-    for name in config.stages:
-        stage = Stage(name, config, run, model, encoder, mesh, inference, stop)
+    for stage in stages:
         lora = stage.run(lora)
     print(
         f"next: python -m sdpo_jax.evaluate --workdir={run} --decoder=greedy,score\n"
@@ -65,11 +72,13 @@ def train(config, run: Path) -> None:
 
 def check(config) -> None:
     """Refuses wrong values before anything is read or written."""
-    for key, known in (("batch_layout", LAYOUTS), ("remat", REMAT), ("dtype", ("float32", "bfloat16"))):
+    for key, known in (
+        ("batch_layout", LAYOUTS),
+        ("remat", REMAT),
+        ("dtype", ("float32", "bfloat16")),
+    ):
         if config[key] not in known:
-            raise InputError(
-                f"config.{key} is {config[key]!r}, expected one of {', '.join(known)}"
-            )
+            raise InputError(f"config.{key} is {config[key]!r}, expected one of {', '.join(known)}")
     for key, known in (("stages", STAGES), ("lora.targets", PROJECTIONS)):
         value = list(config.lora.targets if key == "lora.targets" else config[key])
         if not value or set(value) - set(known) or value != sorted(set(value), key=known.index):
@@ -88,16 +97,21 @@ def check(config) -> None:
     for key in ("warmup", "lora.dropout"):
         if not 0 <= value_of(config, key) < 1:
             raise InputError(f"config.{key} is {value_of(config, key)}, expected 0 <= it < 1")
+
+
+def check_folders(config, experiment: str) -> None:
+    """Says in one line which commands make what is missing."""
+    name = experiment if experiment in ("lastfm", "movielens") else "NAME"
+    prepare = f"python -m sdpo_jax.prepare --dataset={name} --source=PATH --output={config.dataset}"
+    convert = f"python -m sdpo_jax.convert --model=PATH --output={config.model}"
     missing = [
         f"`{command}`"
-        for folder, file, command in (
-            (config.dataset, "dataset.json",
-             f"python -m sdpo_jax.prepare --dataset=NAME --source=PATH --output={config.dataset}"),
-            (config.model, "model.json",
-             f"python -m sdpo_jax.convert --model=PATH --output={config.model}"),
+        for file, command in (
+            (Path(config.dataset, "dataset.json"), prepare),
+            (Path(config.model, "model.json"), convert),
         )
-        if not (Path(folder) / file).is_file()
-    ]  # fmt: skip
+        if not file.is_file()
+    ]
     if missing:
         raise InputError(f"nothing to train on yet: first run {' and '.join(missing)}")
 
@@ -151,10 +165,11 @@ def announce(config, run: Path, model, encoder: Encoder) -> None:
 
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
-    stem = Path(config_flags.get_config_filename(args["config"])).stem
-    run = Path(args.workdir or f"runs/{stem.partition(':')[0]}/run")
+    name = Path(config_flags.get_config_filename(args["config"])).name
+    experiment = name.partition(".py")[0]
+    run = Path(args.workdir or f"runs/{experiment}/run")
     try:
-        train(args.config, run)
+        train(args.config, run, StopSignal(), experiment)
     except Interrupted:
         print(f"stopped; all that was done is in {run}: the same command goes on from there")
 

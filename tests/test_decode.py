@@ -45,14 +45,14 @@ def prompts():
 
 
 @functools.cache
-def compiled(function, *constants):
+def compiled(function):
     if function is padded_logp:
         return jax.jit(functools.partial(function, MODEL))
-    return jax.jit(lambda b, *a: function(MODEL, decode.prefill(MODEL, b), *a, *constants))
+    return jax.jit(lambda b, *a: function(MODEL, decode.prefill(MODEL, b), *a))
 
 
-def greedy(batch, eos, steps):
-    return np.asarray(compiled(decode.greedy, eos, steps)(batch)).tolist()
+def greedy(batch, eos=EOS):
+    return np.asarray(compiled(decode.greedy)(batch, eos)).tolist()
 
 
 def trie(batch):
@@ -77,12 +77,12 @@ def all_logits(tokens_1T):
 
 def next_logits(tokens):
     """Logits after `tokens`, from a forward pass over all of them."""
-    padded = np.zeros((1, 20), np.int32)
+    padded = np.zeros((1, 32), np.int32)
     padded[0, : len(tokens)] = tokens
     return np.asarray(all_logits(padded)[len(tokens) - 1])
 
 
-def slow_greedy(prompt, steps):
+def slow_greedy(prompt, steps=20):
     tokens = []
     while len(tokens) < steps and EOS not in tokens:
         tokens.append(int(next_logits([*prompt, *tokens]).argmax()))
@@ -99,19 +99,19 @@ def slow_trie(prompt):
 
 
 def test_cached_greedy_equals_full_forward_passes(prompts):
-    expected = [slow_greedy(prompt, 8) for prompt in prompts]
-    assert greedy(make_batch(prompts), EOS, 8) == expected
+    expected = [slow_greedy(prompt) for prompt in prompts]
+    assert greedy(make_batch(prompts)) == expected
     assert len({tuple(row) for row in expected}) > 2, "the model answers every prompt alike"
 
 
 def test_greedy_stops_at_eos(prompts):
     """Whatever the model says first is declared the EOS: nothing may follow it."""
     first = int(next_logits(prompts[0]).argmax())
-    assert greedy(make_batch(prompts[:1]), first, 5) == [[first] * 5]
+    assert greedy(make_batch(prompts), first)[0] == [first] * 20
 
 
 def test_greedy_ends_after_twenty_tokens(prompts):
-    tokens = greedy(make_batch(prompts), V + 1, decode.MAX_NEW_TOKENS)  # an EOS that never comes
+    tokens = greedy(make_batch(prompts), V + 1)  # an EOS that never comes
     assert {len(row) for row in tokens} == {20} and max(map(max, tokens)) < V
 
 
@@ -137,8 +137,8 @@ def test_scores_from_the_cache_equal_those_of_full_rows(prompts, answers):
 
 def test_the_batch_and_its_padding_do_not_matter(prompts):
     together = make_batch(prompts)
-    tokens, logp_BC = greedy(together, EOS, 8), score(together)
+    tokens, logp_BC = greedy(together), score(together)
     for i, prompt in enumerate(prompts):
         alone = make_batch([prompt], P=P + 4)
-        assert greedy(alone, EOS, 8) == [tokens[i]]
+        assert greedy(alone) == [tokens[i]]
         np.testing.assert_allclose(score(alone)[0], logp_BC[i], rtol=1e-5)

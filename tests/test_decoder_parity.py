@@ -44,8 +44,8 @@ def test_logits_equal_transformers_padded_and_not(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    folder = cache_folder() / f"{DEFAULT_MODEL['package']}-{DEFAULT_MODEL['version']}"
-    path = folder / DEFAULT_MODEL["member"].split("/")[-1]
+    package, version, _, member = DEFAULT_MODEL
+    path = cache_folder() / f"{package}-{version}" / member.split("/")[-1]
     if not path.is_file():
         pytest.skip(f"{path.name} is not in the cache: `make setup` fetches it")
     return open_gguf(path)

@@ -54,10 +54,12 @@ def collate(examples: Sequence[Example], shape: Shape) -> dict[str, np.ndarray]:
 def choose_shapes(batches: Sequence[Sequence[Example]], limit: int = MAX_SHAPES) -> list[Shape]:
     """The shape of each batch, at most `limit` distinct ones, by cutting the sorted batches."""
     A = max(len(a) for examples in batches for e in examples for a in e.answers)
-    needs = np.array([
-        (max(len(e.prompt) for e in examples), max(e.packed for e in examples))
-        for examples in batches
-    ])
+    needs = np.array(
+        [
+            (max(len(e.prompt) for e in examples), max(e.packed for e in examples))
+            for examples in batches
+        ]
+    )
     shapes: list[Shape] = [Shape(0, 0, 0)] * len(batches)
     for part in np.array_split(np.lexsort(needs.T[::-1]), min(limit, len(batches))):
         P, S = needs[part].max(0)

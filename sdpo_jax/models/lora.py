@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -104,7 +105,9 @@ class Linear(nnx.Module):
         if self.adapted:
             bound = 1 / math.sqrt(size_in)  # PEFT: kaiming_uniform(a=sqrt(5)) for A, zeros for B
             self.a = nnx.LoRAParam(
-                jax.random.uniform(rngs.params(), (size_in, lora.rank), minval=-bound, maxval=bound),
+                jax.random.uniform(
+                    rngs.params(), (size_in, lora.rank), minval=-bound, maxval=bound
+                ),
                 letters=letters[0] + "R",
             )
             self.b = nnx.LoRAParam(jnp.zeros((lora.rank, size_out)), letters="R" + letters[1])
@@ -125,4 +128,4 @@ class Linear(nnx.Module):
             self.a[...],
             self.scale * self.b[...],
         )
-        return y.reshape(*x.shape[:-1], -1)
+        return checkpoint_name(y.reshape(*x.shape[:-1], -1), "product")

@@ -75,8 +75,9 @@ class PackedAnswers:
         first_BC = jnp.take_along_axis(first_BV, answers_BCA[:, :, 0], -1)
         first_BC -= jax.nn.logsumexp(first_BV, -1, keepdims=True)
         rest_BS = jnp.where(self.valid_BS, _target_logp(rest_BSV, self.targets_BS), 0.0)
-        owner_BSC = jax.nn.one_hot(self.candidate_BS, C, dtype=rest_BS.dtype)
-        return first_BC + jnp.einsum("bs,bsc->bc", rest_BS, owner_BSC)
+        # A sum, not a product with a one-hot: accelerators round the operands of products.
+        owned_BSC = self.candidate_BS[..., None] == jnp.arange(C)
+        return first_BC + jnp.where(owned_BSC, rest_BS[..., None], 0.0).sum(1)
 
 
 def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_key=None) -> jax.Array:

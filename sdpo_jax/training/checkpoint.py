@@ -151,10 +151,15 @@ class Checkpoints:
         return min(losses, key=losses.__getitem__) if losses else steps[-1] if steps else None
 
     def save(self, state: Any, position: dict[str, Any], loss: float | None = None) -> None:
-        """Starts writing a step in the background; a step that is there already is left alone."""
+        """Starts writing a step in the background.
+
+        A step that is there already is left alone, unless it lacks the loss that is given now.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
-            return
+            if loss is None or step in self.losses():
+                return
+            self._manager.delete(step)
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -187,6 +192,11 @@ class Checkpoints:
             return self._manager.restore(step, args=args).lora
         except (OSError, KeyError, ValueError) as error:
             raise CheckpointGone(f"{self._manager.directory}/{step}: {error}") from error
+
+    def restore_raw(self, step: int) -> Any:
+        """The adapter of `step` as host arrays in nested dicts, for a reader without the model."""
+        args = ocp.args.Composite(lora=ocp.args.StandardRestore())
+        return self._manager.restore(step, args=args).lora
 
     def wait(self) -> None:
         """Returns when all that was saved is on disk."""

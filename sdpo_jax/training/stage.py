@@ -7,14 +7,13 @@ reference's log-probs.
 import functools
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 from sdpo_jax import sharding
 from sdpo_jax.data import loader
@@ -22,15 +21,20 @@ from sdpo_jax.data.tokens import Encoder, Example, training_items
 from sdpo_jax.errors import InputError
 from sdpo_jax.training import reference
 from sdpo_jax.training.checkpoint import Checkpoints
-from sdpo_jax.training.metrics import MetricsWriter
 from sdpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from sdpo_jax.training.progress import Progress, progress_bar
 from sdpo_jax.training.step import (
-    Objective, init_state, make_logp, make_train_step, sdpo_objective, sft_objective,
+    Objective,
+    init_state,
+    make_logp,
+    make_train_step,
+    sdpo_objective,
+    sft_objective,
     state_shardings,
 )  # fmt: skip
 from sdpo_jax.workdir import stage_result, write_stage_result
 
-COMPILATION_IN_STEPS = 30  # roughly what a compilation costs; short runs use fewer shapes
+COMPILATION_IN_STEPS = 8  # roughly what a compilation costs; short runs use fewer shapes
 
 
 class Interrupted(Exception):
@@ -133,7 +137,7 @@ class Stage:
     def references(self, lora) -> tuple[dict[int, dict], dict]:
         """Per train row, and for the validation set, the arrays that the objective needs."""
         if self.name == "sft":
-            return dict.fromkeys(self.train_examples, {}), {}
+            return {row: {} for row in self.train_examples}, {}
         settings = {k: getattr(self.config, k) for k in ("dtype", "batch_layout", "microbatch")}
         found = []
         for part, examples in (("train", list(self.train_examples.values())),
@@ -169,130 +173,100 @@ class Stage:
             yield {k: x.reshape(count, size // count, *x.shape[1:]) for k, x in batch.items()}
 
     def validate(self, lora, references: dict) -> dict[str, float]:
-        """Means over the validation windows."""
+        """Means over the validation windows, and their number."""
         examples = self.validation_examples
         logp_BC = self.inference.logp(lora, examples, self.stop)
         shape = loader.choose_shapes([examples])[0]
         loss_B, metrics = self.objective()(logp_BC, loader.collate(examples, shape) | references)
         values = {"loss": loss_B, **metrics}
-        means = {f"validation/{name}": float(np.mean(value)) for name, value in values.items()}
-        return means | {"validation/windows": len(examples)}
+        means = {name: float(np.mean(value)) for name, value in values.items()}
+        return means | {"windows": len(examples)}
 
     def run(self, lora: nnx.State) -> nnx.State:
-        """Trains unless the stage is finished already; returns its best adapter."""
+        """Trains from `lora` unless the stage is finished; returns its best adapter."""
         result = stage_result(self.workdir, self.name)
         if result is None:
-            lora, result = self.train(lora)
+            result = self.train(lora)
             write_stage_result(self.workdir, self.name, result)
-        else:
-            checkpoints = Checkpoints(self.workdir / self.name, read_only=True)
-            lora = checkpoints.restore_lora(result["best_step"], lora)
-            checkpoints.close()
+        checkpoints = Checkpoints(self.workdir / self.name)
+        lora = checkpoints.restore_lora(result["best_step"], lora)
+        checkpoints.close()
         print(
             f"{self.name}: {result['steps']} steps in {result['seconds']:.0f} s, validation loss "
             f"{result['validation_loss']:.4f} at step {result['best_step']} (the best)"
         )
         return lora
 
-    def train(self, lora: nnx.State) -> tuple[nnx.State, dict[str, Any]]:
+    def train(self, lora: nnx.State) -> dict[str, Any]:
         """Runs from the latest checkpoint, or from `lora`, to the stage's last step.
 
-        Returns the adapter with the lowest validation loss and the stage's result. Raises
-        Interrupted after a signal, with the state saved.
+        Raises Interrupted after a signal, with the state saved.
         """
         c, started = self.config, time.time()
         train_references, validation_references = self.references(lora)
-        of_stage = c[self.name]
+        learning_rate = c[self.name].learning_rate
         optimizer = make_optimizer(
-            of_stage.learning_rate, self.steps,
-            warmup=c.warmup, clip=c.clip, weight_decay=c.weight_decay,
-        )  # fmt: skip
+            learning_rate, self.steps, warmup=c.warmup, clip=c.clip, weight_decay=c.weight_decay
+        )
+        step = self.compiled_step(lora, optimizer)
         state = init_state(lora, optimizer, self.mesh)
+        before = 0.0
         checkpoints = Checkpoints(self.workdir / self.name)
-        position = {"stage": self.name, "seconds": 0.0}
         if saved := checkpoints.steps():
             state, position = checkpoints.restore(saved[-1], state)
+            before = position["seconds"]
         first = int(state.step)
-        key = jax.random.key(c.seed) if c.lora.dropout > 0 else None
-        logp = make_logp(self.model.graphdef, c.batch_layout)
-        step = make_train_step(
-            logp, self.objective(), optimizer,
-            state_shardings(lora, optimizer, self.mesh), self.mesh, key,
+        progress = Progress(
+            self.workdir / "metrics", self.name, first, self.steps, c.batch_size, c.log_every,
+            learning_rate_schedule(learning_rate, self.steps, c.warmup),
         )  # fmt: skip
-        writer = MetricsWriter(self.workdir / "metrics", self.name, first)
-        schedule = learning_rate_schedule(of_stage.learning_rate, self.steps, c.warmup)
 
-        def seconds() -> float:
-            return position["seconds"] + time.time() - started
+        def save(loss: float | None = None) -> None:
+            checkpoints.save(state, {"seconds": before + time.time() - started}, loss)
 
-        def save(loss=None):
-            checkpoints.save(state, {"stage": self.name, "seconds": seconds()}, loss)
+        def validate_and_save() -> None:
+            try:
+                values = self.validate(state.lora, validation_references)
+            except Interrupted:
+                save()  # the next run validates this step first
+                raise
+            progress.validation(values)
+            save(values["loss"])
 
-        def validate(done: int) -> float:
-            values = self.validate(state.lora, validation_references)
-            writer.write(done, done * c.batch_size, values)
-            tqdm.write(f"{self.name} {done}/{self.steps} " + summary(values, "validation/"))
-            return values["validation/loss"]
-
-        if first == 0:
-            save(validate(0))
-        bar = tqdm(total=self.steps * c.batch_size, initial=first * c.batch_size, unit="ex",
-                   desc=self.name, mininterval=1, smoothing=0.1)  # fmt: skip
         placed = sharding.batch_sharding(self.mesh, leading=1)
-        pending: list[dict[str, jax.Array]] = []
-        for done, batch in enumerate(self.batches(train_references, first), first + 1):
-            state, metrics = step(state, self.model.base, put(batch, placed))
-            pending.append(metrics)
-            if len(pending) > 1:
-                # One step stays queued, so the device never waits and the bar tells the truth.
-                jax.block_until_ready(pending[-2])
-            bar.update(c.batch_size)
-            if done % c.log_every == 0 or done == self.steps:
-                values = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(pending))
-                pending = []
-                values["learning_rate"] = float(schedule(done - 1))
-                values["examples_per_second"] = bar.format_dict["rate"] or 0.0
-                writer.write(done, done * c.batch_size, values)
-                bar.set_postfix_str(summary(values), refresh=False)
-            if done == self.steps or done % c.eval_every == 0:
-                save(validate(done))
-            elif self.stop.received or done % c.checkpoint_every == 0:
-                save()
-            if self.stop.received and done < self.steps:
-                checkpoints.wait()
-                raise Interrupted
-        bar.close()
-        writer.close()
-        checkpoints.wait()
-        best = checkpoints.best_step()
-        result = {
-            "stage": self.name, "steps": self.steps, "best_step": best,
-            "validation_loss": checkpoints.losses()[best], "examples": len(self.order),
-            "seconds": round(seconds(), 1),
-        }  # fmt: skip
-        lora = checkpoints.restore_lora(best, lora)
-        checkpoints.close()
-        return lora, result
+        try:
+            if first % c.eval_every == 0 and first not in checkpoints.losses():
+                validate_and_save()
+            for done, batch in enumerate(self.batches(train_references, first), first + 1):
+                state, metrics = step(state, self.model.base, put(batch, placed))
+                progress.step(metrics)
+                if done == self.steps or done % c.eval_every == 0:
+                    validate_and_save()
+                elif self.stop.received or done % c.checkpoint_every == 0:
+                    save()
+                if done < self.steps:
+                    self.stop.check()
+            checkpoints.wait()
+            losses, best = checkpoints.losses(), checkpoints.best_step()
+        finally:
+            progress.close()
+            checkpoints.close()
+        return {
+            "stage": self.name,
+            "steps": self.steps,
+            "best_step": best,
+            "validation_loss": losses[best],
+            "examples": len(self.order),
+            "seconds": round(before + time.time() - started, 1),
+        }
 
-
-def progress_bar(name: str, total: int, batch_size: int) -> Callable:
-    """An iterator wrapper that shows examples, rate and ETA."""
-
-    def wrap(batches):
-        with tqdm(total=total, unit="ex", desc=name, mininterval=1) as bar:
-            for batch in batches:
-                yield batch
-                bar.update(min(batch_size, total - bar.n))
-
-    return wrap
-
-
-def summary(values: dict[str, float], prefix: str = "") -> str:
-    """`loss 1.386 margin +0.01 accuracy 0.25`, of what is there."""
-    names = {"loss": "loss", "loss_per_token": "per token", "rewards/margins": "margin",
-             "rewards/accuracies": "accuracy"}  # fmt: skip
-    return " ".join(
-        f"{short} {values[prefix + name]:.4f}"
-        for name, short in names.items()
-        if prefix + name in values
-    )
+    def compiled_step(self, lora: nnx.State, optimizer):
+        c = self.config
+        return make_train_step(
+            make_logp(self.model.graphdef, c.batch_layout),
+            self.objective(),
+            optimizer,
+            state_shardings(lora, optimizer, self.mesh),
+            self.mesh,
+            jax.random.key(c.seed) if c.lora.dropout > 0 else None,
+        )

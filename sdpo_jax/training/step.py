@@ -84,7 +84,9 @@ def make_train_step(logp, objective: Objective, optimizer: optax.GradientTransfo
 
         def accumulate(total, scanned):
             index, batch = scanned
-            return jax.tree.map(jnp.add, total, microbatch_gradient(state, base, batch, index)), None
+            return jax.tree.map(
+                jnp.add, total, microbatch_gradient(state, base, batch, index)
+            ), None
 
         first = jax.tree.map(lambda x: x[0], batches)
         zeros = jax.tree.map(

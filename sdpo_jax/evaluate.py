@@ -1,0 +1,208 @@
+"""Evaluates checkpoints of a run, in a process of its own.
+
+    python -m sdpo_jax.evaluate --workdir=runs/movielens/run --decoder=greedy,score
+    python -m sdpo_jax.evaluate --workdir=runs/movielens/run --stage=base,sft,sdpo --split=test_all
+    python -m sdpo_jax.evaluate --workdir=runs/movielens/run --follow --split=val
+
+Decoders: `greedy` is the paper's metric (free generation of at most 20 tokens, valid iff exactly
+one candidate is a substring of it); `trie` generates among the candidates only; `score` ranks the
+candidates by log-probability. The prompts are run once for all decoders.
+
+Writes eval/<stage>-<step>-<decoder>.json and, beside it, the predictions as .jsonl. The name holds
+the split asked for last; another split that lay there gets its split's name at the end.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from absl import flags
+from tqdm import tqdm
+
+from sdpo_jax.errors import InputError, run_command
+from sdpo_jax.evaluation import results
+from sdpo_jax.evaluation.evaluator import Evaluator
+from sdpo_jax.evaluation.stages import adapter, choose_step, last_finished, steps
+from sdpo_jax.training.checkpoint import CheckpointGone
+from sdpo_jax.workdir import read_run, stage_result
+
+SPLITS = ("test", "val", "test_all", "val_all")
+
+
+def evaluate(
+    workdir: str | Path,
+    stages: Sequence[str] = (),
+    split: str = "test",
+    decoders: Sequence[str] = ("greedy",),
+    limit: int = 0,
+    step: int | None = None,
+    batch_size: int = 0,
+) -> list[dict[str, Any]]:
+    """Evaluates each stage at its best step, or at `step`; returns the summaries written.
+
+    `stages` defaults to the last finished one. Raises InputError for a workdir, stage, step,
+    split or decoder that is not there, before the model is loaded.
+    """
+    run = _open(workdir, stages, split, decoders)
+    stages = stages or [last_finished(run)]
+    if step is not None and len(stages) > 1:
+        raise InputError("--step: found several stages, expected one: give one --stage with it")
+    chosen = [(stage, choose_step(run, stage, step)) for stage in stages]
+    evaluator = Evaluator(run, split, limit, batch_size)
+    try:
+        return [
+            summary
+            for stage, step in chosen
+            for summary in _evaluate(run, evaluator, stage, step, decoders, limit)
+        ]
+    except CheckpointGone as error:
+        raise InputError(
+            f"{error}: found no readable checkpoint, expected one: was it deleted or is the run "
+            "still going? use --follow, or --step for another"
+        ) from error
+
+
+def follow(
+    workdir: str | Path,
+    stages: Sequence[str] = (),
+    split: str = "test",
+    decoders: Sequence[str] = ("greedy",),
+    limit: int = 0,
+    batch_size: int = 0,
+    poll_seconds: float = 5.0,
+) -> list[dict[str, Any]]:
+    """Evaluates every checkpoint of a run in progress once, until the run has ended.
+
+    Checkpoints are listed when they are complete. One that the trainer deletes before it is read
+    is skipped with a line. One that was evaluated before on the same windows is not read again.
+    """
+    run = _open(workdir, stages, split, decoders)
+    stages = stages or list(run.config.stages)
+    evaluator = Evaluator(run, split, limit, batch_size)
+    seen, written = set(), []
+    while True:
+        # Asked first, so that a checkpoint which comes between the two questions is not missed.
+        ended = stage_result(run.path, run.config.stages[-1]) is not None
+        listed = [(stage, step) for stage in stages for step in steps(run, stage)]
+        new = [key for key in listed if key not in seen]
+        for stage, step in new:
+            seen.add((stage, step))
+            if _done_before(run, evaluator, stage, step, decoders):
+                continue
+            try:
+                written += _evaluate(run, evaluator, stage, step, decoders, limit)
+            except CheckpointGone:
+                print(f"{stage} step {step}: deleted before it could be read, skipped", flush=True)
+        if ended and not new:
+            return written
+        if not new:
+            time.sleep(poll_seconds)
+
+
+def _open(
+    workdir: str | Path, stages: Sequence[str], split: str, decoders: Sequence[str]
+) -> SimpleNamespace:
+    run = read_run(Path(workdir))
+    for flag, values, known in (
+        ("stage", stages, ("base", *run.config.stages)),
+        ("decoder", decoders, results.DECODERS),
+        ("split", [split], SPLITS),
+    ):
+        for value in values or ([""] if flag == "decoder" else []):
+            if value not in known:
+                raise InputError(f"--{flag}: found {value!r}, expected {', '.join(known)}")
+    return run
+
+
+def _evaluate(
+    run: SimpleNamespace,
+    evaluator: Evaluator,
+    stage: str,
+    step: int,
+    decoders: Sequence[str],
+    limit: int,
+) -> list[dict[str, Any]]:
+    lora = adapter(run, stage, step, evaluator.model.lora)
+    n = len(evaluator.rows)
+    with tqdm(total=n, desc=f"{stage} step {step}", unit="window", mininterval=1) as bar:
+        predictions, seconds = evaluator.run(lora, decoders, bar.update)
+    summaries = []
+    for decoder in decoders:
+        summary = results.summarise(decoder, predictions[decoder])
+        summary |= {
+            "protocol": evaluator.dataset.meta.get("protocol"),
+            "split": evaluator.split,
+            "limit": limit,
+            "stage": stage,
+            "step": step,
+            "decoder": decoder,
+            "candidates": len(evaluator.windows[0].candidates),
+            "seconds": round(seconds[decoder], 2),
+            "seed": run.config.seed,
+            "dataset": run.config.dataset,
+            "dataset_fingerprint": run.fingerprints["dataset"],
+            "model": run.config.model,
+            "model_fingerprint": run.fingerprints["model"],
+            "dtype": run.config.dtype,
+        }
+        path = results.write_result(run.path / "eval", summary, predictions[decoder])
+        print(_line(summary, path), flush=True)
+        summaries.append(summary)
+    return summaries
+
+
+def _done_before(
+    run: SimpleNamespace, evaluator: Evaluator, stage: str, step: int, decoders: Sequence[str]
+) -> bool:
+    found = [results.find(run.path / "eval", stage, step, d, evaluator.split) for d in decoders]
+    return all(summary and summary["n"] == len(evaluator.rows) for summary in found)
+
+
+def _line(summary: dict[str, Any], path: Path) -> str:
+    low, high = summary["hit_ratio_at_1_ci95"]
+    ranking = ""
+    if "mrr" in summary:
+        ranking = (
+            f", HR@5 {summary['hit_ratio_at_5']:.4f}, NDCG@10 {summary['ndcg_at_10']:.4f}, "
+            f"MRR {summary['mrr']:.4f}"
+        )
+    return (
+        f"{summary['stage']} step {summary['step']}, {summary['decoder']}, {summary['split']}: "
+        f"HR@1 {summary['hit_ratio_at_1']:.4f} [{low:.4f}, {high:.4f}], valid "
+        f"{summary['valid_ratio']:.4f}{ranking}, n {summary['n']}, {summary['seconds']:.1f} s, "
+        f"{path}"
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    common = (args.workdir, args.stage, args.split, args.decoder, args.limit or 0)
+    if args.follow and args.step is not None:
+        raise InputError("--step: found it beside --follow, expected one of the two: drop one")
+    try:
+        if args.follow:
+            follow(*common, batch_size=args.batch_size or 0)
+        else:
+            evaluate(*common, step=args.step, batch_size=args.batch_size or 0)
+    except KeyboardInterrupt:
+        print(f"stopped; what was evaluated is in {args.workdir}/eval")
+        sys.exit(130)
+    print(f"next: python -m sdpo_jax.report --workdir={args.workdir}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+    flags.DEFINE_list("stage", [], "base, sft, sdpo or several, with commas; default: the last "
+                      "finished one, with --follow every stage of the run")  # fmt: skip
+    flags.DEFINE_enum("split", "test", SPLITS, "windows to evaluate on")
+    flags.DEFINE_list("decoder", ["greedy"], "greedy, trie, score or several, with commas")
+    flags.DEFINE_integer("limit", None, "this many windows, evenly spread over the split; "
+                         "default: all", lower_bound=1)  # fmt: skip
+    flags.DEFINE_integer("step", None, "checkpoint of the stage; default: the best", lower_bound=0)
+    flags.DEFINE_integer("batch_size", None, "windows at once; default: 8 on a CPU, 32 elsewhere",
+                         lower_bound=1)  # fmt: skip
+    flags.DEFINE_bool("follow", False, "evaluate the checkpoints of a run in progress as they come")
+    run_command(main)

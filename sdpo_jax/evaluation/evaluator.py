@@ -1,0 +1,186 @@
+"""A run's model, windows and compiled decoders, set up once for many adapters."""
+
+import collections
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from sdpo_jax import sharding
+from sdpo_jax.data import loader, prompts
+from sdpo_jax.data.prepared import SPLITS, Dataset, read_dataset
+from sdpo_jax.data.tokens import Encoder
+from sdpo_jax.errors import InputError
+from sdpo_jax.evaluation import decode, metrics
+from sdpo_jax.evaluation.results import Prediction
+from sdpo_jax.model_folder import load_model, read_meta
+from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.runtime import set_up_jax
+
+BATCHES_PER_SHAPE = 8  # fewer batches than this do not repay the compilation of a closer shape
+
+
+class Evaluator:
+    """Decodes windows of one split with any adapter of a run.
+
+    Args:
+      run: what `workdir.read_run` returns.
+      split: of the run's data set.
+      limit: number of windows, evenly spread over the split so that those of many users are
+        among them (users lie one after another); 0 or more than there are: all.
+      batch_size: windows at once, rounded up to a multiple of the data shards; 0: 8 on a CPU, 32
+        elsewhere. Results do not depend on it but for rounding.
+
+    Raises:
+      InputError: a missing or changed data set or model, a split that the data set has not.
+    """
+
+    def __init__(self, run: SimpleNamespace, split: str, limit: int = 0, batch_size: int = 0):
+        c = run.config
+        set_up_jax(c.dtype)
+        self.split, self.dataset = split, _read_split(run, split)
+        _same_model(run)
+        mesh = _mesh(c.mesh)
+        lora = LoraConfig(**vars(c.lora) | {"targets": tuple(c.lora.targets)})
+        self.model = load_model(
+            c.model, lora, dtype=c.dtype, seed=c.seed, shardings=sharding.placement(mesh)
+        )
+        templates = prompts.TEMPLATES[self.dataset.domain]
+        if c.prompt_file:
+            templates = prompts.read_templates(c.prompt_file)
+        self.windows = self.dataset.splits[split]
+        self.rows = loader.spread(len(self.windows), limit)
+        encoder = Encoder(self.dataset, self.model.tokenizer, templates, c.seed, c.max_length)
+        self.examples = encoder.examples(
+            split, self.rows, [self.windows[row].candidates for row in self.rows]
+        )
+        batch_size = batch_size or (8 if jax.default_backend() == "cpu" else 32)
+        self._batches = self._cut(loader.round_up(batch_size, sharding.data_shards(mesh)))
+        self._placed = sharding.batch_sharding(mesh)
+        self._prefill, self._decoders = self._compile()
+
+    def _cut(self, size: int) -> list[list[int]]:
+        """Batches of similar length; the last one is filled up with repeats."""
+        examples = self.examples
+        order = sorted(
+            range(len(examples)), key=lambda i: len(examples[i].prompt) + examples[i].packed
+        )
+        order += order[-1:] * (-len(order) % size)
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
+    def _compile(self):
+        graphdef, eos = self.model.graphdef, self.model.tokenizer.eos_token_id
+
+        def jitted(function: Callable) -> Callable:
+            return jax.jit(
+                lambda lora, base, *args: function(nnx.merge(graphdef, lora, base), *args)
+            )
+
+        decoders = {
+            "greedy": jitted(lambda decoder, prefix, batch: decode.greedy(decoder, prefix, eos)),
+            "trie": jitted(
+                lambda decoder, prefix, batch: decode.trie(decoder, prefix, batch["answers_BCA"])
+            ),
+            "score": jitted(decode.score),
+        }
+        return jitted(decode.prefill), decoders
+
+    def run(
+        self, lora: nnx.State, decoders: Sequence[str], advance: Callable[[int], Any] = int
+    ) -> tuple[dict[str, list[Prediction]], dict[str, float]]:
+        """Predictions of every decoder in order of rows, and its seconds.
+
+        The prompts are run once for all decoders; the seconds of each include them, and the
+        compilation where it was the first. `advance` hears how many windows were done.
+        """
+        found: dict[str, dict[int, Prediction]] = {name: {} for name in decoders}
+        seconds: dict[str, float] = collections.Counter()
+        examples = [[self.examples[i] for i in part] for part in self._batches]
+        shapes = max(1, min(loader.MAX_SHAPES, len(examples) // BATCHES_PER_SHAPE))
+        batches = loader.batches(examples, limit=shapes)
+        for part, batch in zip(self._batches, batches, strict=True):
+            batch = jax.device_put(batch, self._placed)
+            start = time.perf_counter()
+            prefix = jax.block_until_ready(self._prefill(lora, self.model.base, batch))
+            shared = time.perf_counter() - start
+            for name in decoders:
+                start = time.perf_counter()
+                out = jax.device_get(self._decoders[name](lora, self.model.base, prefix, batch))
+                seconds[name] += shared + time.perf_counter() - start
+                for i, value in zip(part, out, strict=True):
+                    found[name][i] = self._prediction(name, i, value)
+            advance(len(set(part)))
+        ordered = {name: [of[i] for i in range(len(self.rows))] for name, of in found.items()}
+        return ordered, dict(seconds)
+
+    def _prediction(self, decoder: str, i: int, value: np.ndarray) -> Prediction:
+        """Judges what a decoder gave for window i.
+
+        `trie` and `score` choose a candidate, so they are valid whatever its title contains.
+        """
+        window = self.windows[self.rows[i]]
+        titles = [self.dataset.titles[item] for item in window.candidates]
+        target = window.candidates.index(window.target)
+        record = {"row": self.rows[i], "user": window.user, "target": titles[target]}
+        if decoder == "score":
+            rank = metrics.target_rank(value.tolist(), target)
+            order = np.argsort(-value, kind="stable")
+            ranked = [[titles[c], round(float(value[c]), 4)] for c in order]
+            return record | {"ranked": ranked, "rank": rank, "valid": True, "hit": rank == 1}
+        if decoder == "trie":
+            chosen: int | None = int(value)
+            text = titles[chosen]
+        else:
+            text = self._text(value.tolist())
+            chosen = metrics.recommended(text, titles)
+        return record | {
+            "generation": text, "valid": chosen is not None, "hit": chosen == target
+        }  # fmt: skip
+
+    def _text(self, tokens: list[int]) -> str:
+        tokenizer = self.model.tokenizer
+        tokens = [*tokens, tokenizer.eos_token_id]
+        return tokenizer.decode(
+            tokens[: tokens.index(tokenizer.eos_token_id)],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,  # would change titles with spaces before marks
+        )
+
+
+def _read_split(run: SimpleNamespace, split: str) -> Dataset:
+    folder = Path(run.config.dataset)
+    known = [name for name in SPLITS if (folder / f"{name}.jsonl").exists()]
+    if known and split not in known:
+        raise InputError(
+            f"--split: found {split}, expected one that {folder} has: {', '.join(known)}"
+        )
+    dataset = read_dataset(folder, [split])
+    _same(run, "dataset", folder, dataset.meta["fingerprint"])
+    return dataset
+
+
+def _same_model(run: SimpleNamespace) -> None:
+    """Checked before gigabytes are read."""
+    _same(run, "model", Path(run.config.model), read_meta(Path(run.config.model))["sha256"])
+
+
+def _same(run: SimpleNamespace, kind: str, path: Path, found: str) -> None:
+    expected = run.fingerprints[kind]
+    if found != expected:
+        raise InputError(
+            f"{path}: found fingerprint {found[:12]}…, expected {expected[:12]}… as in "
+            f"{run.path}/config.json: put back the {kind} that the run was trained with"
+        )
+
+
+def _mesh(mesh: SimpleNamespace):
+    """All devices here, the model cut as in training where their number allows it."""
+    fsdp, tensor = max(mesh.fsdp, 1), max(mesh.tensor, 1)
+    if jax.device_count() % (fsdp * tensor):
+        fsdp = tensor = 1
+    return sharding.make_mesh(-1, fsdp, tensor)

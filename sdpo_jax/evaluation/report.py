@@ -1,0 +1,194 @@
+"""The table of a run's evaluations, the comparison of its stages, and what to read them against."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from sdpo_jax.errors import InputError
+from sdpo_jax.evaluation import metrics
+from sdpo_jax.evaluation.results import DECODERS, read_predictions, read_results
+from sdpo_jax.training.metrics import read_metrics
+from sdpo_jax.workdir import stage_result
+
+NAMES = {"base": "base", "sft": "SFT", "sdpo": "S-DPO"}
+# Of the score decoder: column, key of the summary, metric of a rank.
+RANKING: tuple[tuple[str, str, Callable[[int], float]], ...] = (
+    ("HR@5", "hit_ratio_at_5", functools.partial(metrics.hit_at, 5)),
+    ("NDCG@10", "ndcg_at_10", functools.partial(metrics.ndcg_at, 10)),
+    ("MRR", "mrr", metrics.reciprocal_rank),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One stage at one step: its summaries by decoder."""
+
+    stage: str
+    step: int
+    by_decoder: dict[str, dict[str, Any]]
+
+
+def choose_rows(run: SimpleNamespace, split: str | None = None) -> tuple[str, list[Row]]:
+    """The split and one row a stage: at its best step if evaluated, else the last one that was.
+
+    `split` defaults to the one evaluated last. Raises InputError when nothing is evaluated.
+    """
+    found = read_results(run.path / "eval")
+    if not found:
+        raise InputError(
+            f"{run.path}/eval: found no evaluation, expected one: run python -m "
+            f"sdpo_jax.evaluate --workdir={run.path} --stage=base,sft,sdpo --decoder=greedy,score"
+        )
+    split = split or found[-1]["split"]
+    kept = [summary for summary in found if summary["split"] == split]
+    if not kept:
+        known = sorted({summary["split"] for summary in found})
+        raise InputError(
+            f"--split: found {split}, expected one that was evaluated: {', '.join(known)}"
+        )
+    rows = []
+    for stage in NAMES:
+        steps = {summary["step"] for summary in kept if summary["stage"] == stage}
+        if steps:
+            best = (stage_result(run.path, stage) or {}).get("best_step")
+            step = best if best in steps else max(steps)
+            of_step = [s for s in kept if (s["stage"], s["step"]) == (stage, step)]
+            rows.append(Row(stage, step, {s["decoder"]: s for s in of_step}))
+    return split, rows
+
+
+def reward_accuracy(run: SimpleNamespace, step: int) -> tuple[float, int] | None:
+    """Share of validation windows whose preferred candidate has the highest reward, and their n.
+
+    Taken at `step`, else at the last validation; n is 0 where it is not known. None where there is
+    no validation, and at step 0: the policy is the reference, so all rewards are 0.
+    """
+    if step == 0:
+        return None
+    key = "validation/rewards/accuracies"
+    lines = [m for m in read_metrics(run.path / "metrics") if m["stage"] == "sdpo" and key in m]
+    at_step = [line for line in lines if line["step"] == step] or lines
+    if not at_step:
+        return None
+    return at_step[-1][key], int(at_step[-1].get("validation/windows", 0))
+
+
+def table(run: SimpleNamespace, rows: Sequence[Row]) -> list[list[str]]:
+    """Header and cells, the chance level last."""
+    decoders = [d for d in DECODERS if any(d in row.by_decoder for row in rows)]
+    header = ["", "step"]
+    for decoder in decoders:
+        header.append(f"HR@1 {decoder} [95%]")
+        header += ["valid"] if decoder == "greedy" else []
+        header += [name for name, _, _ in RANKING] if decoder == "score" else []
+    header += ["reward accuracy [95%]", "n", "training s", "evaluation s"]
+    return [header, *(_cells(run, row, decoders) for row in rows), _chance(run, rows, decoders)]
+
+
+def _cells(run: SimpleNamespace, row: Row, decoders: Sequence[str]) -> list[str]:
+    cells = [NAMES[row.stage], str(row.step)]
+    for decoder in decoders:
+        summary = row.by_decoder.get(decoder, {})
+        cells.append(_ratio(summary.get("hit_ratio_at_1"), summary.get("hit_ratio_at_1_ci95")))
+        cells += [_number(summary.get("valid_ratio"))] if decoder == "greedy" else []
+        cells += [_number(summary.get(k)) for _, k, _ in RANKING] if decoder == "score" else []
+    accuracy = reward_accuracy(run, row.step) if row.stage == "sdpo" else None
+    if accuracy is None:
+        cells.append("–")
+    else:
+        value, n = accuracy
+        cells.append(_ratio(value, metrics.wilson(value * n, n) if n else None))
+    cells.append("/".join(sorted({str(s["n"]) for s in row.by_decoder.values()})))
+    result = stage_result(run.path, row.stage)
+    cells.append(f"{result['seconds']:.0f}" if result else "–")
+    return [*cells, "/".join(f"{s['seconds']:.0f}" for s in _in_order(row, decoders))]
+
+
+def _chance(run: SimpleNamespace, rows: Sequence[Row], decoders: Sequence[str]) -> list[str]:
+    C = next(iter(rows[0].by_decoder.values())).get("candidates", 20)
+    cells = ["chance", ""]
+    for decoder in decoders:
+        cells.append(_number(1 / C))
+        cells += ["–"] if decoder == "greedy" else []
+        if decoder == "score":
+            cells += [_number(metrics.chance(metric, C)) for _, _, metric in RANKING]
+    return [*cells, _number(1 / (1 + run.config.num_negatives)), "", "", ""]
+
+
+def differences(rows: Sequence[Row]) -> list[list[str]]:
+    """S-DPO against SFT and base, SFT against base: paired HR@1 on the windows both have."""
+    cells = [["", "decoder", "difference of HR@1 [95%]", "p", "only first", "only second", "n"]]
+    of_stage = {row.stage: row for row in rows}
+    for first, second in (("sdpo", "sft"), ("sdpo", "base"), ("sft", "base")):
+        if first not in of_stage or second not in of_stage:
+            continue
+        a, b = of_stage[first].by_decoder, of_stage[second].by_decoder
+        for decoder in (d for d in DECODERS if d in a and d in b):
+            d = paired(a[decoder], b[decoder])
+            if d is not None:
+                interval = f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
+                names = f"{NAMES[first]} – {NAMES[second]}"
+                counts = [str(d.only_a), str(d.only_b), str(d.n)]
+                cells.append(
+                    [names, decoder, interval, "<0.001" if d.p < 0.001 else f"{d.p:.3f}", *counts]
+                )
+    return cells
+
+
+def paired(a: dict[str, Any], b: dict[str, Any]) -> metrics.Difference | None:
+    """The difference of HR@1 on the rows that both evaluations have; None if there is none."""
+    hits_a, hits_b = ({p["row"]: p["hit"] for p in read_predictions(s)} for s in (a, b))
+    rows = sorted(hits_a.keys() & hits_b.keys())
+    if not rows:
+        return None
+    return metrics.paired_difference([hits_a[r] for r in rows], [hits_b[r] for r in rows])
+
+
+def render(run: SimpleNamespace, split: str, rows: Sequence[Row], picture: str | None) -> str:
+    """The whole report as Markdown."""
+    summary = next(iter(rows[0].by_decoder.values()))
+    cells = table(run, rows)
+    parts = [
+        f"# {run.path}",
+        f"Model {run.config.model}, data {run.config.dataset}, split {split}, seed "
+        f"{run.config.seed}.",
+        f"Protocol: {summary.get('protocol')}.",
+        "\n".join(markdown(cells)),
+        "HR@1 greedy and valid are the paper's: the generation names exactly one candidate. "
+        "HR@5, NDCG@10 and MRR rank the candidates by log-probability. Reward accuracy is on the "
+        f"{run.config.validation_split} split. Intervals are Wilson's and take windows as "
+        "independent. Evaluation seconds are per decoder, in the order of the columns.",
+    ]
+    compared = differences(rows)
+    if len(compared) > 1:
+        parts += ["## Paired differences", "\n".join(markdown(compared)),
+                  "Interval: Bonett & Price; p: McNemar's exact test, two-sided."]  # fmt: skip
+    if picture:
+        parts.append(f"![training curves]({picture})")
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> list[str]:
+    """A table with aligned columns: it is read in a terminal too."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+
+
+def _in_order(row: Row, decoders: Sequence[str]) -> list[dict[str, Any]]:
+    return [row.by_decoder[d] for d in decoders if d in row.by_decoder]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _ratio(value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None or interval is None:
+        return _number(value)
+    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"

@@ -1,0 +1,115 @@
+"""The files of `workdir/eval`: a summary as JSON, its predictions beside it as JSONL.
+
+`<stage>-<step>-<decoder>.json` holds the split asked for last. An evaluation of another split that
+lay there is kept as `<stage>-<step>-<decoder>-<split>.json`, so none is lost and each is one file.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdpo_jax.errors import InputError
+from sdpo_jax.evaluation import metrics
+from sdpo_jax.workdir import write_json
+
+DECODERS = ("greedy", "trie", "score")
+Prediction = dict[str, Any]
+
+
+def summarise(decoder: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Metrics over all predictions; those of ranks only for `score`, which ranks."""
+    n, hits = len(predictions), sum(p["hit"] for p in predictions)
+    summary = {
+        "hit_ratio_at_1": hits / n,
+        "hit_ratio_at_1_ci95": list(metrics.wilson(hits, n)),
+        "valid_ratio": sum(p["valid"] for p in predictions) / n,
+        "n": n,
+    }
+    if decoder == "score":
+        ranks = [p["rank"] for p in predictions]
+        summary |= {
+            "hit_ratio_at_5": metrics.mean([metrics.hit_at(5, rank) for rank in ranks]),
+            "ndcg_at_5": metrics.mean([metrics.ndcg_at(5, rank) for rank in ranks]),
+            "ndcg_at_10": metrics.mean([metrics.ndcg_at(10, rank) for rank in ranks]),
+            "mrr": metrics.mean([metrics.reciprocal_rank(rank) for rank in ranks]),
+        }
+    return summary
+
+
+def result_path(folder: Path, stage: str, step: int, decoder: str) -> Path:
+    return folder / f"{stage}-{step}-{decoder}.json"
+
+
+def find(folder: Path, stage: str, step: int, decoder: str, split: str) -> dict[str, Any] | None:
+    """The summary of an earlier evaluation, whichever of the two names it has."""
+    path = result_path(folder, stage, step, decoder)
+    for candidate in (path, path.with_stem(f"{path.stem}-{split}")):
+        if candidate.exists() and (summary := _read(candidate))["split"] == split:
+            return summary
+    return None
+
+
+def write_result(folder: Path, summary: dict[str, Any], predictions: Iterable[Prediction]) -> Path:
+    """Writes both files, each whole or not at all, the summary last; returns its path.
+
+    Raises InputError where the disk refuses.
+    """
+    path = result_path(folder, summary["stage"], summary["step"], summary["decoder"])
+    try:
+        folder.mkdir(exist_ok=True)
+        _make_room(path, summary["split"])
+        partial = folder / f".{path.name}.{os.getpid()}.partial"
+        encode = json.JSONEncoder(ensure_ascii=False).encode
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(encode(prediction) + "\n" for prediction in predictions)
+        os.replace(partial, path.with_suffix(".jsonl"))
+        write_json(path, summary)
+    except OSError as error:
+        raise InputError(
+            f"{path}: found {error.strerror}, expected to write it: free space or mend permissions"
+        ) from error
+    return path
+
+
+def _make_room(path: Path, split: str) -> None:
+    for file in (path, path.with_suffix(".jsonl")):
+        file.with_stem(f"{path.stem}-{split}").unlink(missing_ok=True)
+    if path.exists() and (other := _read(path)["split"]) != split:
+        for file in filter(Path.exists, (path.with_suffix(".jsonl"), path)):
+            os.replace(file, file.with_stem(f"{path.stem}-{other}"))
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """All summaries, each with its "path" and its "time" of writing, the oldest first."""
+    paths = sorted(folder.glob("[!.]*.json"))
+    found = [_read(path) | {"path": path, "time": path.stat().st_mtime} for path in paths]
+    return sorted(found, key=lambda summary: summary["time"])
+
+
+def read_predictions(summary: dict[str, Any]) -> list[Prediction]:
+    """The predictions beside a summary of `read_results`, in order of rows."""
+    path = summary["path"].with_suffix(".jsonl")
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return sorted(map(json.loads, lines), key=lambda prediction: prediction["row"])
+    except (OSError, ValueError, KeyError) as error:
+        raise _broken(path, error) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("stage", "step", "decoder", "split", "n", "hit_ratio_at_1"):
+            summary[key]
+        return summary
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _broken(path, error) from error
+
+
+def _broken(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path}: found {error!r}, expected a file of sdpo_jax.evaluate: remove it and evaluate "
+        "again"
+    )

@@ -1,0 +1,79 @@
+"""Which checkpoints a run holds, and their adapters. The base counts as step 0 of stage `base`."""
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+from absl import logging
+from flax import nnx
+
+from sdpo_jax.errors import InputError
+from sdpo_jax.training.checkpoint import Checkpoints
+from sdpo_jax.workdir import stage_result
+
+
+@contextlib.contextmanager
+def _open(run: SimpleNamespace, stage: str) -> Iterator[Checkpoints]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # Orbax warns three times that read-only is read-only
+    checkpoints = Checkpoints(run.path / stage, read_only=True)
+    logging.set_verbosity(verbosity)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
+
+
+def steps(run: SimpleNamespace, stage: str) -> list[int]:
+    """Steps with a complete checkpoint."""
+    if stage == "base":
+        return [0]
+    if not (run.path / stage).is_dir():
+        return []
+    with _open(run, stage) as checkpoints:
+        return checkpoints.steps()
+
+
+def adapter(run: SimpleNamespace, stage: str, step: int, fresh: nnx.State) -> nnx.State:
+    """The adapter of a step; the base's is the fresh one, whose B is zero.
+
+    Raises CheckpointGone if the step vanished meanwhile.
+    """
+    if stage == "base":
+        return fresh
+    with _open(run, stage) as checkpoints:
+        return checkpoints.restore_lora(step, fresh)
+
+
+def last_finished(run: SimpleNamespace) -> str:
+    """Raises InputError when no stage is finished."""
+    for stage in reversed(run.config.stages):
+        if stage_result(run.path, stage) is not None:
+            return stage
+    raise InputError(
+        f"{run.path}: found no finished stage, expected one of {', '.join(run.config.stages)}: "
+        "finish training, name a --stage (base needs none), or give --follow"
+    )
+
+
+def choose_step(run: SimpleNamespace, stage: str, wanted: int | None) -> int:
+    """`wanted`, or the step with the lowest validation loss. Raises InputError if not there."""
+    found = steps(run, stage)
+    if not found:
+        raise InputError(
+            f"{run.path}/{stage}: found no checkpoint, expected one: train the stage first, or "
+            "give --stage=base"
+        )
+    if wanted is not None and wanted not in found:
+        raise InputError(
+            f"--step: found {wanted}, expected a step that {run.path} holds for {stage}: "
+            f"{', '.join(map(str, found))}"
+        )
+    if wanted is not None:
+        return wanted
+    if stage == "base":
+        return 0
+    if result := stage_result(run.path, stage):
+        return result["best_step"]
+    with _open(run, stage) as checkpoints:
+        return checkpoints.best_step()

@@ -1,0 +1,65 @@
+"""One table of what a run achieved, its stages compared, and a picture of its curves.
+
+    python -m sdpo_jax.report --workdir=runs/movielens/run
+
+Prints the table and writes report.md and, with matplotlib, curves.png into the run's folder.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from sdpo_jax.errors import InputError, run_command
+from sdpo_jax.evaluation import plots
+from sdpo_jax.evaluation import report as tables
+from sdpo_jax.training.metrics import read_metrics
+from sdpo_jax.workdir import read_run
+
+
+def report(workdir: str | Path, split: str | None = None) -> str:
+    """Writes report.md and curves.png into `workdir` and returns the text of the former.
+
+    `split` defaults to the one evaluated last. Raises InputError when `workdir` is no run or
+    nothing of it was evaluated.
+    """
+    run = read_run(Path(workdir))
+    split, rows = tables.choose_rows(run, split)
+    lines = read_metrics(run.path / "metrics")
+    try:
+        picture = _picture(run, lines)
+        text = tables.render(run, split, rows, picture)
+        partial = run.path / f".report.md.{os.getpid()}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, run.path / "report.md")
+    except OSError as error:
+        raise InputError(
+            f"{run.path}: found {error.strerror}, expected to write report.md: free space or "
+            "mend permissions"
+        ) from error
+    return text
+
+
+def _picture(run, lines: Sequence[dict]) -> str | None:
+    """Name of the picture; None without matplotlib or without curves."""
+    if not any("loss" in line for line in lines):
+        return None
+    try:
+        plots.draw(lines, run.config.num_negatives, run.path / "curves.png")
+    except ImportError:
+        print("no picture: matplotlib is not installed (pip install matplotlib)")
+        return None
+    return "curves.png"
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    print(report(args.workdir, args.split))
+    print(f"written to {args.workdir}/report.md")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+    flags.DEFINE_string("split", None, "evaluated split; default: the one evaluated last")
+    run_command(main)

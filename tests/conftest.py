@@ -1,0 +1,113 @@
+"""Eight simulated devices, and the folders that most tests start from."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import hf_folder
+
+from sdpo_jax.convert import convert
+from sdpo_jax.data.loader import Shape, collate
+from sdpo_jax.data.prepared import Dataset, Window, write_dataset
+from sdpo_jax.data.tokens import Example
+from sdpo_jax.models.decoder import Decoder, DecoderConfig
+from sdpo_jax.models.lora import LoraConfig
+
+TINY = DecoderConfig(V=97, L=3, D=16, N=4, G=2, H=4, F=24, tied=True)
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty user cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyModel:
+    """A decoder split as training splits it, with an adapter whose B is not zero."""
+
+    graphdef: nnx.GraphDef
+    lora: nnx.State
+    base: nnx.State
+
+    @property
+    def decoder(self) -> Decoder:
+        return nnx.merge(self.graphdef, self.lora, self.base)
+
+
+def tiny_model(config: DecoderConfig = TINY, seed: int = 0, **kwargs) -> TinyModel:
+    decoder = Decoder(config, LoraConfig(rank=2, alpha=4.0), rngs=nnx.Rngs(seed), **kwargs)
+    graphdef, lora, base = nnx.split(decoder, nnx.LoRAParam, ...)
+    leaves, structure = jax.tree.flatten(lora)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return TinyModel(graphdef, jax.tree.unflatten(structure, noisy), base)
+
+
+@pytest.fixture
+def model() -> TinyModel:
+    return tiny_model()
+
+
+def random_examples(rng, B: int, C: int, P: int = 11, A: int = 5) -> list[Example]:
+    """Prompts of 4 to P tokens and answers of 1 to A tokens, the last one EOS (2)."""
+
+    def answer():
+        n = rng.integers(0, A)
+        return np.array([*rng.integers(3, 97, n), 2], np.int32)
+
+    return [
+        Example(rng.integers(3, 97, rng.integers(4, P + 1)).astype(np.int32),
+                tuple(answer() for _ in range(C)))
+        for _ in range(B)
+    ]  # fmt: skip
+
+
+def random_batch(B: int, C: int, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    examples = random_examples(rng, B, C)
+    batch = collate(examples, Shape(P=12, S=max(1, max(e.packed for e in examples)), A=5))
+    return batch | {"reference_logp_BC": rng.normal(-9, 2, (B, C)).astype(np.float32)}
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A converted model of 24k parameters with a tokenizer of one token a letter."""
+    folder = tmp_path_factory.mktemp("model")
+    convert(str(hf_folder(folder / "hf")), str(folder / "model"))
+    return folder / "model"
+
+
+def tiny_dataset() -> Dataset:
+    """48 titles; a user's taste is a residue modulo 4, so there is something to learn."""
+    rng = np.random.default_rng(0)
+    titles = {i: f"{'abcdefghijklmnop'[i // 3]}{i % 3}" for i in range(48)}
+
+    def window(user):
+        liked = [i for i in titles if i % 4 == user % 4]
+        *history, target = (int(i) for i in rng.choice(liked, 4, replace=False))
+        rest = [i for i in titles if i % 4 != user % 4]
+        candidates = [target, *(int(i) for i in rng.choice(rest, 19, replace=False))]
+        shown = tuple(candidates[i] for i in rng.permutation(20))
+        return Window(user, tuple(history), shown, target)
+
+    sizes = {"train": 64, "val": 12, "test": 12}
+    splits = {name: [window(u) for u in range(n)] for name, n in sizes.items()}
+    return Dataset("movie", titles, splits, {"protocol": "tiny", "seed": 0})
+
+
+@pytest.fixture(scope="session")
+def dataset_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    write_dataset(folder, tiny_dataset())
+    return folder

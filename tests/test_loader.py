@@ -1,0 +1,107 @@
+"""Order, negatives and padding are pure functions of the seed."""
+
+import numpy as np
+import pytest
+from conftest import random_examples, tiny_dataset
+
+from sdpo_jax.data import loader
+from sdpo_jax.data.prompts import TEMPLATES
+from sdpo_jax.data.tokens import Encoder, training_items
+from sdpo_jax.errors import InputError
+from sdpo_jax.model_folder import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def encoder(model_folder):
+    data = tiny_dataset()
+    return Encoder(data, load_tokenizer(model_folder), TEMPLATES["movie"], 0, 512)
+
+
+def test_every_epoch_is_a_fresh_permutation():
+    order = loader.stream(10, seed=0, epochs=2)
+    first, second = ([int(order[i]) for i in range(k, k + 10)] for k in (0, 10))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert first == [int(loader.stream(10, 0, 2)[i]) for i in range(10)]
+    assert first != [int(loader.stream(10, 1, 2)[i]) for i in range(10)]
+
+
+def test_grouped_batches_hold_every_row_once_and_less_padding():
+    rng = np.random.default_rng(0)
+    lengths = {row: int(rng.integers(100, 300)) for row in range(320)}
+    order = [int(r) for r in rng.permutation(320)]
+    cut = loader.grouped_batches(order, lengths, 8, seed=0)
+    assert sorted(row for rows in cut for row in rows) == list(range(320))
+    assert cut == loader.grouped_batches(order, lengths, 8, seed=0)
+    real = sum(lengths.values())
+    padded = sum(8 * max(lengths[r] for r in rows) for rows in cut)
+    plain = sum(8 * max(lengths[r] for r in order[i : i + 8]) for i in range(0, 320, 8))
+    assert real / padded > 0.95 > real / plain
+
+
+def test_a_run_has_at_most_four_shapes_and_every_example_fits():
+    rng = np.random.default_rng(0)
+    batches = [random_examples(rng, 4, 3, P=40) for _ in range(30)]
+    shapes = loader.choose_shapes(batches)
+    assert len(set(shapes)) <= 4
+    for examples, shape in zip(batches, shapes, strict=True):
+        batch = loader.collate(examples, shape)
+        for b, example in enumerate(examples):
+            np.testing.assert_array_equal(
+                batch["prompt_BP"][b][batch["prompt_mask_BP"][b]], example.prompt
+            )
+            assert (batch["packed_BS"][b] >= 0).sum() == example.packed
+
+
+def test_batches_go_on_from_any_step():
+    rng = np.random.default_rng(0)
+    examples = [random_examples(rng, 2, 2) for _ in range(6)]
+    whole = list(loader.batches(examples))
+    rest = list(loader.batches(examples, start=4))
+    assert len(whole) == 6
+    assert len(rest) == 2
+    for a, b in zip(whole[4:], rest, strict=True):
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_negatives_are_drawn_once_from_the_candidates_shown(encoder):
+    window = encoder.window("train", 5)
+    items = training_items(encoder, "train", 5, 7)
+    assert items[0] == window.target
+    assert len(set(items)) == 8
+    assert set(items) <= set(window.candidates)
+    assert items == training_items(encoder, "train", 5, 7)
+
+
+def test_the_prompt_shows_history_and_candidates_and_the_answer_ends_in_eos(encoder):
+    text, titles = encoder.prompt_text("train", 3), encoder.dataset.titles
+    window = encoder.window("train", 3)
+    for item in (*window.history, *window.candidates):
+        assert f"\n{titles[item]}\n" in text
+    example = encoder.examples("train", [3], [[window.target]])[0]
+    assert example.answers[0][-1] == encoder.tokenizer.eos_token_id
+    decode = encoder.tokenizer.decode
+    assert decode(example.answers[0][:-1]) == titles[window.target]
+
+
+def test_a_long_prompt_keeps_its_end_and_is_counted(encoder, model_folder):
+    short = Encoder(encoder.dataset, encoder.tokenizer, encoder.templates, 0, max_length=60)
+    window = short.window("train", 0)
+    example = short.examples("train", [0], [window.candidates])[0]
+    whole = encoder.examples("train", [0], [window.candidates])[0]
+    longest = max(map(len, example.answers))
+    assert len(example.prompt) == 60 - longest
+    np.testing.assert_array_equal(example.prompt, whole.prompt[-len(example.prompt) :])
+    assert short.truncated == 1
+
+
+def test_no_room_for_a_prompt_is_an_error(encoder):
+    short = Encoder(encoder.dataset, encoder.tokenizer, encoder.templates, 0, max_length=3)
+    with pytest.raises(InputError, match="max_length"):
+        short.examples("train", [0], [encoder.window("train", 0).candidates])
+
+
+def test_rows_spread_over_a_split_include_both_ends():
+    assert loader.spread(100, 5) == [0, 25, 50, 74, 99]
+    assert loader.spread(3, 5) == loader.spread(3) == [0, 1, 2]

@@ -1,0 +1,190 @@
+"""The compiled step: what is in it, what is not, and that its result ignores the device count."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, random_batch, tiny_model
+from jax.sharding import AxisType, Mesh
+
+from sdpo_jax import sharding
+from sdpo_jax.errors import InputError
+from sdpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from sdpo_jax.training.step import (
+    init_state,
+    make_logp,
+    make_train_step,
+    sdpo_objective,
+    sft_objective,
+    state_shardings,
+)  # fmt: skip
+
+OPTIMIZER = make_optimizer(1e-2, 10, warmup=0.1, clip=1.0, weight_decay=0.0)
+SDPO = functools.partial(sdpo_objective, beta=1.0)
+
+
+def mesh_of(shape=(1, 1, 1)) -> Mesh:
+    devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+    return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def microbatches(batch, count: int):
+    return {k: x.reshape(count, -1, *x.shape[1:]) for k, x in batch.items()}
+
+
+def placed(model, mesh):
+    """Base and adapter on `mesh`, as load_model puts them there."""
+    abstract = sharding.placement(mesh)
+
+    def put(state):
+        flat = {
+            path: variable.replace(jax.device_put(variable[...], abstract(variable)))
+            for path, variable in state.flat_state()
+        }
+        return type(state).from_flat_path(flat)
+
+    return put(model.lora), put(model.base)
+
+
+def run(model, batch, *, mesh=None, count=1, objective=SDPO, layout="shared_prefix", steps=1,
+        dropout_key=None):  # fmt: skip
+    mesh = mesh or mesh_of()
+    lora, base = placed(model, mesh)
+    state = init_state(lora, OPTIMIZER, mesh)
+    step = make_train_step(
+        make_logp(model.graphdef, layout), objective, OPTIMIZER,
+        state_shardings(lora, OPTIMIZER, mesh), mesh, dropout_key,
+    )  # fmt: skip
+    batches = jax.device_put(microbatches(batch, count), sharding.batch_sharding(mesh, 1))
+    for _ in range(steps):
+        state, metrics = step(state, base, batches)
+    return state, metrics, step, (state, base, batches)
+
+
+def flat(state) -> np.ndarray:
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.lora)])
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    *_, step, args = run(tiny_model(), random_batch(B=4, C=4))
+    return step, args
+
+
+def test_no_array_has_logits_at_prompt_positions(lowered):
+    """V is 97, a size nothing else has: every array with it has at most M * (1 + S) rows."""
+    step, args = lowered
+    _, M, S = args[2]["packed_BS"].shape
+    text = step.lower(*args).compile().as_text()
+    shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"f32\[([\d,]+)\]", text)}
+    of_logits = [s for s in shapes if TINY.V in s and s not in {(97, 16), (16, 97)}]
+    assert of_logits, "the logits are there"
+    assert max(np.prod(s) // TINY.V for s in of_logits) <= M * (1 + S)
+
+
+def test_one_base_is_in_memory_and_no_weight_gradient_is_formed(lowered):
+    step, args = lowered
+    memory = step.lower(*args).compile().memory_analysis()
+    size = sum(x.nbytes for x in jax.tree.leaves(args))
+    assert memory.argument_size_in_bytes <= size * 1.02
+    state = sum(x.nbytes for x in jax.tree.leaves(args[0]))
+    assert memory.output_size_in_bytes <= state + 4096
+
+
+def test_the_step_runs_the_layers_once_forward_and_once_backward(lowered):
+    """A reference pass would be a third scan over L."""
+    step, args = lowered
+    scans = []
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "scan" and equation.params["length"] == TINY.L:
+                scans.append(equation.params["reverse"])
+            for inner in jax.core.jaxprs_in_params(equation.params):
+                visit(inner)
+
+    visit(step.trace(*args).jaxpr.jaxpr)
+    assert sorted(scans) == [False, True]
+
+
+def test_a_second_step_compiles_nothing(lowered):
+    step, _ = lowered
+    assert step._cache_size() == 1
+    *_, step, _ = run(tiny_model(), random_batch(B=4, C=4), steps=3)
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_eight_devices_give_what_one_gives(shape):
+    batch = random_batch(B=8, C=3)
+    one, metrics, *_ = run(tiny_model(), batch, count=2, steps=2)
+    if shape[0] == 8:
+        batch_count = 1  # eight examples at once, one a device
+    else:
+        batch_count = 2
+    many, many_metrics, *_ = run(
+        tiny_model(), batch, mesh=mesh_of(shape), count=batch_count, steps=2
+    )
+    np.testing.assert_allclose(flat(many), flat(one), atol=2e-5)
+    np.testing.assert_allclose(many_metrics["loss"], metrics["loss"], rtol=1e-5)
+
+
+def test_shardings_stay_where_they_were_pinned():
+    mesh = mesh_of((2, 2, 2))
+    *_, (state, base, _) = run(tiny_model(), random_batch(B=8, C=3), mesh=mesh, count=2, steps=2)
+    pinned = state_shardings(state.lora, OPTIMIZER, mesh)
+    jax.tree.map(lambda x, s: _same(x, s), state, pinned)
+    kernel = dict(base.flat_state())[("layers", "gate", "kernel")][...]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+
+
+def _same(x, expected):
+    assert x.sharding.is_equivalent_to(expected, x.ndim), (x.sharding, expected)
+
+
+def test_microbatches_add_up_to_the_global_batch():
+    batch = random_batch(B=8, C=3)
+    whole, *_ = run(tiny_model(), batch, count=1)
+    cut, *_ = run(tiny_model(), batch, count=4)
+    np.testing.assert_allclose(flat(cut), flat(whole), atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", [SDPO, sft_objective])
+def test_both_objectives_learn_a_batch(objective):
+    batch = random_batch(B=4, C=3)
+    _, first, *_ = run(tiny_model(), batch, objective=objective)
+    _, last, *_ = run(tiny_model(), batch, objective=objective, steps=8)
+    assert last["loss"] < first["loss"]
+
+
+def test_loss_is_log_C_when_the_reference_is_the_policy():
+    model = tiny_model()
+    batch = random_batch(B=4, C=4)
+    logp = jax.jit(make_logp(model.graphdef, "shared_prefix"))
+    batch["reference_logp_BC"] = np.asarray(logp(model.lora, model.base, batch))
+    _, metrics, *_ = run(model, batch)
+    np.testing.assert_allclose(metrics["loss"], np.log(4), rtol=1e-5)
+    np.testing.assert_allclose(metrics["rewards/margins"], 0, atol=1e-4)
+
+
+def test_bfloat16_products_follow_float32():
+    batch = random_batch(B=4, C=3)
+    exact, *_ = run(tiny_model(), batch)
+    rough, *_ = run(tiny_model(dtype=jnp.bfloat16), batch)
+    assert np.corrcoef(flat(exact), flat(rough))[0, 1] > 0.99
+
+
+def test_learning_rate_warms_up_over_5_percent_and_ends_at_zero():
+    schedule = learning_rate_schedule(1e-3, 100, 0.05)
+    assert float(schedule(0)) == 0
+    assert float(schedule(5)) == pytest.approx(1e-3)
+    assert float(schedule(100)) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    with pytest.raises(InputError, match="8 devices"):
+        sharding.make_mesh(3, 1, 1)
+    assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}

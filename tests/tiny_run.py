@@ -1,0 +1,76 @@
+"""A run as training leaves it, small enough to evaluate in a test."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from tiny import hf_folder
+
+from sdpo_jax.convert import convert
+from sdpo_jax.data.prepared import Dataset, Window, read_dataset, write_dataset
+from sdpo_jax.model_folder import load_model
+from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.training.checkpoint import Checkpoints
+from sdpo_jax.training.step import TrainState
+from sdpo_jax.workdir import open_run, write_stage_result
+
+TITLES = ("heat", "alien", "aliens", "the thing", "jaws", "big", "fargo", "babe", "speed", "up")
+CONFIG = {
+    "seed": 0, "stages": ["sft", "sdpo"], "prompt_file": "", "max_length": 512,
+    "num_negatives": 3, "validation_split": "val", "dtype": "float32",
+    "lora": {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["q", "v"]},
+    "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+}  # fmt: skip
+LORA = LoraConfig(rank=2, alpha=4.0, targets=("q", "v"))
+
+
+def dataset(windows: int = 11) -> Dataset:
+    """Ten titles, four candidates a window, three windows a user."""
+    rng = np.random.default_rng(0)
+
+    def draw(row: int) -> Window:
+        ids = rng.permutation(len(TITLES))[:7].tolist()
+        return Window(row // 3, tuple(ids[:3]), tuple(ids[3:]), ids[3 + row % 4])
+
+    titles = dict(enumerate(TITLES))
+    splits = {name: [draw(row) for row in range(windows)] for name in ("train", "val", "test")}
+    return Dataset("movie", titles, splits, {"protocol": "drawn for a test", "seed": 0})
+
+
+def adapters(model, seed: int):
+    """An adapter that changes what the model says."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jax.device_put(x + rng.normal(0, 0.5, x.shape).astype(x.dtype), x.sharding),
+        model.lora,
+    )
+
+
+def save(run: Path, stage: str, step: int, lora, loss: float | None = 1.0) -> None:
+    checkpoints = Checkpoints(run / stage)
+    state = TrainState(jax.numpy.int32(step), lora, {"moment": jax.numpy.zeros(2)})
+    checkpoints.save(state, {"stage": stage}, loss)
+    checkpoints.wait()
+    checkpoints.close()
+
+
+def finish(run: Path, stage: str, step: int) -> None:
+    result = {"stage": stage, "steps": step, "best_step": step, "validation_loss": 1.0,
+              "seconds": 7.0, "examples": 8 * step}  # fmt: skip
+    write_stage_result(run, stage, result)
+
+
+def make_run(folder: Path) -> Path:
+    """Prepared data, converted model and a started run without checkpoints; returns the run."""
+    write_dataset(folder / "data", dataset())
+    convert(hf_folder(folder / "hf"), folder / "model")
+    config = CONFIG | {"dataset": str(folder / "data"), "model": str(folder / "model")}
+    meta = json.loads((folder / "model" / "model.json").read_text())
+    fingerprint = read_dataset(folder / "data").meta["fingerprint"]
+    open_run(folder / "run", config, {"dataset": fingerprint, "model": meta["sha256"]})
+    return folder / "run"
+
+
+def model_of(run: Path):
+    return load_model(run.parent / "model", LORA, dtype="float32")

@@ -158,6 +158,11 @@ def announce(config, run: Path, model, encoder: Encoder) -> None:
         f"{jax.device_count()} {jax.devices()[0].platform} device(s); base {base:,} parameters "
         f"(frozen, {config.dtype}), LoRA {count:,}; run in {run}"
     )
+    if encoder.truncated:
+        print(
+            f"warning: {encoder.truncated} prompts are longer than config.max_length allows and lose "
+            "their beginning"
+        )
     window = encoder.window("train", 0)
     print(f"\n--- train example 0 ---\n{encoder.prompt_text('train', 0)}"
           f"{encoder.dataset.titles[window.target]}<eos>\n---\n")  # fmt: skip
@@ -165,6 +170,10 @@ def announce(config, run: Path, model, encoder: Encoder) -> None:
 
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
+    try:
+        args.config.keys()  # ml_collections tells a file that it could not load only when used
+    except OSError as error:
+        raise InputError(f"--config: {error}: expected a config file, as in configs/") from error
     name = Path(config_flags.get_config_filename(args["config"])).name
     experiment = name.partition(".py")[0]
     run = Path(args.workdir or f"runs/{experiment}/run")

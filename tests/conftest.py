@@ -2,11 +2,14 @@
 
 import os
 
+# Without optimisation, as the tests compile much and compute little.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -45,6 +48,7 @@ class TinyModel:
         return nnx.merge(self.graphdef, self.lora, self.base)
 
 
+@functools.cache
 def tiny_model(config: DecoderConfig = TINY, seed: int = 0, **kwargs) -> TinyModel:
     decoder = Decoder(config, LoraConfig(rank=2, alpha=4.0), rngs=nnx.Rngs(seed), **kwargs)
     graphdef, lora, base = nnx.split(decoder, nnx.LoRAParam, ...)

@@ -56,7 +56,7 @@ def refused(config, run: Path) -> str:
     ("lora.rank", 0, "more than 0"),
     ("lora.targets", ("q", "query"), "gate, up, down"),
     ("validation_split", "val_all", "train, val, test"),
-    ("max_length", 4, "max_length"),
+    ("max_length", 3, "max_length"),
     ("prompt_file", "no/such/file.txt", "No such file"),
     ("dataset", "no/such/data", "sdpo_jax.prepare"),
     ("model", "no/such/model", "sdpo_jax.convert"),

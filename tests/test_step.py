@@ -4,10 +4,12 @@ import functools
 import re
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, random_batch, tiny_model
+from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from sdpo_jax import sharding
@@ -37,14 +39,14 @@ def microbatches(batch, count: int):
 
 def placed(model, mesh):
     """Base and adapter on `mesh`, as load_model puts them there."""
-    abstract = sharding.placement(mesh)
+    place = sharding.placement(mesh)
 
     def put(state):
-        flat = {
-            path: variable.replace(jax.device_put(variable[...], abstract(variable)))
-            for path, variable in state.flat_state()
-        }
-        return type(state).from_flat_path(flat)
+        return jax.tree.map(
+            lambda variable: variable.replace(jax.device_put(variable[...], place(variable))),
+            state,
+            is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+        )
 
     return put(model.lora), put(model.base)
 
@@ -103,7 +105,7 @@ def test_the_step_runs_the_layers_once_forward_and_once_backward(lowered):
         for equation in jaxpr.eqns:
             if equation.primitive.name == "scan" and equation.params["length"] == TINY.L:
                 scans.append(equation.params["reverse"])
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
                 visit(inner)
 
     visit(step.trace(*args).jaxpr.jaxpr)
@@ -137,7 +139,7 @@ def test_shardings_stay_where_they_were_pinned():
     *_, (state, base, _) = run(tiny_model(), random_batch(B=8, C=3), mesh=mesh, count=2, steps=2)
     pinned = state_shardings(state.lora, OPTIMIZER, mesh)
     jax.tree.map(lambda x, s: _same(x, s), state, pinned)
-    kernel = dict(base.flat_state())[("layers", "gate", "kernel")][...]
+    kernel = base["layers"]["gate"]["kernel"][...]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
 
 

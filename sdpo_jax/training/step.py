@@ -97,7 +97,7 @@ def make_train_step(logp, objective: Objective, optimizer: optax.GradientTransfo
         gradient, metrics = jax.tree.map(lambda x: x / count, total)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
         lora = optax.apply_updates(state.lora, updates)
-        metrics["grad_norm"] = optax.global_norm(gradient)
+        metrics["grad_norm"] = optax.tree.norm(gradient)
         return TrainState(state.step + 1, lora, opt_state), metrics
 
     return jax.jit(

@@ -160,7 +160,7 @@ def announce(config, run: Path, model, encoder: Encoder) -> None:
     )
     if encoder.truncated:
         print(
-            f"warning: {encoder.truncated} prompts are longer than config.max_length allows and lose "
+            f"warning: {encoder.truncated} prompts exceed config.max_length and lose "
             "their beginning"
         )
     window = encoder.window("train", 0)

@@ -60,7 +60,7 @@ def _curves(axes, lines, stage: str, key: str) -> None:
     steps, values = series(lines, stage, key)
     if steps:
         axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
-        window = max(1, len(values) // 15)
+        window = max(3, len(values) // 15)
         axes.plot(steps, smoothed(values, window), color=BLUE, label="training")
     steps, values = series(lines, stage, f"validation/{key}")
     if steps:
@@ -84,7 +84,8 @@ def _draw_margin(axes, lines, stage: str, C: int) -> None:
 
 
 def _draw_accuracy(axes, lines, stage: str, C: int) -> None:
-    _curves(axes, lines, stage, "rewards/accuracies")
+    # At step 0 all rewards are equal, and a tie is no success: that 0 would read as below chance.
+    _curves(axes, [line for line in lines if line["step"] > 0], stage, "rewards/accuracies")
     axes.axhline(1 / C, color=GREY, linestyle=":", label=f"chance, 1/{C}")
     axes.set_ylim(0, 1)
     axes.set_title("Reward accuracy: preferred has the highest reward", fontsize=10)

@@ -195,6 +195,11 @@ class Stage:
             f"{self.name}: {result['steps']} steps in {result['seconds']:.0f} s, validation loss "
             f"{result['validation_loss']:.4f} at step {result['best_step']} (the best)"
         )
+        if result["best_step"] == 0:
+            print(
+                f"warning: {self.name} never lowered the validation loss, so its best step is its "
+                f"start: try more steps or a lower --config.{self.name}.learning_rate"
+            )
         return lora
 
     def train(self, lora: nnx.State) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def report(meta: dict[str, Any], output: str) -> str:
         f"{output}: {meta['family']}, {meta['parameters']:,} parameters, {meta['dtype']}, "
         f"{size / 1e6:,.1f} MB, from {meta['source']}\n"
         "next: python -m sdpo_jax.train --config=configs/lastfm.py "
-        f"--config.model={shlex.quote(str(output))} --workdir=runs/lastfm"
+        f"--config.model={shlex.quote(str(output))}"
     )
 
 

@@ -158,7 +158,7 @@ def report(meta: dict, output: str) -> str:
     name = meta["dataset"]
     lines.append(
         f"next: python -m sdpo_jax.train --config=configs/{name}.py "
-        f"--config.dataset={shlex.quote(str(output))} --workdir=runs/{name}"
+        f"--config.dataset={shlex.quote(str(output))}"
     )
     return "\n".join(lines)
 

@@ -65,7 +65,8 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
     for stage in stages:
         lora = stage.run(lora)
     print(
-        f"next: python -m sdpo_jax.evaluate --workdir={run} --decoder=greedy,score\n"
+        f"next: python -m sdpo_jax.evaluate --workdir={run} "
+        f"--stage=base,{','.join(config.stages)} --decoder=greedy,score\n"
         f"      python -m sdpo_jax.report --workdir={run}"
     )
 

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 
-from sdpo_jax.data.prepared import fingerprint
 from sdpo_jax.training.checkpoint import Checkpoints
 from sdpo_jax.training.metrics import read_metrics
 
@@ -166,11 +165,7 @@ def test_another_config_on_the_same_workdir_is_refused_with_the_keys(command, un
     assert "batch_size was 4, now 8" in done.stderr
 
 
-def test_the_reference_is_computed_again_when_its_fingerprint_differs(command, unbroken):
+def test_the_reference_is_stored_in_float32_for_every_candidate(unbroken):
     stored = np.load(unbroken[0] / "reference" / "train.npz")
     assert stored["logp_NC"].dtype == np.float32
-    assert stored["logp_NC"].shape[1] == 4
-    assert len(str(stored["fingerprint"])) == 64
-    assert fingerprint  # the data set's own fingerprint is part of config.json
-    recorded = json.loads((unbroken[0] / "config.json").read_text())["fingerprints"]
-    assert set(recorded) == {"dataset", "model"}
+    assert stored["logp_NC"].shape == (STEPS * 4, 4)

@@ -1,0 +1,46 @@
+"""Cached reference log-probs are used only for what they were computed from."""
+
+import numpy as np
+import pytest
+
+from sdpo_jax.data.tokens import Example
+from sdpo_jax.training import reference
+
+LORA = {"a": np.ones((2, 3), np.float32)}
+SETTINGS = {"dtype": "float32", "batch_layout": "shared_prefix"}
+
+
+def example(*answer: int) -> Example:
+    return Example(np.array([5, 6], np.int32), (np.array(answer, np.int32),))
+
+
+KEY = reference.fingerprint("base", LORA, [example(7, 2)], SETTINGS)
+
+
+@pytest.mark.parametrize("changed", [
+    ("other", LORA, [example(7, 2)], SETTINGS),
+    ("base", {"a": LORA["a"] * 2}, [example(7, 2)], SETTINGS),
+    ("base", LORA, [example(8, 2)], SETTINGS),
+    ("base", LORA, [example(7, 2), example(7, 2)], SETTINGS),
+    ("base", LORA, [example(7, 2)], SETTINGS | {"dtype": "bfloat16"}),
+])  # fmt: skip
+def test_base_adapter_tokens_and_settings_all_change_the_fingerprint(changed):
+    assert reference.fingerprint(*changed) != KEY
+    assert reference.fingerprint("base", LORA, [example(7, 2)], SETTINGS) == KEY
+
+
+def test_stored_log_probs_are_read_back_only_under_their_own_fingerprint(tmp_path):
+    path = tmp_path / "reference" / "train.npz"
+    assert reference.read_reference(path, KEY) is None
+    logp_NC = np.array([[-1.5, -2.25]])
+    reference.write_reference(path, logp_NC, KEY)
+    np.testing.assert_array_equal(reference.read_reference(path, KEY), logp_NC)
+    assert reference.read_reference(path, "another") is None
+    assert [p.name for p in path.parent.iterdir()] == ["train.npz"]
+
+
+def test_moving_a_token_between_prompt_and_answer_changes_the_fingerprint():
+    one = Example(np.array([5, 6], np.int32), (np.array([7, 2], np.int32),))
+    other = Example(np.array([5], np.int32), (np.array([6, 7, 2], np.int32),))
+    keys = {reference.fingerprint("base", LORA, [e], SETTINGS) for e in (one, other)}
+    assert len(keys) == 2

@@ -151,7 +151,7 @@ def test_a_finished_run_started_again_changes_nothing(command, unbroken):
     run, _ = unbroken
     before = {p: p.stat().st_mtime_ns for p in (run / "sdpo").rglob("*") if p.is_file()}
     output = finish(start(command(run)))
-    assert output.count("validation loss") == 2
+    assert output.count("(the best)") == 2
     assert before == {p: p.stat().st_mtime_ns for p in (run / "sdpo").rglob("*") if p.is_file()}
 
 

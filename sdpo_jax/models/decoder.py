@@ -59,25 +59,37 @@ class DecoderConfig:
             ("hidden_act", config.get("hidden_act", "silu"), "silu"),
             ("attention_bias", config.get("attention_bias", False), False),
             ("mlp_bias", config.get("mlp_bias", False), False),
+            ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
         ):
             if found != expected:
                 raise InputError(f"{where}: {key} is {found!r}, this decoder computes {expected!r}")
         try:
-            heads = config["num_attention_heads"]
-            return cls(
-                V=config["vocab_size"],
-                L=config["num_hidden_layers"],
-                D=config["hidden_size"],
-                N=heads,
-                G=config.get("num_key_value_heads") or heads,
-                H=config.get("head_dim") or config["hidden_size"] // heads,
-                F=config["intermediate_size"],
-                rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-                norm_eps=config.get("rms_norm_eps", 1e-6),
-                tied=config.get("tie_word_embeddings", False),
+            heads, width = config["num_attention_heads"], config["hidden_size"]
+            sizes = {
+                "V": config["vocab_size"],
+                "L": config["num_hidden_layers"],
+                "D": width,
+                "N": heads,
+                "G": config.get("num_key_value_heads") or heads,
+                "F": config["intermediate_size"],
+            }
+            sizes["H"] = config.get("head_dim") or width // heads
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise InputError(
+                f"{where}: sizes missing or wrong ({error!r}): is this a full model?"
+            ) from None
+        wrong = [f"{k}={v!r}" for k, v in sizes.items() if type(v) is not int or v < 1]
+        if wrong or sizes["N"] % sizes["G"] or sizes["H"] % 2:
+            raise InputError(
+                f"{where}: sizes {', '.join(wrong) or sizes} do not make a decoder: expected whole "
+                "numbers above 0, heads a multiple of key/value heads, an even head width"
             )
-        except KeyError as error:
-            raise InputError(f"{where}: key {error} is missing: is this a full model?") from None
+        return cls(
+            **sizes,
+            rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            tied=config.get("tie_word_embeddings", False),
+        )
 
 
 KeyBlock = tuple[jax.Array, jax.Array, jax.Array]

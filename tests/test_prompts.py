@@ -1,11 +1,14 @@
 """Templates, their file format and the per-example draw."""
 
 import collections
+from pathlib import Path
 
 import pytest
 
 from sdpo_jax.data import prompts
 from sdpo_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("domain", ["movie", "music", "book"])
@@ -67,3 +70,9 @@ def test_the_template_is_drawn_by_seed_split_and_row():
     assert len(counts) == 8 and min(counts.values()) > 60
     assert drawn != [prompts.template_index(0, "test", row, 8) for row in range(800)]
     assert drawn != [prompts.template_index(1, "train", row, 8) for row in range(800)]
+
+
+def test_the_chat_prompt_file_holds_the_built_in_wording_in_the_chat_format():
+    templates = prompts.read_templates(ROOT / "configs" / "prompts" / "movie-chatml.txt")
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert templates == tuple(turn.format(text.rstrip("\n")) for text in prompts.TEMPLATES["movie"])

@@ -25,6 +25,7 @@ from sdpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from sdpo_jax.training.progress import Progress, progress_bar
 from sdpo_jax.training.step import (
     Objective,
+    TrainState,
     init_state,
     make_logp,
     make_train_step,
@@ -172,10 +173,13 @@ class Stage:
         for batch in loader.batches(examples, extra, start, limit):
             yield {k: x.reshape(count, size // count, *x.shape[1:]) for k, x in batch.items()}
 
-    def validate(self, lora, references: dict) -> dict[str, float]:
+    def validate(self, state: TrainState, references: dict) -> dict[str, float]:
         """Means over the validation windows, and their number."""
         examples = self.validation_examples
-        logp_BC = self.inference.logp(lora, examples, self.stop)
+        if references and int(state.step) == 0:  # the policy still is the reference
+            logp_BC = references["reference_logp_BC"]
+        else:
+            logp_BC = self.inference.logp(state.lora, examples, self.stop)
         shape = loader.choose_shapes([examples])[0]
         loss_B, metrics = self.objective()(logp_BC, loader.collate(examples, shape) | references)
         values = {"loss": loss_B, **metrics}
@@ -231,7 +235,7 @@ class Stage:
 
         def validate_and_save() -> None:
             try:
-                values = self.validate(state.lora, validation_references)
+                values = self.validate(state, validation_references)
             except Interrupted:
                 save()  # the next run validates this step first
                 raise

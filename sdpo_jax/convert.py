@@ -53,8 +53,8 @@ def report(meta: dict[str, Any], output: str) -> str:
     return (
         f"{output}: {meta['family']}, {meta['parameters']:,} parameters, {meta['dtype']}, "
         f"{size / 1e6:,.1f} MB, from {meta['source']}\n"
-        "next: python -m sdpo_jax.train --config=configs/lastfm.py "
-        f"--config.model={shlex.quote(str(output))}"
+        "next: python -m sdpo_jax.train --config=configs/NAME.py "
+        f"--config.model={shlex.quote(str(output))}, once sdpo_jax.prepare made the data"
     )
 
 

@@ -1,5 +1,6 @@
 """Errors a person can cause, and the wrapper that turns them into one line and exit status 2."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -48,5 +49,21 @@ def _parse(argv: Sequence[str]) -> list[str]:
         flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError,
         SyntaxError, InputError,
     ) as error:  # fmt: skip
-        fail(error)
+        fail(_told(error))
         raise
+
+
+def _told(error: Exception) -> str:
+    """What absl or ml_collections found wrong with the command line, without their wrapping."""
+    text = str(error)
+    if isinstance(error, flags.UnrecognizedFlagError):
+        hint = f": a config's key is --config.{error.flagname}" if "config" in flags.FLAGS else ""
+        return f"--{error.flagname}: unknown option{hint}; see --help"
+    if missing := re.search(r"Flag --(\w+) must have a value other than None", text):
+        return f"--{missing[1]}: found nothing, expected a value: see --help"
+    if error.args and isinstance(error.args[0], KeyError):  # ml_collections wraps it
+        key, _, hint = str(error.args[0].args[0]).partition("\n")
+        return f"--config: found the unknown key {key}, expected one of configs/common.py. {hint}"
+    if "Traceback (most recent call last)" in text:  # of a config file that raised
+        return f"{text.split(': ')[0]}: {text.strip().splitlines()[-1]}"
+    return text

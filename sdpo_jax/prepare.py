@@ -158,7 +158,7 @@ def report(meta: dict, output: str) -> str:
     name = meta["dataset"]
     lines.append(
         f"next: python -m sdpo_jax.train --config=configs/{name}.py "
-        f"--config.dataset={shlex.quote(str(output))}"
+        f"--config.dataset={shlex.quote(str(output))}, once sdpo_jax.convert made the model"
     )
     return "\n".join(lines)
 

@@ -103,8 +103,11 @@ def check(config) -> None:
 def check_folders(config, experiment: str) -> None:
     """Says in one line which commands make what is missing."""
     name = experiment if experiment in ("lastfm", "movielens") else "NAME"
-    prepare = f"python -m sdpo_jax.prepare --dataset={name} --source=PATH --output={config.dataset}"
-    convert = f"python -m sdpo_jax.convert --model=PATH --output={config.model}"
+    # MovieLens-100K and SmolLM2-135M are in packages, so they need no path.
+    source = "" if name == "movielens" else "--source=PATH "
+    model = "" if Path(config.model).name.startswith("smollm2") else "--model=PATH "
+    prepare = f"python -m sdpo_jax.prepare --dataset={name} {source}--output={config.dataset}"
+    convert = f"python -m sdpo_jax.convert {model}--output={config.model}"
     missing = [
         f"`{command}`"
         for file, command in (
@@ -161,9 +164,11 @@ def announce(config, run: Path, model, encoder: Encoder) -> None:
     )
     if encoder.truncated:
         print(
-            f"warning: {encoder.truncated} prompts exceed config.max_length and lose "
-            "their beginning"
+            f"warning: {encoder.truncated} of {encoder.encoded} prompts exceed "
+            f"config.max_length={config.max_length} and lose their beginning"
         )
+    if config.stages[0] == "sdpo":
+        print("this run has no SFT stage: S-DPO starts from the base model and refers to it")
     window = encoder.window("train", 0)
     print(f"\n--- train example 0 ---\n{encoder.prompt_text('train', 0)}"
           f"{encoder.dataset.titles[window.target]}<eos>\n---\n")  # fmt: skip
@@ -171,17 +176,20 @@ def announce(config, run: Path, model, encoder: Encoder) -> None:
 
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
+    file = config_flags.get_config_filename(args["config"])
     try:
         args.config.keys()  # ml_collections tells a file that it could not load only when used
     except OSError as error:
-        raise InputError(f"--config: {error}: expected a config file, as in configs/") from error
-    name = Path(config_flags.get_config_filename(args["config"])).name
-    experiment = name.partition(".py")[0]
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(
+            f"--config={file}: cannot be loaded ({reason}), expected a config file, as in configs/"
+        ) from error
+    experiment = Path(file).name.partition(".py")[0]
     run = Path(args.workdir or f"runs/{experiment}/run")
     try:
         train(args.config, run, StopSignal(), experiment)
     except Interrupted:
-        print(f"stopped; all that was done is in {run}: the same command goes on from there")
+        print(f"stopped and saved in {run}: the same command goes on from there")
 
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def test_a_gguf_of_another_family_or_tokenizer_is_told(folder, tmp_path):
 def test_gguf_without_its_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(InputError, match=r"pip install 'sdpo_jax\[quickstart\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[quickstart\]'"):
         convert(str(tmp_path / "m.gguf"), str(tmp_path / "model"))
 
 

@@ -1,10 +1,16 @@
 """Cached reference log-probs are used only for what they were computed from."""
 
+from types import SimpleNamespace
+
+import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from sdpo_jax.data.tokens import Example
+from sdpo_jax.sharding import AXES
 from sdpo_jax.training import reference
+from sdpo_jax.training.stage import Inference, Interrupted, StopSignal
 
 LORA = {"a": np.ones((2, 3), np.float32)}
 SETTINGS = {"dtype": "float32", "batch_layout": "shared_prefix"}
@@ -33,7 +39,7 @@ def test_stored_log_probs_are_read_back_only_under_their_own_fingerprint(tmp_pat
     path = tmp_path / "reference" / "train.npz"
     assert reference.read_reference(path, KEY) is None
     logp_NC = np.array([[-1.5, -2.25]])
-    reference.write_reference(path, logp_NC, KEY)
+    reference.write_reference(path, KEY, logp_NC)
     np.testing.assert_array_equal(reference.read_reference(path, KEY), logp_NC)
     assert reference.read_reference(path, "another") is None
     assert [p.name for p in path.parent.iterdir()] == ["train.npz"]
@@ -44,3 +50,28 @@ def test_moving_a_token_between_prompt_and_answer_changes_the_fingerprint():
     other = Example(np.array([5], np.int32), (np.array([6, 7, 2], np.int32),))
     keys = {reference.fingerprint("base", LORA, [e], SETTINGS) for e in (one, other)}
     assert len(keys) == 2
+
+
+def test_an_interrupted_pass_goes_on_where_it_stopped():
+    examples = [Example(np.arange(1, n, dtype=np.int32), (np.array([7, 2], np.int32),))
+                for n in (4, 9, 5, 8, 6)]  # fmt: skip
+    computed, saved = [], []
+
+    def logp(lora, base, batch):
+        computed.append(len(batch["prompt_BP"]))
+        stop.received = len(computed) == 2  # a signal comes while the second batch is computed
+        return -batch["prompt_mask_BP"].sum(-1, keepdims=True).astype(np.float32)
+
+    stop = SimpleNamespace(received=False)
+    stop.check = lambda: StopSignal.check(stop)
+    inference = Inference.__new__(Inference)
+    inference.base, inference.batch_size = None, 2
+    inference.mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+    inference._logp = logp
+    with pytest.raises(Interrupted):
+        inference.logp(None, examples, stop, save=lambda out: saved.append(out.copy()))
+    assert len(computed) == 2 and np.isnan(saved[-1]).sum() == 1
+    stop.received = False
+    whole = inference.logp(None, examples, stop, known_NC=saved[-1])
+    assert len(computed) == 3
+    np.testing.assert_array_equal(whole[:, 0], [-3, -8, -4, -7, -5])

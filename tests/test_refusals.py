@@ -137,12 +137,13 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--config=configs/lastfm.py", "--config.betta=2"], "beta"),
+    (["--config=configs/lastfm.py", "--config.betta=2"], "unknown key 'betta'"),
+    (["--config=configs/lastfm.py", "--beta=2"], "--config.beta"),
     (["--config=configs/lastfm.py", "--config.batch_size=1e3"], "batch_size"),
     (["--config=configs/none.py"], "none.py"),
-    (["--config=configs/lastfm.py:tiny"], "smoke"),
+    (["--config=configs/lastfm.py:tiny"], "'tiny' is unknown: expected smoke"),
     (["--config=configs/lastfm.py", "extra"], "unexpected argument"),
-    ([], "config"),
+    ([], "--config: found nothing"),
 ])  # fmt: skip
 def test_a_wrong_command_line_ends_with_one_line_and_status_2(arguments, words, tmp_path):
     done = command(*arguments, f"--workdir={tmp_path / 'run'}")

@@ -29,13 +29,14 @@ class Encoder:
 
     Every prompt begins with BOS if the tokenizer puts one there (Llama's does), in both stages.
     `max_length` bounds prompt plus longest answer: a longer prompt keeps its end, as in the
-    official recipe, and is counted in `truncated`.
+    official recipe, and is counted in `truncated`, of `encoded` in all.
     """
 
     def __init__(self, dataset: Dataset, tokenizer, templates: Sequence[str], seed: int,
                  max_length: int):  # fmt: skip
         self.dataset, self.tokenizer, self.templates = dataset, tokenizer, templates
-        self.seed, self.max_length, self.truncated = seed, max_length, 0
+        self.seed, self.max_length = seed, max_length
+        self.encoded = self.truncated = 0
         start = tokenizer("", add_special_tokens=True).input_ids[:1]
         self.bos = start if start == [tokenizer.bos_token_id] else []
         self._answers: dict[int, np.ndarray] = {}
@@ -85,6 +86,7 @@ class Encoder:
                 f"max_length={self.max_length} leaves no room for a prompt beside an answer of "
                 f"{max(map(len, answers))} tokens: raise --config.max_length"
             )
+        self.encoded += 1
         self.truncated += len(ids) > room
         return Example(np.array(self.bos + ids[-room:], np.int32), tuple(answers))
 

@@ -82,7 +82,7 @@ def _reader(path: Path):
         from gguf.quants import dequantize
     except ImportError as error:
         raise InputError(
-            f"{path}: reading GGUF needs the package gguf: pip install 'sdpo_jax[quickstart]'"
+            f"{path}: reading GGUF needs the package gguf: pip install -e '.[quickstart]'"
         ) from error
     try:
         return GGUFReader(path), dequantize

@@ -1,6 +1,6 @@
 """What a person sees of a stage, and what goes to the curves."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -10,16 +10,12 @@ from tqdm import tqdm
 from sdpo_jax.training.metrics import MetricsWriter
 
 
-def progress_bar(name: str, total: int, batch_size: int) -> Callable:
-    """An iterator wrapper that shows examples, rate and ETA."""
-
-    def wrap(batches):
-        with tqdm(total=total, unit="ex", desc=name, mininterval=1) as bar:
-            for batch in batches:
-                yield batch
-                bar.update(min(batch_size, total - bar.n))
-
-    return wrap
+def progress_bar(batches: Iterable, name: str, total: int, done: int, batch_size: int) -> Iterator:
+    """Yields `batches` and shows examples, rate and ETA; `done` of `total` examples came before."""
+    with tqdm(total=total, initial=done, unit="ex", desc=name, mininterval=1) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(min(batch_size, total - bar.n))
 
 
 def summary(values: Mapping[str, float], prefix: str = "") -> str:

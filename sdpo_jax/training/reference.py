@@ -29,15 +29,20 @@ def fingerprint(base: str, lora: Any, examples: Sequence[Example], settings: Map
 
 
 def read_reference(path: Path, expected: str) -> np.ndarray | None:
-    """The stored `logp_NC`, or None if there is none or its fingerprint differs."""
+    """The stored `logp_NC`, or None if there is none or its fingerprint differs.
+
+    It holds NaN where an interrupted pass did not come.
+    """
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as stored:
         return stored["logp_NC"] if str(stored["fingerprint"]) == expected else None
 
 
-def write_reference(path: Path, logp_NC: np.ndarray, key: str) -> None:
-    """Writes float32 log-probs with their fingerprint, whole or not at all."""
+def write_reference(path: Path, key: str, logp_NC: np.ndarray) -> None:
+    """Writes float32 log-probs with their fingerprint, whole or not at all; process 0 only."""
+    if jax.process_index() > 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with open(partial, "wb") as file:

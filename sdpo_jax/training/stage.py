@@ -5,9 +5,10 @@ reference's log-probs.
 """
 
 import functools
+import itertools
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from sdpo_jax.training.step import (
 from sdpo_jax.workdir import stage_result, write_stage_result
 
 COMPILATION_IN_STEPS = 8  # roughly what a compilation costs; short runs use fewer shapes
+SAVE_SECONDS = 300.0  # between two copies on disk of a reference pass in progress
 
 
 class Interrupted(Exception):
@@ -68,15 +70,34 @@ class Inference:
             make_logp(model.graphdef, layout), out_shardings=sharding.replicated(mesh)
         )
 
-    def logp(self, lora, examples: Sequence[Example], stop: StopSignal, bar=iter) -> np.ndarray:
-        """`logp_NC` in nats, in the order of `examples`."""
+    def logp(self, lora, examples: Sequence[Example], stop: StopSignal, name: str = "",
+             known_NC: np.ndarray | None = None,
+             save: Callable[[np.ndarray], None] = lambda _: None) -> np.ndarray:  # fmt: skip
+        """`logp_NC` in nats, in the order of `examples`.
+
+        Args:
+          lora: the adapter.
+          examples: all with the same number of answers.
+          stop: looked at before every batch.
+          name: of a progress bar; "" for none.
+          known_NC: what `save` got in a call that was cut off: that part is not computed again.
+          save: gets `logp_NC`, NaN where not yet computed, now and then and before Interrupted.
+        """
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
         order += order[-1:] * (-len(order) % self.batch_size)  # full batches; repeats are dropped
         cut = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        out = np.zeros((len(examples), len(examples[0].answers)), np.float32)
-        batches = loader.batches([[examples[i] for i in part] for part in cut], limit=2)
-        placed = sharding.batch_sharding(self.mesh)
-        for part, batch in bar(zip(cut, batches, strict=True)):
+        shape = (len(examples), len(examples[0].answers))
+        out = np.full(shape, np.nan, np.float32) if known_NC is None else known_NC
+        first = sum(1 for _ in itertools.takewhile(lambda part: np.isfinite(out[part]).all(), cut))
+        batches = loader.batches([[examples[i] for i in part] for part in cut], None, first, 2)
+        todo = zip(cut[first:], batches, strict=True)
+        if name:
+            todo = progress_bar(todo, name, len(examples), first * self.batch_size, self.batch_size)
+        placed, saved = sharding.batch_sharding(self.mesh), time.time()
+        for part, batch in todo:
+            if stop.received or time.time() - saved > SAVE_SECONDS:
+                save(out)
+                saved = time.time()
             stop.check()
             out[part] = jax.device_get(self._logp(lora, self.base, put(batch, placed)))
         return out
@@ -146,11 +167,12 @@ class Stage:
             path = self.workdir / "reference" / f"{part}.npz"
             key = reference.fingerprint(self.model.meta["sha256"], lora, examples, settings)
             logp_NC = reference.read_reference(path, key)
-            if logp_NC is None:
-                bar = progress_bar(f"reference {part}", len(examples), self.inference.batch_size)
-                logp_NC = self.inference.logp(lora, examples, self.stop, bar)
-                if jax.process_index() == 0:
-                    reference.write_reference(path, logp_NC, key)
+            if logp_NC is None or np.isnan(logp_NC).any():
+                save = functools.partial(reference.write_reference, path, key)
+                logp_NC = self.inference.logp(
+                    lora, examples, self.stop, f"reference {part}", logp_NC, save
+                )
+                save(logp_NC)
             found.append(logp_NC)
         of_row = {
             row: {"reference_logp_BC": logp_C}

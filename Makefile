@@ -21,7 +21,7 @@ setup: .venv/ready
 
 quickstart: setup
 	$(BIN)/python -m sdpo_jax.prepare --dataset=movielens --output=$(QUICK)/data
-	$(BIN)/python -m sdpo_jax.convert --output=runs/smollm2-135m
+	$(BIN)/python -m sdpo_jax.convert --output=$(QUICK)/model
 	$(BIN)/python -m sdpo_jax.train --config=$(CONFIG) --workdir=$(RUN)
 	$(BIN)/python -m sdpo_jax.evaluate --workdir=$(RUN) --stage=base,sft,sdpo \
 	  --decoder=greedy,score --split=test_all --limit=$(WINDOWS)

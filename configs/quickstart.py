@@ -13,7 +13,7 @@ from configs import common
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = common.get_config()
     config.dataset = "runs/quickstart/data"
-    config.model = "runs/smollm2-135m"
+    config.model = "runs/quickstart/model"
     # The model is an instruct model: it answers sooner, and ends sooner, in its own chat format.
     config.prompt_file = "configs/prompts/movie-chatml.txt"
     config.dtype, config.remat = "float32", "none"

@@ -103,9 +103,9 @@ def check(config) -> None:
 def check_folders(config, experiment: str) -> None:
     """Says in one line which commands make what is missing."""
     name = experiment if experiment in ("lastfm", "movielens") else "NAME"
-    # MovieLens-100K and SmolLM2-135M are in packages, so they need no path.
+    # MovieLens-100K and the quickstart's model are in packages, so they need no path.
     source = "" if name == "movielens" else "--source=PATH "
-    model = "" if Path(config.model).name.startswith("smollm2") else "--model=PATH "
+    model = "" if Path(config.model).parts[-2:] == ("quickstart", "model") else "--model=PATH "
     prepare = f"python -m sdpo_jax.prepare --dataset={name} {source}--output={config.dataset}"
     convert = f"python -m sdpo_jax.convert {model}--output={config.model}"
     missing = [

@@ -54,7 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
 def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The same run in a few steps of the quickstart's small model, to see that all is in place."""
     config.model = "runs/quickstart/model"
-    config.dtype, config.remat = "float32", "none"
+    config.dtype, config.remat = "float32", "cheap"
     config.batch_size, config.microbatch = 4, 2
     config.sft.max_steps = config.sdpo.max_steps = 4
     config.eval_every = config.checkpoint_every = 2

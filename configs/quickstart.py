@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model = "runs/quickstart/model"
     # The model is an instruct model: it answers sooner, and ends sooner, in its own chat format.
     config.prompt_file = "configs/prompts/movie-chatml.txt"
-    config.dtype, config.remat = "float32", "none"
+    config.dtype, config.remat = "float32", "cheap"
     config.batch_size, config.microbatch = 8, 4
     config.lora.dropout = 0.0
     config.clip = 1.0

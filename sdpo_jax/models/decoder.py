@@ -17,11 +17,13 @@ from jax.ad_checkpoint import checkpoint_name
 from sdpo_jax.errors import InputError
 from sdpo_jax.models.lora import Frozen, Linear, LoraConfig, product
 
-# What the backward pass computes again: nothing; all that is cheap beside a product of a weight
-# (norms, activations, attention's weights); or the whole layer.
+# What the backward pass computes again: nothing; what is element-wise, while the results of
+# products, norms and softmax are kept, each once; or the whole layer.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "cheap": jax.checkpoint_policies.save_only_these_names("product", "attention"),
+    "cheap": jax.checkpoint_policies.save_only_these_names(
+        "product", "adapter", "norm", "softmax", "attention"
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -112,6 +114,7 @@ def attend(q_BTNH: jax.Array, blocks: Sequence[KeyBlock], dtype) -> jax.Array:
         mask_B1XS = jnp.repeat(mask_BTS, n, 1)[:, None]
         scores.append(jnp.where(mask_B1XS, score_BGXS, -1e30))
     weights = jax.nn.softmax(jnp.concatenate(scores, -1).astype(jnp.float32)).astype(q_BTNH.dtype)
+    weights = checkpoint_name(weights, "softmax")
     start, out_BGXH = 0, 0.0
     for _, v_BSGH, mask_BTS in blocks:
         weights_BGXS = weights[..., start : start + mask_BTS.shape[2]]
@@ -170,13 +173,13 @@ class Layer(nnx.Module):
 
     def __call__(self, x_BTD, rope, attention: Attention, cache, dropout_key):
         heads = (*x_BTD.shape[:2], -1, self.config.H)
-        y = self.attention_norm(x_BTD)
+        y = checkpoint_name(self.attention_norm(x_BTD), "norm")
         q_BTNH = rotate(self.q(y, dropout_key).reshape(heads), rope)
         k_BTGH = rotate(self.k(y, dropout_key).reshape(heads), rope)
         v_BTGH = self.v(y, dropout_key).reshape(heads)
         y, kept = attention(q_BTNH, k_BTGH, v_BTGH, cache)
         x_BTD = x_BTD + self.o(checkpoint_name(y, "attention"), dropout_key)
-        y = self.mlp_norm(x_BTD)
+        y = checkpoint_name(self.mlp_norm(x_BTD), "norm")
         y = jax.nn.silu(self.gate(y, dropout_key)) * self.up(y, dropout_key)
         return x_BTD + self.down(y, dropout_key), kept
 

@@ -71,7 +71,7 @@ def adapted_product(x_TI, dropped_TI, kernel_IO, a_IR, b_RO):
 
 def _adapted_forward(x_TI, dropped_TI, kernel_IO, a_IR, b_RO):
     dtype = kernel_IO.dtype
-    xa_TR = product("ti,ir->tr", dropped_TI, a_IR, dtype)
+    xa_TR = checkpoint_name(product("ti,ir->tr", dropped_TI, a_IR, dtype), "adapter")
     y_TO = product("ti,io->to", x_TI, kernel_IO, dtype) + product("tr,ro->to", xa_TR, b_RO, dtype)
     return y_TO, (dropped_TI, xa_TR, kernel_IO, a_IR, b_RO)
 

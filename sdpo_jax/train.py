@@ -76,12 +76,12 @@ def check(config) -> None:
     for key, known in (
         ("batch_layout", LAYOUTS),
         ("remat", REMAT),
-        ("dtype", ("float32", "bfloat16")),
+        ("dtype", DTYPES),
     ):
         if config[key] not in known:
             raise InputError(f"config.{key} is {config[key]!r}, expected one of {', '.join(known)}")
     for key, known in (("stages", STAGES), ("lora.targets", PROJECTIONS)):
-        value = list(config.lora.targets if key == "lora.targets" else config[key])
+        value = list(value_of(config, key))
         if not value or set(value) - set(known) or value != sorted(set(value), key=known.index):
             raise InputError(
                 f"config.{key} is {value}, expected some of {', '.join(known)}, in this order"
@@ -102,7 +102,9 @@ def check(config) -> None:
 
 def check_folders(config, experiment: str) -> None:
     """Says in one line which commands make what is missing."""
-    name = experiment if experiment in ("lastfm", "movielens") else "NAME"
+    name = {"lastfm": "lastfm", "movielens": "movielens", "quickstart": "movielens"}.get(
+        experiment, "NAME"
+    )
     # MovieLens-100K and the quickstart's model are in packages, so they need no path.
     source = "" if name == "movielens" else "--source=PATH "
     model = "" if Path(config.model).parts[-2:] == ("quickstart", "model") else "--model=PATH "

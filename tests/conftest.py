@@ -13,11 +13,13 @@ import functools
 from pathlib import Path
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
 from tiny import hf_folder
 
+from configs import movielens
 from sdpo_jax.convert import convert
 from sdpo_jax.data.loader import Shape, collate
 from sdpo_jax.data.prepared import Dataset, Window, write_dataset
@@ -26,13 +28,6 @@ from sdpo_jax.models.decoder import Decoder, DecoderConfig
 from sdpo_jax.models.lora import LoraConfig
 
 TINY = DecoderConfig(V=97, L=3, D=16, N=4, G=2, H=4, F=24, tied=True)
-SHARED = Path(__file__).parents[2] / "shared"
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty user cache folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,3 +110,13 @@ def dataset_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "tiny"
     write_dataset(folder, tiny_dataset())
     return folder
+
+
+@pytest.fixture
+def config(dataset_folder, model_folder) -> ml_collections.ConfigDict:
+    """One step of each stage in this process, on its eight devices."""
+    config = movielens.get_config()
+    config.dataset, config.model, config.dtype = str(dataset_folder), str(model_folder), "float32"
+    config.batch_size, config.microbatch, config.mesh.data = 8, 1, 8
+    config.sft.max_steps = config.sdpo.max_steps = 1
+    return config

@@ -80,7 +80,7 @@ def test_padding_tokens_change_nothing(model):
 
 
 def test_the_frozen_base_gets_no_gradient(model):
-    """Not a zero one: it cannot be asked for at all, as the kernel's cotangent is None."""
+    """Its cotangent is None in the vjp, so that asking for it gives zeros and costs nothing."""
     batch = random_batch(B=1, C=2)
 
     def loss(base):

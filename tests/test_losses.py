@@ -76,6 +76,8 @@ def test_appendix_a_ranking_the_preferred_first_is_a_softmax():
 
     total = sum(ranking((0, *rest)) for rest in itertools.permutations((1, 2, 3)))
     assert total == pytest.approx(math.exp(R[0]) / sum(map(math.exp, R)))
+    (loss,) = sdpo_loss(POLICY, REFERENCE, 0.5)
+    assert float(loss) == pytest.approx(-math.log(total), rel=1e-5)
 
 
 def test_appendix_a_softmax_is_the_sigmoid_of_minus_logsumexp():

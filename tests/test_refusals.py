@@ -6,26 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ml_collections
 import pytest
 
 from sdpo_jax.errors import InputError
 from sdpo_jax.train import train
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def config(dataset_folder, model_folder) -> ml_collections.ConfigDict:
-    sys.path.insert(0, str(ROOT))
-    from configs import movielens
-
-    sys.path.remove(str(ROOT))
-    config = movielens.get_config()
-    config.dataset, config.model, config.dtype = str(dataset_folder), str(model_folder), "float32"
-    config.batch_size, config.microbatch, config.mesh.data = 8, 1, 8
-    config.sft.max_steps = config.sdpo.max_steps = 1
-    return config
 
 
 def refused(config, run: Path) -> str:

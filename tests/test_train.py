@@ -7,13 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from sdpo_jax.train import train
 from sdpo_jax.training.checkpoint import Checkpoints
 from sdpo_jax.training.metrics import read_metrics
+from sdpo_jax.training.stage import Interrupted, Stage
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -145,6 +148,27 @@ def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_weights(
     stopped.close()
     finish(start(command(run, checkpoint_every=1000)))
     assert_same(run, unbroken[0])
+
+
+def test_a_signal_in_the_last_validation_does_not_lose_it(config, tmp_path, monkeypatch):
+    config.stages = ("sft",)
+    config.sft.max_steps, config.eval_every, config.checkpoint_every = 3, 2, 2
+    validate = Stage.validate
+
+    def interrupted(stage, state, references):
+        if int(state.step) == stage.steps:
+            raise Interrupted
+        return validate(stage, state, references)
+
+    stop = SimpleNamespace(received=False, check=lambda: None)
+    monkeypatch.setattr(Stage, "validate", interrupted)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run", stop)
+    monkeypatch.undo()
+    train(config, tmp_path / "run", stop)
+    checkpoints = Checkpoints(tmp_path / "run" / "sft", read_only=True)
+    assert 3 in checkpoints.losses()
+    checkpoints.close()
 
 
 def test_a_finished_run_started_again_changes_nothing(command, unbroken):

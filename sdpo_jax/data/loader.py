@@ -9,7 +9,7 @@ import numpy as np
 from sdpo_jax.data.draws import generator
 from sdpo_jax.data.tokens import Example
 
-MAX_SHAPES = 4  # compiled shapes a run may have
+MAX_SHAPES = 4  # compiled shapes a stage may have
 GROUP = 16  # batches that are sorted by length together before they are cut
 ROUND = 8
 

@@ -232,9 +232,7 @@ class Decoder(nnx.Module):
         return self.norm(x_BTD), kept
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> [..., V] in float32."""
+        """[B, T, D] -> [B, T, V] in float32."""
         if self.config.tied:
             return product("btd,vd->btv", hidden, self.embedding[...], self.dtype)
-        return jnp.einsum(
-            "...d,dv->...v", hidden, self.head[...], preferred_element_type=jnp.float32
-        )
+        return product("btd,dv->btv", hidden, self.head[...], self.dtype)

@@ -131,9 +131,6 @@ class Checkpoints:
             },
         )
 
-    def reload(self) -> None:
-        self._manager.reload()
-
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 

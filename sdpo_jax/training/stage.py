@@ -89,7 +89,9 @@ class Inference:
         shape = (len(examples), len(examples[0].answers))
         out = np.full(shape, np.nan, np.float32) if known_NC is None else known_NC
         first = sum(1 for _ in itertools.takewhile(lambda part: np.isfinite(out[part]).all(), cut))
-        batches = loader.batches([[examples[i] for i in part] for part in cut], None, first, 2)
+        batches = loader.batches(
+            [[examples[i] for i in part] for part in cut], start=first, limit=2
+        )
         todo = zip(cut[first:], batches, strict=True)
         if name:
             todo = progress_bar(todo, name, len(examples), first * self.batch_size, self.batch_size)
@@ -252,6 +254,9 @@ class Stage:
             learning_rate_schedule(learning_rate, self.steps, c.warmup),
         )  # fmt: skip
 
+        def due(step: int) -> bool:
+            return step == self.steps or step % c.eval_every == 0
+
         def save(loss: float | None = None) -> None:
             checkpoints.save(state, {"seconds": before + time.time() - started}, loss)
 
@@ -266,12 +271,12 @@ class Stage:
 
         placed = sharding.batch_sharding(self.mesh, leading=1)
         try:
-            if first % c.eval_every == 0 and first not in checkpoints.losses():
+            if due(first) and first not in checkpoints.losses():
                 validate_and_save()
             for done, batch in enumerate(self.batches(train_references, first), first + 1):
                 state, metrics = step(state, self.model.base, put(batch, placed))
                 progress.step(metrics)
-                if done == self.steps or done % c.eval_every == 0:
+                if due(done):
                     validate_and_save()
                 elif self.stop.received or done % c.checkpoint_every == 0:
                     save()

@@ -2,7 +2,7 @@
 
 python -m sdpo_jax.train --config=configs/quickstart.py --workdir=runs/quickstart/run
 
-configs/quickstart.py:long is the same run for 2 to 3 hours on 2 cores; :smoke takes a minute.
+configs/quickstart.py:long has four times the examples (`make long`); :smoke takes a minute.
 """
 
 import ml_collections
@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 
 def long(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Thousands of examples, where the stages begin to separate."""
+    """A thousand examples in each stage, where the stages begin to separate."""
     config.sft.max_steps = config.sdpo.max_steps = 128
     config.sdpo.learning_rate = 1e-4
     config.validation_windows = 160

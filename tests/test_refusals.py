@@ -41,7 +41,7 @@ def refused(config, run: Path) -> str:
     ("lora.dropout", 1.5, "0 <= it < 1"),
     ("lora.rank", 0, "more than 0"),
     ("lora.targets", ("q", "query"), "gate, up, down"),
-    ("validation_split", "val_all", "train, val, test"),
+    ("validation_split", "test", "has val: choose"),
     ("max_length", 3, "max_length"),
     ("prompt_file", "no/such/file.txt", "No such file"),
     ("dataset", "no/such/data", "sdpo_jax.prepare"),

@@ -8,6 +8,7 @@ import numpy as np
 from tiny import hf_folder
 
 from sdpo_jax.convert import convert
+from sdpo_jax.data import prompts
 from sdpo_jax.data.prepared import Dataset, Window, read_dataset, write_dataset
 from sdpo_jax.model_folder import load_model
 from sdpo_jax.models.lora import LoraConfig
@@ -68,7 +69,9 @@ def make_run(folder: Path) -> Path:
     config = CONFIG | {"dataset": str(folder / "data"), "model": str(folder / "model")}
     meta = json.loads((folder / "model" / "model.json").read_text())
     fingerprint = read_dataset(folder / "data").meta["fingerprint"]
-    open_run(folder / "run", config, {"dataset": fingerprint, "model": meta["sha256"]})
+    fingerprints = {"dataset": fingerprint, "model": meta["sha256"],
+                    "prompts": prompts.fingerprint(prompts.TEMPLATES["movie"])}  # fmt: skip
+    open_run(folder / "run", config, fingerprints)
     return folder / "run"
 
 

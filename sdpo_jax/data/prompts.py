@@ -1,5 +1,6 @@
 """Prompt templates, the official template file format, and the per-example template draw."""
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -81,6 +82,16 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     )
     for domain, wordings in _WORDING.items()
 }
+
+
+def templates_of(domain: str, prompt_file: str = "") -> tuple[str, ...]:
+    """The built-in templates of a domain, or those of `prompt_file`. Raises InputError."""
+    return read_templates(prompt_file) if prompt_file else TEMPLATES[domain]
+
+
+def fingerprint(templates: Sequence[str]) -> str:
+    """SHA-256 of the wording, so that a run never goes on with, or is evaluated on, another."""
+    return hashlib.sha256(json.dumps(list(templates)).encode()).hexdigest()
 
 
 def render(template: str, history_titles: Sequence[str], candidate_titles: Sequence[str]) -> str:

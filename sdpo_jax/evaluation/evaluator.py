@@ -50,9 +50,8 @@ class Evaluator:
         self.model = load_model(
             c.model, lora, dtype=c.dtype, seed=c.seed, shardings=sharding.placement(mesh)
         )
-        templates = prompts.TEMPLATES[self.dataset.domain]
-        if c.prompt_file:
-            templates = prompts.read_templates(c.prompt_file)
+        templates = prompts.templates_of(self.dataset.domain, c.prompt_file)
+        _same(run, "prompts", c.prompt_file or "built-in", prompts.fingerprint(templates))
         self.windows = self.dataset.splits[split]
         self.rows = loader.spread(len(self.windows), limit)
         encoder = Encoder(self.dataset, self.model.tokenizer, templates, c.seed, c.max_length)
@@ -169,7 +168,7 @@ def _same_model(run: SimpleNamespace) -> None:
     _same(run, "model", Path(run.config.model), read_meta(Path(run.config.model))["sha256"])
 
 
-def _same(run: SimpleNamespace, kind: str, path: Path, found: str) -> None:
+def _same(run: SimpleNamespace, kind: str, path: Path | str, found: str) -> None:
     expected = run.fingerprints[kind]
     if found != expected:
         raise InputError(

@@ -2,26 +2,41 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 from absl import logging
 from flax import nnx
 
 from sdpo_jax.errors import InputError
-from sdpo_jax.training.checkpoint import Checkpoints
+from sdpo_jax.training.checkpoint import CheckpointGone, Checkpoints
 from sdpo_jax.workdir import stage_result
+
+LISTINGS = 10  # of a folder from which steps vanish meanwhile
 
 
 @contextlib.contextmanager
 def _open(run: SimpleNamespace, stage: str) -> Iterator[Checkpoints]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # Orbax warns three times that read-only is read-only
-    checkpoints = Checkpoints(run.path / stage, read_only=True)
-    logging.set_verbosity(verbosity)
+    try:
+        checkpoints = _listed(run.path / stage)
+    finally:
+        logging.set_verbosity(verbosity)
     try:
         yield checkpoints
     finally:
         checkpoints.close()
+
+
+def _listed(folder: Path) -> Checkpoints:
+    """Orbax lists a folder, then asks for each step's time: one may be deleted in between."""
+    for _ in range(LISTINGS):
+        try:
+            return Checkpoints(folder, read_only=True)
+        except FileNotFoundError as error:
+            gone = error
+    raise CheckpointGone(f"{folder}: {gone}")
 
 
 def steps(run: SimpleNamespace, stage: str) -> list[int]:

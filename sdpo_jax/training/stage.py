@@ -267,6 +267,12 @@ class Stage:
                 save()  # the next run validates this step first
                 raise
             progress.validation(values)
+            if not np.isfinite(values["loss"]):
+                raise InputError(
+                    f"{self.name} step {int(state.step)}: the validation loss is "
+                    f"{values['loss']}, expected a number: the step before is kept; start in "
+                    f"another --workdir with a lower --config.{self.name}.learning_rate"
+                )
             save(values["loss"])
 
         placed = sharding.batch_sharding(self.mesh, leading=1)

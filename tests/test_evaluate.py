@@ -169,12 +169,12 @@ def changed(run, key, value):
         (dict(stages=["sft", "base"], step=2), "--step: found several stages"),
     ],
 )
-def test_refusals(run, arguments, message):
+def test_what_the_run_does_not_have_is_refused(run, arguments, message):
     with pytest.raises(InputError, match=message):
         evaluate(run, **arguments)
 
 
-def test_refusals_of_runs(run, tmp_path):
+def test_a_run_that_is_not_whole_or_not_the_same_is_refused(run, tmp_path):
     with pytest.raises(InputError, match="found no config"):
         evaluate(tmp_path / "nowhere")
     shutil.rmtree(run / "stages")

@@ -45,7 +45,7 @@ def test_ties_place_the_target_last(scores, rank):
     assert metrics.target_rank(scores, 0) == rank
 
 
-def test_ranking_metrics_by_hand():
+def test_ranking_metrics_equal_those_worked_by_hand():
     assert [metrics.hit_at(5, rank) for rank in (1, 5, 6)] == [1, 1, 0]
     assert [metrics.ndcg_at(5, rank) for rank in (1, 3, 6)] == [1, 0.5, 0]
     assert metrics.ndcg_at(10, 7) == pytest.approx(1 / 3)
@@ -70,7 +70,7 @@ def test_chance_is_the_mean_over_all_ranks():
         (0, 1, 0.0, 0.7935),
     ],
 )
-def test_wilson_interval(successes, n, low, high):
+def test_wilson_intervals_equal_published_ones(successes, n, low, high):
     assert metrics.wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
 
 

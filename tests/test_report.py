@@ -82,7 +82,7 @@ def rows_of(text):
     return {(row[0], row[1]): row for row in cells}
 
 
-def test_the_table_by_hand(run):
+def test_the_table_shows_the_results_of_every_stage(run):
     rows = rows_of(report(run))
     assert rows["", "step"] == [
         "", "step", "HR@1 greedy [95%]", "valid", "HR@1 score [95%]", "HR@5", "NDCG@10", "MRR",
@@ -113,7 +113,7 @@ def test_windows_that_only_one_evaluation_has_are_left_out(run):
     assert rows["S-DPO", "30"][9] == "10/40"
 
 
-def test_the_best_step_else_the_last_one_evaluated(run):
+def test_a_row_shows_the_best_step_or_else_the_last_one_evaluated(run):
     _, rows = tables.choose_rows(read_run(run))
     assert [(row.stage, row.step) for row in rows] == [("base", 0), ("sft", 20), ("sdpo", 30)]
     (run / "stages" / "sft.json").unlink()
@@ -148,7 +148,7 @@ def test_the_split_evaluated_last_unless_asked(run):
         report(run, "train")
 
 
-def test_a_run_of_which_little_is_there(run):
+def test_a_run_of_which_little_is_there_still_has_a_report(run):
     for path in (run / "stages").iterdir():
         path.unlink()
     (run / "metrics" / "metrics.jsonl").unlink()

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from sdpo_jax.errors import InputError
 from sdpo_jax.train import train
 from sdpo_jax.training.checkpoint import Checkpoints
 from sdpo_jax.training.metrics import read_metrics
@@ -168,6 +169,15 @@ def test_a_signal_in_the_last_validation_does_not_lose_it(config, tmp_path, monk
     train(config, tmp_path / "run", stop)
     checkpoints = Checkpoints(tmp_path / "run" / "sft", read_only=True)
     assert 3 in checkpoints.losses()
+    checkpoints.close()
+
+
+def test_a_validation_loss_that_is_no_number_stops_the_run_unsaved(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Stage, "validate", lambda *_: {"loss": np.nan, "windows": 1})
+    with pytest.raises(InputError, match="sft step 0: the validation loss is nan"):
+        train(config, tmp_path / "run", SimpleNamespace(received=False, check=lambda: None))
+    checkpoints = Checkpoints(tmp_path / "run" / "sft", read_only=True)
+    assert checkpoints.steps() == []
     checkpoints.close()
 
 

@@ -1,0 +1,1 @@
+"""The programs behind the speed figures of README."""

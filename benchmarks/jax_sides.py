@@ -1,0 +1,72 @@
+"""JAX sides of the step benchmark: `ours`, and `strong`, the same step on K+1 full rows a prompt.
+
+Both hold the base once and cache the reference's log-probs; a pass over the reference is counted
+as one part in EPOCHS of every step, since a stage of so many epochs computes it once.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from sdpo_jax import sharding
+from sdpo_jax.data import loader
+from sdpo_jax.data.tokens import Example
+from sdpo_jax.model_folder import load_model
+from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.training.optimizer import make_optimizer
+from sdpo_jax.training.step import (
+    init_state,
+    make_logp,
+    make_train_step,
+    sdpo_objective,
+    state_shardings,
+)  # fmt: skip
+
+EPOCHS = 3  # the paper's, in stage 2
+LAYOUTS = {"ours": "shared_prefix", "strong": "padded"}
+
+
+class JaxSide:
+    """One layout. `prepare` compiles for a batch and returns what runs and times one step of it."""
+
+    def __init__(self, name: str, model: Path, dtype: str, remat: str = "none"):
+        self.layout = LAYOUTS[name]
+        self.mesh = sharding.make_mesh()
+        self.model = load_model(
+            model, LoraConfig(), dtype=dtype, remat=remat, shardings=sharding.placement(self.mesh)
+        )
+
+    def prepare(self, examples: Sequence[Example]) -> tuple[Callable[[], float], dict]:
+        batch = loader.collate(examples, loader.choose_shapes([examples])[0])
+        batch = {key: jnp.asarray(value) for key, value in batch.items()}
+        logp = make_logp(self.model.graphdef, self.layout)
+        reference = jax.jit(logp)
+        batch["reference_logp_BC"] = reference(self.model.lora, self.model.base, batch)
+        optimizer = make_optimizer(1e-5, 1000, warmup=0.05, clip=0.3, weight_decay=0.0)
+        placed = state_shardings(self.model.lora, optimizer, self.mesh)
+        step = make_train_step(
+            logp, functools.partial(sdpo_objective, beta=1.0), optimizer, placed, self.mesh
+        )
+        lora = jax.tree.map(jnp.copy, self.model.lora)  # the step donates its state
+        state = init_state(lora, optimizer, self.mesh)
+        whole = {key: value[None] for key, value in batch.items()}
+        compiled = step.lower(state, self.model.base, whole).compile()
+
+        def run() -> float:
+            nonlocal state
+            started = time.perf_counter()
+            jax.block_until_ready(reference(self.model.lora, self.model.base, batch))
+            between = time.perf_counter()
+            state, metrics = compiled(state, self.model.base, whole)
+            jax.block_until_ready((state, metrics))
+            return (between - started) / EPOCHS + time.perf_counter() - between
+
+        facts = {
+            "flops": compiled.cost_analysis()["flops"],
+            "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        }
+        return run, facts

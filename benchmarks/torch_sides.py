@@ -1,0 +1,155 @@
+"""PyTorch sides of the step benchmark: the official recipe's step, and TRL's DPOTrainer.
+
+`official` does what the authors' trainer does for a batch: K+1 padded rows a prompt, a pass of the
+reference in every step, float32 logits at every position, gradient checkpointing. `official-keep`
+is the same without checkpointing. `trl` is DPOTrainer as shipped, `trl-best` with its reference
+log-probs computed beforehand and no checkpointing; pairs are all they take.
+"""
+
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jax import tree
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sdpo_jax.data.tokens import Example
+from sdpo_jax.model_folder import load_model
+from sdpo_jax.models import lora as ours
+from sdpo_jax.models.weights import slots
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROWS = 16  # that are in memory at once: more of them do not fit 24 GB with all logits
+
+
+def torch_model(folder: Path) -> torch.nn.Module:
+    """transformers' model with the converted folder's weights and a PEFT adapter, float32."""
+    model = load_model(folder, ours.LoraConfig(targets=()), dtype="float32")
+    config = LlamaConfig(**json.loads((Path(folder) / "config.json").read_text()))
+    theirs = LlamaForCausalLM(config)
+    flat = {"/".join(map(str, path)): leaf for path, leaf in _leaves(model.base)}
+    state = {}
+    for name, slot in slots(model.config).items():
+        array = np.asarray(flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer])
+        state[name] = torch.from_numpy(np.array(array.T if slot.transposed else array))
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise RuntimeError(f"weights do not fit: {missing} {unexpected}")
+    theirs.tie_weights()
+    adapter = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS,
+                         task_type="CAUSAL_LM")  # fmt: skip
+    return get_peft_model(theirs, adapter)
+
+
+def _leaves(base):
+    from flax import nnx
+
+    for path, leaf in tree.leaves_with_path(nnx.to_pure_dict(base)):
+        yield [key.key for key in path], leaf
+
+
+class OfficialSide:
+    """The official recipe's step in plain PyTorch."""
+
+    def __init__(self, model: torch.nn.Module, checkpointing: bool):
+        self.model, self.checkpointing = model, checkpointing
+
+    def prepare(self, examples: Sequence[Example]) -> tuple[Callable[[], float], dict]:
+        at_once = max(1, ROWS // len(examples[0].answers))
+        parts = [examples[i : i + at_once] for i in range(0, len(examples), at_once)]
+        batches = [padded_rows(part) for part in parts]
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0)
+
+        def run() -> float:
+            self.set_checkpointing()  # another side may share the model
+            started = time.perf_counter()
+            for batch in batches:
+                with torch.no_grad(), self.model.disable_adapter():
+                    reference_BC = self.logp(batch)
+                r_BC = self.logp(batch) - reference_BC
+                loss_B = torch.logsumexp(r_BC, -1) - r_BC[:, 0]
+                (loss_B.sum() / len(examples)).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return time.perf_counter() - started
+
+        return run, {"rows_at_once": at_once * len(examples[0].answers)}
+
+    def set_checkpointing(self) -> None:
+        self.model.train()
+        if self.checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.enable_input_require_grads()
+        else:
+            self.model.gradient_checkpointing_disable()
+
+    def logp(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Sequence log-probs [B, C] from logits at every position."""
+        logits = self.model(batch["tokens"], attention_mask=batch["mask"]).logits.float()
+        labels = batch["labels"][:, 1:]
+        token_logp = logits[:, :-1].log_softmax(-1).gather(2, labels.clamp(0)[..., None])[..., 0]
+        return (token_logp * (labels >= 0)).sum(-1).reshape(batch["shape"])
+
+
+def padded_rows(examples: Sequence[Example]) -> dict:
+    """K+1 rows a prompt, padded on the right; labels are -1 but on answers."""
+    rows = [(e.prompt, answer) for e in examples for answer in e.answers]
+    size = max(len(prompt) + len(answer) for prompt, answer in rows)
+    tokens, mask = np.zeros((len(rows), size), np.int64), np.zeros((len(rows), size), np.int64)
+    labels = np.full((len(rows), size), -1, np.int64)
+    for i, (prompt, answer) in enumerate(rows):
+        tokens[i, : len(prompt) + len(answer)] = np.concatenate([prompt, answer])
+        mask[i, : len(prompt) + len(answer)] = 1
+        labels[i, len(prompt) : len(prompt) + len(answer)] = answer
+    arrays = {"tokens": tokens, "mask": mask, "labels": labels}
+    shape = (len(examples), len(examples[0].answers))
+    return {key: torch.from_numpy(value) for key, value in arrays.items()} | {"shape": shape}
+
+
+class TrlSide:
+    """One optimizer step of TRL's DPOTrainer, on pairs."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer, best: bool):
+        self.model, self.tokenizer, self.best = model, tokenizer, best
+
+    def prepare(self, examples: Sequence[Example]) -> tuple[Callable[[], float], dict]:
+        from datasets import Dataset
+        from trl import DPOConfig, DPOTrainer
+
+        decode = self.tokenizer.decode
+        rows = [{"prompt": decode(e.prompt), "chosen": decode(e.answers[0][:-1]),
+                 "rejected": decode(e.answers[1][:-1])} for e in examples]  # fmt: skip
+        flags = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+            config = DPOConfig(
+                output_dir=folder, per_device_train_batch_size=len(examples), max_length=512,
+                report_to=[], use_cpu=True, bf16=False, max_steps=1000, learning_rate=1e-5,
+                beta=1.0, max_grad_norm=0.3, disable_tqdm=True, **(flags if self.best else {}),
+            )  # fmt: skip
+            trainer = DPOTrainer(
+                model=self.model, args=config, train_dataset=Dataset.from_list(rows),
+                processing_class=self.tokenizer,
+            )  # fmt: skip
+        trainer.create_optimizer_and_scheduler(1000)
+        trainer.current_gradient_accumulation_steps = 1  # else set by its own loop
+        (batch,) = list(trainer.get_train_dataloader())
+
+        def run() -> float:
+            started = time.perf_counter()
+            trainer.training_step(trainer.model, dict(batch))
+            torch.nn.utils.clip_grad_norm_(
+                [p for p in trainer.model.parameters() if p.requires_grad], 0.3
+            )
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+            return time.perf_counter() - started
+
+        return run, {}

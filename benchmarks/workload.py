@@ -1,0 +1,75 @@
+"""What every side of a benchmark is given: real prompts and titles as token ids."""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from sdpo_jax.data import loader, prompts
+from sdpo_jax.data.prepared import Dataset, read_dataset
+from sdpo_jax.data.tokens import Encoder, Example, training_items
+from sdpo_jax.model_folder import load_tokenizer
+
+PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "trl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Evenly spread training windows; the answers are the target and K drawn negatives."""
+
+    dataset: Dataset
+    encoder: Encoder
+
+    def examples(self, count: int, num_negatives: int) -> list[Example]:
+        rows = loader.spread(len(self.dataset.splits["train"]), count)
+        items = [training_items(self.encoder, "train", row, num_negatives) for row in rows]
+        return self.encoder.examples("train", rows, items)
+
+
+def read_workload(model: str | Path, dataset: str | Path, seed: int = 0) -> Workload:
+    """From a converted model's tokenizer and a prepared folder."""
+    data = read_dataset(dataset, ["train"])
+    templates = prompts.TEMPLATES[data.domain]
+    return Workload(data, Encoder(data, load_tokenizer(Path(model)), templates, seed, 512))
+
+
+def lengths(examples: Sequence[Example]) -> dict[str, float]:
+    """Medians, in tokens."""
+    return {
+        "prompt_tokens": statistics.median(len(e.prompt) for e in examples),
+        "answer_tokens": statistics.median(len(a) for e in examples for a in e.answers),
+    }
+
+
+def environment() -> dict:
+    """Device, threads and versions, for the record."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": jax.devices()[0].device_kind,
+        "processor": _processor(),
+        "threads": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
+
+
+def spread_of(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

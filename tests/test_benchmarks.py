@@ -1,0 +1,37 @@
+"""The benchmark programs run at toy size and write what README's tables are made from."""
+
+import sys
+
+import pytest
+
+from benchmarks import step
+
+
+def test_the_step_benchmark_measures_each_side_and_their_ratio(model_folder, dataset_folder):
+    sides = ("strong", "ours")
+    found = step.benchmark(model_folder, dataset_folder, sides, [1, 3], 8, 1, "float32")
+    assert set(found["examples_per_second"]) == set(sides)
+    for k in ("1", "3"):
+        assert found["examples_per_second"]["ours"][k]["median"] > 0
+        assert found["ratio"]["ours/strong"][k] > 0
+        flops = {name: found["facts"][k][name]["flops"] for name in sides}
+        assert flops["strong"] > flops["ours"]
+    assert found["threads"] > 0 and found["versions"]["jax"]
+
+
+def test_a_side_without_its_packages_is_left_out_in_one_line(model_folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.torch_sides", raising=False)
+    assert step.make_sides(["official", "trl"], model_folder, "float32") == {}
+    (line,) = capsys.readouterr().out.strip().splitlines()
+    assert line.startswith("left out: official, trl") and "bench" in line
+
+
+def test_prompts_of_the_workload_are_real_ones(model_folder, dataset_folder):
+    from benchmarks.workload import lengths, read_workload
+
+    examples = read_workload(model_folder, dataset_folder).examples(3, 2)
+    assert [len(e.answers) for e in examples] == [3, 3, 3]
+    assert lengths(examples)["prompt_tokens"] == pytest.approx(
+        sorted(len(e.prompt) for e in examples)[1]
+    )

@@ -27,14 +27,15 @@ from sdpo_jax.training.step import (
 )  # fmt: skip
 
 EPOCHS = 3  # the paper's, in stage 2
-LAYOUTS = {"ours": "shared_prefix", "strong": "padded"}
+# Layout and what is computed again in the backward pass.
+SIDES = {"ours": ("shared_prefix", "cheap"), "strong": ("padded", "none")}
 
 
 class JaxSide:
     """One layout. `prepare` compiles for a batch and returns what runs and times one step of it."""
 
-    def __init__(self, name: str, model: Path, dtype: str, remat: str = "none"):
-        self.layout = LAYOUTS[name]
+    def __init__(self, name: str, model: Path, dtype: str):
+        self.layout, remat = SIDES[name]
         self.mesh = sharding.make_mesh()
         self.model = load_model(
             model, LoraConfig(), dtype=dtype, remat=remat, shardings=sharding.placement(self.mesh)

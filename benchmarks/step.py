@@ -102,6 +102,8 @@ def main(argv: Sequence[str]) -> None:
             f"--sides: found {', '.join(sorted(unknown))}, expected some of "
             f"{', '.join((*JAX_SIDES, *TORCH_SIDES))}"
         )
+    if not all(k.isdecimal() and int(k) > 0 for k in args.k):
+        raise InputError(f"--k: found {','.join(args.k)}, expected whole numbers above 0, as 1,3,5")
     ks = [int(k) for k in args.k]
     result = benchmark(Path(args.model), Path(args.dataset), args.sides, ks, args.batch,
                        args.repeats, args.dtype)  # fmt: skip

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jax import tree
+from flax import nnx
+from flax.traverse_util import flatten_dict
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,7 +34,7 @@ def torch_model(folder: Path) -> torch.nn.Module:
     model = load_model(folder, ours.LoraConfig(targets=()), dtype="float32")
     config = LlamaConfig(**json.loads((Path(folder) / "config.json").read_text()))
     theirs = LlamaForCausalLM(config)
-    flat = {"/".join(map(str, path)): leaf for path, leaf in _leaves(model.base)}
+    flat = flatten_dict(nnx.to_pure_dict(model.base), sep="/")
     state = {}
     for name, slot in slots(model.config).items():
         array = np.asarray(flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer])
@@ -45,13 +46,6 @@ def torch_model(folder: Path) -> torch.nn.Module:
     adapter = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS,
                          task_type="CAUSAL_LM")  # fmt: skip
     return get_peft_model(theirs, adapter)
-
-
-def _leaves(base):
-    from flax import nnx
-
-    for path, leaf in tree.leaves_with_path(nnx.to_pure_dict(base)):
-        yield [key.key for key in path], leaf
 
 
 class OfficialSide:

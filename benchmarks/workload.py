@@ -13,6 +13,7 @@ import jax
 from sdpo_jax.data import loader, prompts
 from sdpo_jax.data.prepared import Dataset, read_dataset
 from sdpo_jax.data.tokens import Encoder, Example, training_items
+from sdpo_jax.errors import InputError
 from sdpo_jax.model_folder import load_tokenizer
 
 PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "trl")
@@ -26,6 +27,9 @@ class Workload:
     encoder: Encoder
 
     def examples(self, count: int, num_negatives: int) -> list[Example]:
+        shown = len(self.dataset.splits["train"][0].candidates)
+        if num_negatives >= shown:
+            raise InputError(f"--k: found {num_negatives}, the data set shows {shown} candidates")
         rows = loader.spread(len(self.dataset.splits["train"]), count)
         items = [training_items(self.encoder, "train", row, num_negatives) for row in rows]
         return self.encoder.examples("train", rows, items)

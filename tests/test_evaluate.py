@@ -18,6 +18,7 @@ from sdpo_jax.evaluate import evaluate, follow
 from sdpo_jax.evaluation import stages
 from sdpo_jax.evaluation.evaluator import Evaluator
 from sdpo_jax.objectives.logprobs import padded_logp
+from sdpo_jax.training.checkpoint import Checkpoints
 from sdpo_jax.workdir import read_run
 
 ALL = ("greedy", "trie", "score")
@@ -149,6 +150,20 @@ def test_following_survives_a_checkpoint_that_vanishes(run, monkeypatch, capsys)
     assert "sft step 4: deleted before it could be read, skipped" in capsys.readouterr().out
     with pytest.raises(InputError, match="no readable checkpoint"):
         evaluate(run, ["sft"], step=4)
+
+
+def test_a_step_that_vanishes_while_a_stage_is_listed_is_no_error(run, monkeypatch):
+    answers = iter([FileNotFoundError("sft/2"), None])
+
+    def listing(folder, read_only):
+        if error := next(answers, FileNotFoundError("sft/2")):
+            raise error
+        return Checkpoints(folder, read_only=read_only)
+
+    monkeypatch.setattr(stages, "Checkpoints", listing)
+    assert stages.steps(read_run(run), "sft") == [2, 4]
+    with pytest.raises(InputError, match="vanish while they are listed"):
+        stages.steps(read_run(run), "sft")
 
 
 def changed(run, key, value):

@@ -9,7 +9,7 @@ from absl import logging
 from flax import nnx
 
 from sdpo_jax.errors import InputError
-from sdpo_jax.training.checkpoint import CheckpointGone, Checkpoints
+from sdpo_jax.training.checkpoint import Checkpoints
 from sdpo_jax.workdir import stage_result
 
 LISTINGS = 10  # of a folder from which steps vanish meanwhile
@@ -36,7 +36,10 @@ def _listed(folder: Path) -> Checkpoints:
             return Checkpoints(folder, read_only=True)
         except FileNotFoundError as error:
             gone = error
-    raise CheckpointGone(f"{folder}: {gone}")
+    raise InputError(
+        f"{folder}: checkpoints vanish while they are listed ({gone}), expected a run's folder: "
+        "was it deleted? if not, run this again"
+    )
 
 
 def steps(run: SimpleNamespace, stage: str) -> list[int]:

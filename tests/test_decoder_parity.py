@@ -8,7 +8,8 @@ from tiny import GOLDEN, hf_folder
 
 from sdpo_jax.convert import DEFAULT_MODEL, convert
 from sdpo_jax.model_folder import load_model, load_tokenizer
-from sdpo_jax.models.decoder import Decoder, DecoderConfig, attend
+from sdpo_jax.models.attention import attend
+from sdpo_jax.models.decoder import Decoder, DecoderConfig
 from sdpo_jax.models.gguf import open_gguf
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.weights import read_base

@@ -6,7 +6,7 @@ position and the attention, a function of queries, keys and values. Shape letter
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,14 +15,15 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from sdpo_jax.errors import InputError
-from sdpo_jax.models.lora import Frozen, Linear, LoraConfig, product
+from sdpo_jax.models.lora import Frozen, Linear, LoraConfig
+from sdpo_jax.models.product import product
 
 # What the backward pass computes again: nothing; what is element-wise, while the results of
-# products, norms and softmax are kept, each once; or the whole layer.
+# products and of attention and the norms' scales are kept, each once; or the whole layer.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "cheap": jax.checkpoint_policies.save_only_these_names(
-        "product", "adapter", "norm", "softmax", "attention"
+        "product", "adapter", "norm", "attention"
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -94,35 +95,6 @@ class DecoderConfig:
         )
 
 
-KeyBlock = tuple[jax.Array, jax.Array, jax.Array]
-
-
-def attend(q_BTNH: jax.Array, blocks: Sequence[KeyBlock], dtype) -> jax.Array:
-    """Softmax attention of `q_BTNH` over the concatenation of key blocks, softmax in float32.
-
-    A block is (k_BSGH, v_BSGH, mask_BTS); the mask is True where a query sees a key. A query that
-    sees nothing (a padded one) gets a finite mean that nobody reads. Returns [B, T, N*H].
-    """
-    B, T, N, H = q_BTNH.shape
-    G = blocks[0][0].shape[2]
-    n = N // G
-    q_BGTnH = (q_BTNH * H**-0.5).reshape(B, T, G, n, H).transpose(0, 2, 1, 3, 4)
-    q_BGXH = q_BGTnH.reshape(B, G, T * n, H)
-    scores = []
-    for k_BSGH, _, mask_BTS in blocks:
-        score_BGXS = product("bgxh,bgsh->bgxs", q_BGXH, k_BSGH.transpose(0, 2, 1, 3), dtype)
-        mask_B1XS = jnp.repeat(mask_BTS, n, 1)[:, None]
-        scores.append(jnp.where(mask_B1XS, score_BGXS, -1e30))
-    weights = jax.nn.softmax(jnp.concatenate(scores, -1).astype(jnp.float32)).astype(q_BTNH.dtype)
-    weights = checkpoint_name(weights, "softmax")
-    start, out_BGXH = 0, 0.0
-    for _, v_BSGH, mask_BTS in blocks:
-        weights_BGXS = weights[..., start : start + mask_BTS.shape[2]]
-        out_BGXH += product("bgxs,bgsh->bgxh", weights_BGXS, v_BSGH.transpose(0, 2, 1, 3), dtype)
-        start += mask_BTS.shape[2]
-    return out_BGXH.reshape(B, G, T, N // G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N * H)
-
-
 def rotary(positions_BT: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of RoPE's angles, [B, T, 1, H/2] in float32."""
     exponent = jnp.arange(0, config.H, 2, dtype=jnp.float32) / config.H
@@ -147,8 +119,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
-        return x32.astype(x.dtype) * self.scale[...]
+        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        return (x32 * checkpoint_name(inverse, "norm")).astype(x.dtype) * self.scale[...]
 
 
 # (q_BTNH, k_BTGH, v_BTGH, the layer's cache) -> (output [B, T, N*H], what to keep of the layer)
@@ -173,13 +145,13 @@ class Layer(nnx.Module):
 
     def __call__(self, x_BTD, rope, attention: Attention, cache, dropout_key):
         heads = (*x_BTD.shape[:2], -1, self.config.H)
-        y = checkpoint_name(self.attention_norm(x_BTD), "norm")
+        y = self.attention_norm(x_BTD)
         q_BTNH = rotate(self.q(y, dropout_key).reshape(heads), rope)
         k_BTGH = rotate(self.k(y, dropout_key).reshape(heads), rope)
         v_BTGH = self.v(y, dropout_key).reshape(heads)
         y, kept = attention(q_BTNH, k_BTGH, v_BTGH, cache)
-        x_BTD = x_BTD + self.o(checkpoint_name(y, "attention"), dropout_key)
-        y = checkpoint_name(self.mlp_norm(x_BTD), "norm")
+        x_BTD = x_BTD + self.o(y, dropout_key)
+        y = self.mlp_norm(x_BTD)
         y = jax.nn.silu(self.gate(y, dropout_key)) * self.up(y, dropout_key)
         return x_BTD + self.down(y, dropout_key), kept
 

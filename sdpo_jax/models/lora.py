@@ -4,13 +4,14 @@ Shape letters are declared in `sdpo_jax.sharding`.
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+
+from sdpo_jax.models.product import product, turned
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -31,31 +32,6 @@ class LoraConfig:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def product(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
-    """`einsum` with operands in `dtype`, float32 sums and a result in x's own dtype.
-
-    Asking for float32 sums is what reaches XLA:CPU's fast bfloat16 kernels; the vjp is spelled out
-    so that the two products of the backward pass are computed in the same way.
-    """
-    sums = jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
-    return sums.astype(x.dtype)
-
-
-def _product_forward(spec, x, y, dtype):
-    return product(spec, x, y, dtype), (x, y)
-
-
-def _product_backward(spec, dtype, residuals, g):
-    x, y = residuals
-    (of_x, of_y), of_g = spec.split("->")[0].split(","), spec.split("->")[1]
-    dx = product(f"{of_g},{of_y}->{of_x}", g, y, dtype)
-    return dx, product(f"{of_g},{of_x}->{of_y}", g, x, dtype).astype(y.dtype)
-
-
-product.defvjp(_product_forward, _product_backward)
 
 
 @jax.custom_vjp
@@ -82,7 +58,7 @@ def _adapted_backward(residuals, g_TO):
     gb_TR = product("to,ro->tr", g_TO, b_RO, dtype)
     dx_TI = product("to,io->ti", g_TO, kernel_IO, dtype)
     d_dropped_TI = product("tr,ir->ti", gb_TR, a_IR, dtype)
-    da_IR = product("tr,ti->ri", gb_TR, dropped_TI, dtype).T.astype(a_IR.dtype)
+    da_IR = turned(product("tr,ti->ri", gb_TR, dropped_TI, dtype)).astype(a_IR.dtype)
     db_RO = product("tr,to->ro", xa_TR, g_TO, dtype).astype(b_RO.dtype)
     return dx_TI, d_dropped_TI, None, da_IR, db_RO
 

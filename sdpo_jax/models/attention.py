@@ -1,0 +1,101 @@
+"""Softmax attention over blocks of keys, with a vjp that keeps no weights.
+
+Shape letters are declared in `sdpo_jax.sharding`; here X is T * N/G: the queries that share a
+key/value head, and S the keys of a block.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from sdpo_jax.models.product import product, turned
+
+KeyBlock = tuple[jax.Array, jax.Array, jax.Array]
+CAUSAL_BLOCK = 128  # queries; smaller ones skip more of the future and are more operations
+
+
+def causal_mask(mask_BT: jax.Array) -> jax.Array:
+    """[B, T, T]: a query sees the real tokens up to itself."""
+    T = mask_BT.shape[1]
+    return jnp.tril(jnp.ones((T, T), bool)) & mask_BT[:, None, :]
+
+
+def attend_causal(q_BTNH, k_BTGH, v_BTGH, mask_BT: jax.Array, dtype) -> jax.Array:
+    """Attention of every token over the real ones up to itself, [B, T, N*H].
+
+    Queries go in equal blocks, each over the keys up to its end: the future is not computed.
+    """
+    T, causal_BTT = mask_BT.shape[1], causal_mask(mask_BT)
+    blocks = -(-T // CAUSAL_BLOCK)
+    cuts = [T * i // blocks for i in range(blocks + 1)]
+    return jnp.concatenate(
+        [
+            attend(q_BTNH[:, a:b], [(k_BTGH[:, :b], v_BTGH[:, :b], causal_BTT[:, a:b, :b])], dtype)
+            for a, b in itertools.pairwise(cuts)
+        ],
+        1,
+    )
+
+
+def attend(q_BTNH: jax.Array, blocks: Sequence[KeyBlock], dtype) -> jax.Array:
+    """Softmax attention of `q_BTNH` over the concatenation of key blocks, softmax in float32.
+
+    A block is (k_BSGH, v_BSGH, mask_BTS); the mask is True where a query sees a key. A query that
+    sees nothing (a padded one) gets a finite mean that nobody reads. Returns [B, T, N*H].
+    """
+    B, T, N, H = q_BTNH.shape
+    G = blocks[0][0].shape[2]
+    q_BGTnH = (q_BTNH * H**-0.5).reshape(B, T, G, N // G, H).transpose(0, 2, 1, 3, 4)
+    keys = tuple(k_BSGH.transpose(0, 2, 1, 3) for k_BSGH, _, _ in blocks)
+    values = tuple(v_BSGH.transpose(0, 2, 1, 3) for _, v_BSGH, _ in blocks)
+    masks = tuple(jnp.repeat(mask_BTS, N // G, 1)[:, None] for _, _, mask_BTS in blocks)
+    out_BGXH = _attend(q_BGTnH.reshape(B, G, -1, H), keys, values, masks, dtype)
+    return out_BGXH.reshape(B, G, T, N // G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N * H)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q_BGXH, keys, values, masks, dtype):
+    return _forward(q_BGXH, keys, values, masks, dtype)[0]
+
+
+def _scores(q_BGXH, k_BGSH, mask_B1XS, dtype) -> jax.Array:
+    scores_BGXS = product("bgxh,bgsh->bgxs", q_BGXH, k_BGSH, dtype)
+    return jnp.where(mask_B1XS, scores_BGXS.astype(jnp.float32), -1e30)
+
+
+def _forward(q_BGXH, keys, values, masks, dtype):
+    scores = [_scores(q_BGXH, k, mask, dtype) for k, mask in zip(keys, masks, strict=True)]
+    largest = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for s in scores))
+    weights = [jnp.exp(s - largest) for s in scores]
+    total = sum(w.sum(-1, keepdims=True) for w in weights)
+    out_BGXH = sum(
+        product("bgxs,bgsh->bgxh", w.astype(q_BGXH.dtype), v, dtype)
+        for w, v in zip(weights, values, strict=True)
+    )
+    out_BGXH = checkpoint_name((out_BGXH / total).astype(q_BGXH.dtype), "attention")
+    logsumexp = checkpoint_name(largest + jnp.log(total), "attention")
+    return out_BGXH, (q_BGXH, keys, values, masks, out_BGXH, logsumexp)
+
+
+def _backward(dtype, residuals, g_BGXH):
+    """Dao et al. 2022, arXiv 2205.14135, appendix B.2: weights from scores and their logsumexp."""
+    q_BGXH, keys, values, masks, out_BGXH, logsumexp = residuals
+    mean = (g_BGXH * out_BGXH).astype(jnp.float32).sum(-1, keepdims=True)
+    dq_BGXH, d_keys, d_values = 0.0, [], []
+    for k, v, mask in zip(keys, values, masks, strict=True):
+        weights = jnp.exp(_scores(q_BGXH, k, mask, dtype) - logsumexp)
+        d_weights = product("bgxh,bgsh->bgxs", g_BGXH, v, dtype)
+        d_scores = (weights * (d_weights - mean)).astype(q_BGXH.dtype)
+        dq_BGXH += product("bgxs,bgsh->bgxh", d_scores, k, dtype)
+        # The narrow matrix on the left, or XLA:CPU would transpose the wide one.
+        d_keys.append(turned(product("bgxh,bgxs->bghs", q_BGXH, d_scores, dtype)))
+        weights = weights.astype(q_BGXH.dtype)
+        d_values.append(turned(product("bgxh,bgxs->bghs", g_BGXH, weights, dtype)))
+    return dq_BGXH, tuple(d_keys), tuple(d_values), None
+
+
+_attend.defvjp(_forward, _backward)

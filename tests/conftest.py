@@ -72,10 +72,12 @@ def random_examples(rng, B: int, C: int, P: int = 11, A: int = 5) -> list[Exampl
     ]  # fmt: skip
 
 
-def random_batch(B: int, C: int, seed: int = 0) -> dict[str, np.ndarray]:
+def random_batch(B: int, C: int, seed: int = 0, rows: int = 1) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     examples = random_examples(rng, B, C)
-    batch = collate(examples, Shape(P=12, S=max(1, max(e.packed for e in examples)), A=5))
+    fullest = max(sum(e.tokens for e in part) for part in np.array_split(examples, rows))
+    shape = Shape(P=12, S=max(1, max(e.packed for e in examples)), A=5, T=fullest + 3)
+    batch = collate(examples, shape, rows)
     return batch | {"reference_logp_BC": rng.normal(-9, 2, (B, C)).astype(np.float32)}
 
 

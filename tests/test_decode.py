@@ -11,7 +11,8 @@ from flax import nnx
 from sdpo_jax.data.loader import Shape, collate
 from sdpo_jax.data.tokens import Example
 from sdpo_jax.evaluation import decode
-from sdpo_jax.models.decoder import Decoder, DecoderConfig, attend
+from sdpo_jax.models.attention import attend
+from sdpo_jax.models.decoder import Decoder, DecoderConfig
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.objectives.logprobs import causal_mask, padded_logp
 
@@ -35,7 +36,7 @@ MODEL = random_model()
 def make_batch(prompts, answers=ANSWERS, P=P):
     answers = tuple(np.array(a, np.int32) for a in answers)
     examples = [Example(np.array(p, np.int32), answers) for p in prompts]
-    return collate(examples, Shape(P, examples[0].packed + 2, max(map(len, answers))))
+    return collate(examples, Shape(P, examples[0].packed + 2, max(map(len, answers)), 600))
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ def value_and_gradient(model, layout, batch):
     return logp_BC, np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradient)])
 
 
-@pytest.mark.parametrize("C", [1, 4])
-def test_layouts_give_the_same_log_probs_and_gradients(model, C):
-    batch = random_batch(B=5, C=C, seed=C)
+@pytest.mark.parametrize(("C", "rows"), [(1, 1), (4, 1), (4, 2), (4, 6)])
+def test_layouts_give_the_same_log_probs_and_gradients(model, C, rows):
+    batch = random_batch(B=6, C=C, seed=C, rows=rows)
     shared, shared_gradient = value_and_gradient(model, "shared_prefix", batch)
     padded, padded_gradient = value_and_gradient(model, "padded", batch)
     np.testing.assert_allclose(shared, padded, atol=1e-4)

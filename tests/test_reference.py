@@ -66,6 +66,7 @@ def test_an_interrupted_pass_goes_on_where_it_stopped():
     stop.check = lambda: StopSignal.check(stop)
     inference = Inference.__new__(Inference)
     inference.base, inference.batch_size = None, 2
+    inference.microbatch, inference.rows = 2, 1
     inference.mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
     inference._logp = logp
     with pytest.raises(Interrupted):

@@ -132,7 +132,7 @@ def test_a_second_step_compiles_nothing(lowered):
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_eight_devices_give_what_one_gives(shape):
-    batch = random_batch(B=8, C=3)
+    batch = random_batch(B=8, C=3, rows=8)
     one, metrics, *_ = run(tiny_model(), batch, count=2, steps=2)
     if shape[0] == 8:
         batch_count = 1  # eight examples at once, one a device
@@ -151,7 +151,7 @@ def test_shardings_stay_where_they_were_pinned():
     pinned = state_shardings(lora, OPTIMIZER, mesh)
     kernel = base["layers"]["gate"]["kernel"][...]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
-    state, *_ = run(tiny_model(), random_batch(B=8, C=3), mesh=mesh, count=2, steps=2)
+    state, *_ = run(tiny_model(), random_batch(B=8, C=3, rows=8), mesh=mesh, count=2, steps=2)
     jax.tree.map(_same, state, pinned)
 
 
@@ -160,7 +160,7 @@ def _same(x, expected):
 
 
 def test_microbatches_add_up_to_the_global_batch():
-    batch = random_batch(B=8, C=3)
+    batch = random_batch(B=8, C=3, rows=4)
     whole, *_ = run(tiny_model(), batch, count=1)
     cut, *_ = run(tiny_model(), batch, count=4)
     np.testing.assert_allclose(flat(cut), flat(whole), atol=1e-6)

@@ -6,28 +6,39 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from sdpo_jax.data.draws import generator
 from sdpo_jax.data.tokens import Example
 
-MAX_SHAPES = 4  # compiled shapes a stage may have
-GROUP = 16  # batches that are sorted by length together before they are cut
+MAX_SHAPES = 2  # compiled shapes a stage may have
 ROUND = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Padded sizes of a batch: P prompt tokens, S packed answer tokens, A tokens an answer."""
+    """Padded sizes: P prompt tokens, S packed answer tokens, A tokens an answer, T of a row."""
 
     P: int
     S: int
     A: int
+    T: int
 
 
 def round_up(n: int, multiple: int = ROUND) -> int:
     return -(-n // multiple) * multiple
 
 
-def collate(examples: Sequence[Example], shape: Shape) -> dict[str, np.ndarray]:
+def deal(sizes: Sequence[int], rows: int) -> list[int]:
+    """An order in which `rows` equal runs of the sizes have nearly equal sums.
+
+    The largest are dealt first, forth and back, as cards are.
+    """
+    hands: list[list[int]] = [[] for _ in range(rows)]
+    for k, i in enumerate(sorted(range(len(sizes)), key=lambda i: -sizes[i])):
+        turn, place = divmod(k, rows)
+        hands[rows - 1 - place if turn % 2 else place].append(i)
+    return [i for hand in hands for i in hand]
+
+
+def collate(examples: Sequence[Example], shape: Shape, rows: int = 1) -> dict[str, np.ndarray]:
     """The batch that `sdpo_jax.objectives.logprobs` describes, padded to `shape`."""
     B, C = len(examples), len(examples[0].answers)
     batch = {
@@ -36,6 +47,7 @@ def collate(examples: Sequence[Example], shape: Shape) -> dict[str, np.ndarray]:
         "answers_BCA": np.zeros((B, C, shape.A), np.int32),
         "answers_mask_BCA": np.zeros((B, C, shape.A), bool),
         "packed_BS": np.full((B, shape.S), -1, np.int32),
+        "slot_RT": np.full((rows, shape.T), -1, np.int32),
     }
     for b, example in enumerate(examples):
         batch["prompt_BP"][b, shape.P - len(example.prompt) :] = example.prompt
@@ -48,44 +60,43 @@ def collate(examples: Sequence[Example], shape: Shape) -> dict[str, np.ndarray]:
         fed_CA[:, -1] = False
         packed = np.flatnonzero(fed_CA)
         batch["packed_BS"][b, : len(packed)] = packed
+    valid_BX = np.concatenate([batch["prompt_mask_BP"], batch["packed_BS"] >= 0], 1)
+    for r, valid_X in enumerate(valid_BX.reshape(rows, -1)):
+        slots = np.flatnonzero(valid_X)
+        batch["slot_RT"][r, : len(slots)] = slots
     return batch
 
 
-def choose_shapes(batches: Sequence[Sequence[Example]], limit: int = MAX_SHAPES) -> list[Shape]:
-    """The shape of each batch, at most `limit` distinct ones, by cutting the sorted batches."""
+def choose_shapes(
+    batches: Sequence[Sequence[Example]], rows: int = 1, limit: int = MAX_SHAPES
+) -> list[Shape]:
+    """The shape of each batch, one or two distinct ones.
+
+    The batches, sorted by the tokens of their fullest row, are cut where the fewest are fed.
+    """
     A = max(len(a) for examples in batches for e in examples for a in e.answers)
-    needs = np.array(
-        [
-            (max(len(e.prompt) for e in examples), max(e.packed for e in examples))
-            for examples in batches
-        ]
-    )
-    shapes: list[Shape] = [Shape(0, 0, 0)] * len(batches)
-    for part in np.array_split(np.lexsort(needs.T[::-1]), min(limit, len(batches))):
-        P, S = needs[part].max(0)
+    needs = np.array([_needs(examples, rows) for examples in batches])
+    order = np.argsort(needs[:, 0], kind="stable")
+    sums, count = needs[order, 0], np.arange(1, len(batches))
+    fed = count * sums[:-1] + (len(sums) - count) * sums[-1]  # the first `count` fed as their last
+    cut = [int(np.argmin(fed)) + 1] if limit > 1 and len(batches) > 1 else []
+    shapes: list[Shape] = [Shape(0, 0, 0, 0)] * len(batches)
+    for part in np.split(order, cut):
+        T, P, S = (round_up(max(int(n), 1)) for n in needs[part].max(0))
         for i in part:
-            shapes[i] = Shape(round_up(int(P)), round_up(max(int(S), 1)), A)
+            shapes[i] = Shape(P, S, A, T)
     return shapes
+
+
+def _needs(examples: Sequence[Example], rows: int) -> tuple[int, int, int]:
+    """Tokens of the fullest row, of the longest prompt, and of the most answers."""
+    fullest = np.reshape([e.tokens for e in examples], (rows, -1)).sum(-1).max()
+    return int(fullest), max(len(e.prompt) for e in examples), max(e.packed for e in examples)
 
 
 def stream(rows: int, seed: int, epochs: int) -> grain.MapDataset:
     """Row numbers in training order: each epoch is a fresh permutation."""
     return grain.MapDataset.range(rows).seed(seed).shuffle().repeat(epochs)
-
-
-def grouped_batches(order: Sequence[int], lengths: dict[int, int], batch_size: int, seed: int):
-    """Cuts `order` into batches of similar length.
-
-    Runs of GROUP batches are sorted by length, cut, and put into a drawn order, so a batch has
-    little padding while any row still can come at any place of its run.
-    """
-    batches = []
-    for start in range(0, len(order), GROUP * batch_size):
-        run = sorted(order[start : start + GROUP * batch_size], key=lengths.__getitem__)
-        cut = [run[i : i + batch_size] for i in range(0, len(run), batch_size)]
-        draw = generator(seed, "batches", "train", start).permutation(len(cut))
-        batches += [cut[i] for i in draw]
-    return batches
 
 
 def spread(n: int, limit: int = 0) -> list[int]:
@@ -99,6 +110,7 @@ def batches(
     examples: Sequence[Sequence[Example]],
     extra: Sequence[dict[str, np.ndarray]] | None = None,
     start: int = 0,
+    rows: int = 1,
     limit: int = MAX_SHAPES,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Collated batches from number `start` on, made ahead of time by grain's threads.
@@ -107,11 +119,12 @@ def batches(
       examples: the examples of each batch.
       extra: for each batch, further arrays to carry along (reference log-probs).
       start: the first batch's number, for going on after a restart.
-      limit: how many distinct shapes there may be.
+      rows: in how many rows of tokens a batch lies.
+      limit: how many distinct shapes there may be, one or two.
     """
-    shapes = choose_shapes(examples, limit)
+    shapes = choose_shapes(examples, rows, limit)
     source = grain.MapDataset.range(start, len(examples)).map(
-        lambda i: collate(examples[i], shapes[i]) | (extra[i] if extra else {})
+        lambda i: collate(examples[i], shapes[i], rows) | (extra[i] if extra else {})
     )
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     return iter(source.to_iter_dataset(options))

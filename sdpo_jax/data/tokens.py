@@ -23,6 +23,11 @@ class Example:
         """How many answer tokens are fed: all but each answer's last."""
         return sum(len(answer) - 1 for answer in self.answers)
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens are fed in all."""
+        return len(self.prompt) + self.packed
+
 
 class Encoder:
     """Renders and tokenises the windows of a data set.

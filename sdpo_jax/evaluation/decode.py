@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.models.decoder import Decoder, attend
-from sdpo_jax.objectives.logprobs import Batch, PackedAnswers, causal_mask, prompt_positions
+from sdpo_jax.models.attention import attend, attend_causal
+from sdpo_jax.models.decoder import Decoder
+from sdpo_jax.objectives.logprobs import Batch, PackedAnswers, prompt_positions
 
 MAX_NEW_TOKENS = 20  # the authors' evaluate_batch.py
 
@@ -37,12 +38,11 @@ Choose = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
 def prefill(decoder: Decoder, batch: Batch) -> Prefix:
     """Runs the prompts once."""
     mask_BP = batch["prompt_mask_BP"]
-    causal_BPP = causal_mask(mask_BP)
 
     def attention(q, k, v, _):
         # `attend` multiplies in this dtype, so keeping more of the numbers would change nothing.
         kept = (k.astype(decoder.dtype), v.astype(decoder.dtype))
-        return attend(q, [(k, v, causal_BPP)], decoder.dtype), kept
+        return attend_causal(q, k, v, mask_BP, decoder.dtype), kept
 
     hidden_BPD, (keys, values) = decoder(batch["prompt_BP"], prompt_positions(mask_BP), attention)
     return Prefix(keys, values, mask_BP, hidden_BPD[:, -1])

@@ -59,7 +59,8 @@ class Evaluator:
             split, self.rows, [self.windows[row].candidates for row in self.rows]
         )
         batch_size = batch_size or (8 if jax.default_backend() == "cpu" else 32)
-        self._batches = self._cut(loader.round_up(batch_size, sharding.data_shards(mesh)))
+        self._rows = sharding.data_shards(mesh)
+        self._batches = self._cut(loader.round_up(batch_size, self._rows))
         self._placed = sharding.batch_sharding(mesh)
         self._prefill, self._decoders = self._compile()
 
@@ -101,7 +102,7 @@ class Evaluator:
         seconds: dict[str, float] = collections.Counter()
         examples = [[self.examples[i] for i in part] for part in self._batches]
         shapes = max(1, min(loader.MAX_SHAPES, len(examples) // BATCHES_PER_SHAPE))
-        batches = loader.batches(examples, limit=shapes)
+        batches = loader.batches(examples, rows=self._rows, limit=shapes)
         for part, batch in zip(self._batches, batches, strict=True):
             batch = jax.device_put(batch, self._placed)
             start = time.perf_counter()

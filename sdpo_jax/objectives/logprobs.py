@@ -6,19 +6,24 @@ A batch holds
   answers_BCA      int32, each answer ends in EOS, padded on the right;
   answers_mask_BCA bool, True on tokens, EOS included;
   packed_BS        int32, indices into the flattened [C*A] answers of the tokens that are fed to
-                   the decoder (every answer token but its last), -1 where a row has fewer.
+                   the decoder (every answer token but its last), -1 where an example has fewer;
+  slot_RT          int32, for each place of R rows that hold B/R examples each, the index of its
+                   token in the row's flattened [B/R, P+S] grid, -1 where a row has fewer tokens.
 
-`shared_prefix` feeds `[prompt | answer_0 | ... | answer_K]` as one row: the prompt is computed
-once, an answer token sees the prompt and the earlier tokens of its own answer, and positions of
-every answer restart at the prompt's length. `padded` feeds C full rows a prompt, as the official
-code does; it is the oracle. Both put the head on rows that predict an answer token and on no other:
-the last prompt row predicts the first token of all C answers, and EOS is a target, never an input.
+`shared_prefix` computes the prompt once for all its answers: an answer token sees the prompt and
+the earlier tokens of its own answer, and positions of every answer restart at the prompt's length.
+A row `[prompt | answer_0 | ... | answer_K | next prompt | ...]` holds real tokens alone; only
+attention and the head see the padded grid `[prompt_BP | packed_BS]`. `padded` feeds C full rows a
+prompt, as the official code does; it is the oracle. Both put the head on positions that predict an
+answer token and on no other: the last prompt token predicts the first token of all C answers, and
+EOS is a target, never an input.
 """
 
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.models.decoder import Decoder, attend
+from sdpo_jax.models.attention import attend, attend_causal, causal_mask
+from sdpo_jax.models.decoder import Decoder
 
 Batch = dict[str, jax.Array]
 Keys = tuple[jax.Array, jax.Array]  # k_BSGH, v_BSGH
@@ -29,12 +34,6 @@ def prompt_positions(prompt_mask_BP: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(prompt_mask_BP, -1) - 1, 0)
 
 
-def causal_mask(mask_BT: jax.Array) -> jax.Array:
-    """[B, T, T]: a query sees the real tokens up to itself."""
-    T = mask_BT.shape[1]
-    return jnp.tril(jnp.ones((T, T), bool)) & mask_BT[:, None, :]
-
-
 def _target_logp(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Gathered logit minus float32 logsumexp; logits [..., V], targets [...]."""
     gathered = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
@@ -42,7 +41,7 @@ def _target_logp(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 class PackedAnswers:
-    """The S packed answer tokens of each row: what is fed, what it predicts, and what it sees."""
+    """The S packed answer tokens of an example: what is fed, what it predicts, what it sees."""
 
     def __init__(self, batch: Batch):
         answers_BCA = batch["answers_BCA"]
@@ -80,22 +79,64 @@ class PackedAnswers:
         return first_BC + jnp.where(owned_BSC, rest_BS[..., None], 0.0).sum(1)
 
 
+@jax.custom_vjp
+def _pick(x_RX: jax.Array, index_RY: jax.Array, inverse_RX: jax.Array) -> jax.Array:
+    """`x_RX[..., index_RY]` row by row, zeros where the index is -1; [R, X, ...] -> [R, Y, ...].
+
+    No place is picked twice, so the transpose is a pick by the inverse index, not a scatter.
+    """
+    index = jnp.expand_dims(index_RY, range(2, x_RX.ndim))
+    return jnp.where(index >= 0, jnp.take_along_axis(x_RX, jnp.maximum(index, 0), 1), 0)
+
+
+def _pick_forward(x_RX, index_RY, inverse_RX):
+    return _pick(x_RX, index_RY, inverse_RX), (index_RY, inverse_RX)
+
+
+def _pick_backward(indices, g_RY):
+    index_RY, inverse_RX = indices
+    return _pick(g_RY, inverse_RX, index_RY), None, None
+
+
+_pick.defvjp(_pick_forward, _pick_backward)
+
+
+class Rows:
+    """Moves values between rows of real tokens [R, T, ...] and the padded grid [B, P+S, ...]."""
+
+    def __init__(self, slot_RT: jax.Array, valid_BX: jax.Array):
+        valid_RX = valid_BX.reshape(slot_RT.shape[0], -1)
+        self.slot_RT = slot_RT
+        self.place_RX = jnp.where(valid_RX, jnp.cumsum(valid_RX, -1) - 1, -1)
+        self.grid = valid_BX.shape
+
+    def pack(self, x_BX: jax.Array) -> jax.Array:
+        x_RX = x_BX.reshape(*self.place_RX.shape, *x_BX.shape[2:])
+        return _pick(x_RX, self.slot_RT, self.place_RX)
+
+    def spread(self, x_RT: jax.Array) -> jax.Array:
+        x_RX = _pick(x_RT, self.place_RX, self.slot_RT)
+        return x_RX.reshape(*self.grid, *x_RT.shape[2:])
+
+
 def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_key=None) -> jax.Array:
     """Sequence log-probs `logp_BC` in nats, each prompt computed once."""
     packed = PackedAnswers(batch)
     mask_BP = batch["prompt_mask_BP"]
     P = mask_BP.shape[1]
-    causal_BPP = causal_mask(mask_BP)
+    rows = Rows(batch["slot_RT"], jnp.concatenate([mask_BP, packed.valid_BS], 1))
 
     def attention(q, k, v, cache):
-        prompt = attend(q[:, :P], [(k[:, :P], v[:, :P], causal_BPP)], decoder.dtype)
+        q, k, v = rows.spread(q), rows.spread(k), rows.spread(v)
+        prompt = attend_causal(q[:, :P], k[:, :P], v[:, :P], mask_BP, decoder.dtype)
         answers = packed.attend(q[:, P:], (k[:, :P], v[:, :P]), (k[:, P:], v[:, P:]), decoder.dtype)
-        return jnp.concatenate([prompt, answers], 1), None
+        return rows.pack(jnp.concatenate([prompt, answers], 1)), None
 
-    tokens_BT = jnp.concatenate([batch["prompt_BP"], packed.tokens_BS], 1)
-    positions_BT = jnp.concatenate([prompt_positions(mask_BP), packed.positions_BS], 1)
-    hidden_BTD, _ = decoder(tokens_BT, positions_BT, attention, None, dropout_key)
-    return packed.logp(decoder, hidden_BTD[:, P - 1], hidden_BTD[:, P:], batch)
+    tokens_RT = rows.pack(jnp.concatenate([batch["prompt_BP"], packed.tokens_BS], 1))
+    positions_RT = rows.pack(jnp.concatenate([prompt_positions(mask_BP), packed.positions_BS], 1))
+    hidden_RTD, _ = decoder(tokens_RT, positions_RT, attention, None, dropout_key)
+    hidden_BXD = rows.spread(hidden_RTD)
+    return packed.logp(decoder, hidden_BXD[:, P - 1], hidden_BXD[:, P:], batch)
 
 
 def padded_logp(decoder: Decoder, batch: Batch, dropout_key=None) -> jax.Array:
@@ -108,10 +149,9 @@ def padded_logp(decoder: Decoder, batch: Batch, dropout_key=None) -> jax.Array:
     answers_mask_RA = answers_mask_BCA.reshape(B * C, A)
     tokens_RT = jnp.concatenate([jnp.repeat(batch["prompt_BP"], C, 0), answers_RA[:, :-1]], 1)
     mask_RT = jnp.concatenate([mask_RP, answers_mask_RA[:, 1:]], 1)
-    causal_RTT = causal_mask(mask_RT)
 
     def attention(q, k, v, cache):
-        return attend(q, [(k, v, causal_RTT)], decoder.dtype), None
+        return attend_causal(q, k, v, mask_RT, decoder.dtype), None
 
     hidden_RTD, _ = decoder(tokens_RT, prompt_positions(mask_RT), attention, None, dropout_key)
     logp_RA = _target_logp(decoder.logits(hidden_RTD[:, P - 1 :]), answers_RA)

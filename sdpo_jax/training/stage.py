@@ -65,7 +65,8 @@ class Inference:
 
     def __init__(self, model, layout: str, mesh, microbatch: int):
         self.base, self.mesh = model.base, mesh
-        self.batch_size = microbatch * sharding.data_shards(mesh)
+        self.microbatch, self.rows = microbatch, sharding.data_shards(mesh)
+        self.batch_size = microbatch * self.rows
         self._logp = jax.jit(
             make_logp(model.graphdef, layout), out_shardings=sharding.replicated(mesh)
         )
@@ -83,14 +84,15 @@ class Inference:
           known_NC: what `save` got in a call that was cut off: that part is not computed again.
           save: gets `logp_NC`, NaN where not yet computed, now and then and before Interrupted.
         """
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
+        order = list(range(len(examples)))
         order += order[-1:] * (-len(order) % self.batch_size)  # full batches; repeats are dropped
+        order = dealt(examples, order, len(order) // self.microbatch)
         cut = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         shape = (len(examples), len(examples[0].answers))
         out = np.full(shape, np.nan, np.float32) if known_NC is None else known_NC
         first = sum(1 for _ in itertools.takewhile(lambda part: np.isfinite(out[part]).all(), cut))
         batches = loader.batches(
-            [[examples[i] for i in part] for part in cut], start=first, limit=2
+            [[examples[i] for i in part] for part in cut], start=first, rows=self.rows, limit=1
         )
         todo = zip(cut[first:], batches, strict=True)
         if name:
@@ -103,6 +105,12 @@ class Inference:
             stop.check()
             out[part] = jax.device_get(self._logp(lora, self.base, put(batch, placed)))
         return out
+
+
+def dealt(examples, keys: Sequence[int], rows: int) -> list[int]:
+    """`keys` in an order in which `rows` equal runs of their examples have nearly equal lengths."""
+    order = loader.deal([examples[k].tokens for k in keys], rows)
+    return [keys[i] for i in order]
 
 
 def put(batch: dict[str, np.ndarray], placed: jax.sharding.Sharding) -> dict[str, jax.Array]:
@@ -185,17 +193,20 @@ class Stage:
     def batches(self, references: dict[int, dict], start: int) -> Iterator[dict[str, np.ndarray]]:
         """Global batches [number of microbatches, M, ...] from step `start` on."""
         size = self.config.batch_size
-        lengths = {row: len(example.prompt) for row, example in self.train_examples.items()}
-        cut = loader.grouped_batches(self.order, lengths, size, self.config.seed)
+        rows = size // self.config.microbatch
+        cut = [
+            dealt(self.train_examples, self.order[i : i + size], rows)
+            for i in range(0, len(self.order), size)
+        ]
         extra = [
-            {k: np.stack([references[row][k] for row in rows]) for k in references[rows[0]]}
-            for rows in cut
+            {k: np.stack([references[row][k] for row in part]) for k in references[part[0]]}
+            for part in cut
         ]
         limit = max(1, min(loader.MAX_SHAPES, self.steps // COMPILATION_IN_STEPS))
-        examples = [[self.train_examples[row] for row in rows] for rows in cut]
+        examples = [[self.train_examples[row] for row in part] for part in cut]
         count = size // self.inference.batch_size
-        for batch in loader.batches(examples, extra, start, limit):
-            yield {k: x.reshape(count, size // count, *x.shape[1:]) for k, x in batch.items()}
+        for batch in loader.batches(examples, extra, start, rows, limit):
+            yield {k: x.reshape(count, -1, *x.shape[1:]) for k, x in batch.items()}
 
     def validate(self, state: TrainState, references: dict) -> dict[str, float]:
         """Means over the validation windows, and their number."""

@@ -1,7 +1,8 @@
 """JAX sides of the step benchmark: `ours`, and `strong`, the same step on K+1 full rows a prompt.
 
 Both hold the base once and cache the reference's log-probs; a pass over the reference is counted
-as one part in EPOCHS of every step, since a stage of so many epochs computes it once.
+as one part in EPOCHS of every step, since a stage of so many epochs computes it once. One answer
+(K = 0) is SFT, which has no reference.
 """
 
 import functools
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from benchmarks.workload import full_rows_at_once
 from sdpo_jax import sharding
 from sdpo_jax.data import loader
 from sdpo_jax.data.tokens import Example
@@ -23,6 +26,7 @@ from sdpo_jax.training.step import (
     make_logp,
     make_train_step,
     sdpo_objective,
+    sft_objective,
     state_shardings,
 )  # fmt: skip
 
@@ -42,32 +46,45 @@ class JaxSide:
         )
 
     def prepare(self, examples: Sequence[Example]) -> tuple[Callable[[], float], dict]:
-        batch = loader.collate(examples, loader.choose_shapes([examples])[0])
-        batch = {key: jnp.asarray(value) for key, value in batch.items()}
+        C = len(examples[0].answers)
+        at_once = len(examples)
+        if self.layout == "padded":
+            at_once = full_rows_at_once(len(examples), C)
+        batch, real = self.batch(examples, at_once)
         logp = make_logp(self.model.graphdef, self.layout)
-        reference = jax.jit(logp)
-        batch["reference_logp_BC"] = reference(self.model.lora, self.model.base, batch)
+        reference = jax.jit(lambda *args: jax.lax.map(lambda part: logp(*args[:2], part), args[2]))
+        logp_MBC = reference(self.model.lora, self.model.base, batch)
+        batch["reference_logp_BC"] = logp_MBC
+        objective = functools.partial(sdpo_objective, beta=1.0) if C > 1 else sft_objective
         optimizer = make_optimizer(1e-5, 1000, warmup=0.05, clip=0.3, weight_decay=0.0)
         placed = state_shardings(self.model.lora, optimizer, self.mesh)
-        step = make_train_step(
-            logp, functools.partial(sdpo_objective, beta=1.0), optimizer, placed, self.mesh
-        )
+        step = make_train_step(logp, objective, optimizer, placed, self.mesh)
         lora = jax.tree.map(jnp.copy, self.model.lora)  # the step donates its state
         state = init_state(lora, optimizer, self.mesh)
-        whole = {key: value[None] for key, value in batch.items()}
-        compiled = step.lower(state, self.model.base, whole).compile()
+        compiled = step.lower(state, self.model.base, batch).compile()
 
         def run() -> float:
             nonlocal state
             started = time.perf_counter()
-            jax.block_until_ready(reference(self.model.lora, self.model.base, batch))
+            if C > 1:
+                jax.block_until_ready(reference(self.model.lora, self.model.base, batch))
             between = time.perf_counter()
-            state, metrics = compiled(state, self.model.base, whole)
+            state, metrics = compiled(state, self.model.base, batch)
             jax.block_until_ready((state, metrics))
             return (between - started) / EPOCHS + time.perf_counter() - between
 
         facts = {
-            "flops": compiled.cost_analysis()["flops"],
+            "examples_at_once": at_once,
             "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+            "logp_BC": np.asarray(logp_MBC).reshape(-1, C),
         }
+        if self.layout == "shared_prefix":
+            facts["real_tokens_of_fed"] = real / batch["slot_RT"].size
         return run, facts
+
+    def batch(self, examples: Sequence[Example], at_once: int) -> tuple[dict[str, jax.Array], int]:
+        """Arrays [parts, at_once, ...], and how many real tokens they hold."""
+        rows = len(examples) // at_once
+        batch = loader.collate(examples, loader.choose_shapes([examples], rows)[0], rows)
+        batch = {k: jnp.asarray(x.reshape(rows, -1, *x.shape[1:])) for k, x in batch.items()}
+        return batch, sum(example.tokens for example in examples)

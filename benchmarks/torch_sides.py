@@ -20,13 +20,13 @@ from flax.traverse_util import flatten_dict
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.workload import full_rows_at_once
 from sdpo_jax.data.tokens import Example
 from sdpo_jax.model_folder import load_model
 from sdpo_jax.models import lora as ours
 from sdpo_jax.models.weights import slots
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ROWS = 16  # that are in memory at once: more of them do not fit 24 GB with all logits
 
 
 def torch_model(folder: Path) -> torch.nn.Module:
@@ -55,7 +55,7 @@ class OfficialSide:
         self.model, self.checkpointing = model, checkpointing
 
     def prepare(self, examples: Sequence[Example]) -> tuple[Callable[[], float], dict]:
-        at_once = max(1, ROWS // len(examples[0].answers))
+        at_once = full_rows_at_once(len(examples), len(examples[0].answers))
         parts = [examples[i : i + at_once] for i in range(0, len(examples), at_once)]
         batches = [padded_rows(part) for part in parts]
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -65,17 +65,25 @@ class OfficialSide:
             self.set_checkpointing()  # another side may share the model
             started = time.perf_counter()
             for batch in batches:
-                with torch.no_grad(), self.model.disable_adapter():
-                    reference_BC = self.logp(batch)
-                r_BC = self.logp(batch) - reference_BC
-                loss_B = torch.logsumexp(r_BC, -1) - r_BC[:, 0]
-                (loss_B.sum() / len(examples)).backward()
+                (self.loss(batch).sum() / len(examples)).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 0.3)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return time.perf_counter() - started
 
-        return run, {"rows_at_once": at_once * len(examples[0].answers)}
+        self.model.eval()
+        with torch.no_grad():
+            logp_BC = np.concatenate([self.logp(batch).numpy() for batch in batches])
+        return run, {"examples_at_once": at_once, "logp_BC": logp_BC}
+
+    def loss(self, batch: dict) -> torch.Tensor:
+        """S-DPO's loss [B] with its reference pass; with one answer SFT's."""
+        if batch["shape"][1] == 1:
+            return -self.logp(batch)[:, 0]
+        with torch.no_grad(), self.model.disable_adapter():
+            reference_BC = self.logp(batch)
+        r_BC = self.logp(batch) - reference_BC
+        return torch.logsumexp(r_BC, -1) - r_BC[:, 0]
 
     def set_checkpointing(self) -> None:
         self.model.train()

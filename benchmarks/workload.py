@@ -16,6 +16,7 @@ from sdpo_jax.data.tokens import Encoder, Example, training_items
 from sdpo_jax.errors import InputError
 from sdpo_jax.model_folder import load_tokenizer
 
+ROWS = 16  # full rows in memory at once: more of them, with all logits, do not fit 24 GB
 PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "trl")
 
 
@@ -40,6 +41,12 @@ def read_workload(model: str | Path, dataset: str | Path, seed: int = 0) -> Work
     data = read_dataset(dataset, ["train"])
     templates = prompts.TEMPLATES[data.domain]
     return Workload(data, Encoder(data, load_tokenizer(Path(model)), templates, seed, 512))
+
+
+def full_rows_at_once(count: int, answers: int) -> int:
+    """How many of `count` examples go through as full rows at once: a divisor of `count`."""
+    fit = [n for n in range(1, count + 1) if count % n == 0 and n * answers <= ROWS]
+    return max(fit, default=1)
 
 
 def lengths(examples: Sequence[Example]) -> dict[str, float]:

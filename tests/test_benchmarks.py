@@ -9,11 +9,13 @@ from benchmarks import step
 
 def test_the_step_benchmark_measures_each_side_and_their_ratio(model_folder, dataset_folder):
     sides = ("strong", "ours")
-    found = step.benchmark(model_folder, dataset_folder, sides, [3], 8, 1, "float32")
+    found = step.benchmark(model_folder, dataset_folder, sides, [0, 3], 8, 1, "float32")
     assert set(found["examples_per_second"]) == set(sides)
     assert found["examples_per_second"]["ours"]["3"]["median"] > 0
     assert found["ratio"]["ours/strong"]["3"] > 0
-    assert found["facts"]["3"]["strong"]["flops"] > 2 * found["facts"]["3"]["ours"]["flops"]
+    memory = {name: facts["temporary_bytes"] for name, facts in found["facts"]["3"].items()}
+    assert memory["strong"] > 2 * memory["ours"]
+    assert 0.9 < found["facts"]["3"]["ours"]["real_tokens_of_fed"] <= 1
     assert found["threads"] > 0 and found["versions"]["jax"]
 
 

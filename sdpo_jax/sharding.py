@@ -17,12 +17,13 @@ AXES = ("data", "fsdp", "tensor")
 RULES = {"D": "fsdp", "N": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices of all processes; one axis may be -1, which takes the rest.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh over `devices`, by default all of all processes; one axis may be -1: the rest.
 
     Raises InputError when the sizes do not multiply to the number of devices.
     """
-    sizes, count = [data, fsdp, tensor], jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    sizes, count = [data, fsdp, tensor], len(devices)
     known = 1
     for size in sizes:
         known *= size if size > 0 else 1
@@ -34,7 +35,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"{count} devices found: set one of --config.mesh.data, .fsdp, .tensor to -1"
         )
     # Explicit axes, make_mesh's default, refuse an embedding gather on a sharded table.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
 
 
 def data_shards(mesh: Mesh) -> int:

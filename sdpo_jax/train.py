@@ -14,19 +14,22 @@ from absl import flags
 from ml_collections import config_flags
 
 from sdpo_jax import sharding, workdir
-from sdpo_jax.data import prompts
+from sdpo_jax.data import loader, prompts
 from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.data.tokens import Encoder
 from sdpo_jax.errors import InputError, run_command
-from sdpo_jax.model_folder import load_model
-from sdpo_jax.models.decoder import REMAT
+from sdpo_jax.model_folder import load_model, load_tokenizer
+from sdpo_jax.models.decoder import REMAT, DecoderConfig
 from sdpo_jax.models.lora import PROJECTIONS, LoraConfig
+from sdpo_jax.models.weights import read_json
 from sdpo_jax.objectives.logprobs import LAYOUTS
 from sdpo_jax.runtime import set_up_jax
-from sdpo_jax.training.stage import Inference, Interrupted, Stage, StopSignal
+from sdpo_jax.training import memory
+from sdpo_jax.training.stage import Inference, Interrupted, Stage, StopSignal, encode
 
 STAGES = ("sft", "sdpo")
 DTYPES = ("float32", "bfloat16")
+EXPLAINED_WINDOWS = 512  # spread over the training split, of which --explain takes the longest
 
 
 def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
@@ -44,9 +47,8 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
     templates = prompts.templates_of(dataset.domain, config.prompt_file)
     check_dataset(config, dataset)
 
-    lora_config = LoraConfig(**config.lora.to_dict() | {"targets": tuple(config.lora.targets)})
     model = load_model(
-        config.model, lora_config, dtype=config.dtype, remat=config.remat, seed=config.seed,
+        config.model, lora_config(config), dtype=config.dtype, remat=config.remat, seed=config.seed,
         shardings=sharding.placement(mesh),
     )  # fmt: skip
     encoder = Encoder(dataset, model.tokenizer, templates, config.seed, config.max_length)
@@ -71,6 +73,45 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
         f"--stage=base,{','.join(config.stages)} --decoder=greedy,score\n"
         f"      python -m sdpo_jax.report --workdir={run}"
     )
+
+
+def explain(config, experiment: str = "") -> None:
+    """Prints what a step of each microbatch needs of a device, and which fits; trains nothing."""
+    check(config)
+    check_folders(config, experiment)
+    set_up_jax(config.dtype)
+    mesh = sharding.make_mesh(**config.mesh)
+    shards = sharding.data_shards(mesh)
+    dataset = read_dataset(config.dataset, ["train"])
+    templates = prompts.templates_of(dataset.domain, config.prompt_file)
+    folder = Path(config.model)
+    encoder = Encoder(dataset, load_tokenizer(folder), templates, config.seed, config.max_length)
+    rows = loader.spread(len(dataset.splits["train"]), EXPLAINED_WINDOWS)
+    negatives = config.num_negatives if "sdpo" in config.stages else 0
+    longest = sorted(encode(encoder, "train", rows, negatives).values(), key=lambda e: -e.tokens)
+    decoder = DecoderConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    limit = memory.limit_of(jax.local_devices()[0])
+    print(
+        f"GiB a device of {limit / 2**30:.1f} that are there; K={negatives}, the longest of "
+        f"{len(longest)} windows, dtype={config.dtype}, remat={config.remat}"
+    )
+    for microbatch in (1, 2, 4, 8, 16, 32):
+        if config.batch_size % (microbatch * shards) or microbatch * shards > len(longest):
+            continue
+        found = memory.step_memory(
+            decoder, lora_config(config), longest[: microbatch * shards], dtype=config.dtype,
+            remat=config.remat, layout=config.batch_layout, mesh=mesh,
+        )  # fmt: skip
+        fits = found.total < limit
+        print(f"--config.microbatch={microbatch:<3} base {found.base / 2**30:6.2f}  "
+              f"temporary {found.temporary / 2**30:6.2f}  in all {found.total / 2**30:6.2f}  "
+              f"{'fits' if fits else 'does not fit'}", flush=True)  # fmt: skip
+        if not fits:
+            break
+
+
+def lora_config(config) -> LoraConfig:
+    return LoraConfig(**config.lora.to_dict() | {"targets": tuple(config.lora.targets)})
 
 
 def check(config) -> None:
@@ -191,6 +232,9 @@ def main(argv: Sequence[str]) -> None:
         ) from error
     experiment = Path(file).name.partition(".py")[0]
     run = Path(args.workdir or f"runs/{experiment}/run")
+    if args.explain:
+        explain(args.config, experiment)
+        return
     try:
         train(args.config, run, StopSignal(), experiment)
     except Interrupted:
@@ -200,5 +244,6 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "config file, with :argument", lock_config=True)
     flags.DEFINE_string("workdir", None, "folder of the run (default: runs/<config's name>/run)")
+    flags.DEFINE_bool("explain", False, "only say what a step needs of a device's memory")
     flags.mark_flag_as_required("config")
     run_command(main)

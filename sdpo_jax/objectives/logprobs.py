@@ -34,10 +34,34 @@ def prompt_positions(prompt_mask_BP: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(prompt_mask_BP, -1) - 1, 0)
 
 
-def _target_logp(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Gathered logit minus float32 logsumexp; logits [..., V], targets [...]."""
-    gathered = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    return gathered - jax.nn.logsumexp(logits, -1)
+@jax.custom_vjp
+def _token_logp(logits_BYV: jax.Array, place_BZ: jax.Array, token_BZ: jax.Array) -> jax.Array:
+    """Log-probs [B, Z] of tokens, each at its place among Y: logit minus float32 logsumexp.
+
+    The vjp is written by hand so that one array of the logits' size is made, and no more.
+    """
+    return _token_logp_forward(logits_BYV, place_BZ, token_BZ)[0]
+
+
+def _token_logp_forward(logits_BYV, place_BZ, token_BZ):
+    sums_BY = jax.nn.logsumexp(logits_BYV, -1)
+    logit_BZ = jax.vmap(lambda logits, *index: logits[index])(logits_BYV, place_BZ, token_BZ)
+    logp_BZ = logit_BZ - jnp.take_along_axis(sums_BY, place_BZ, 1)
+    return logp_BZ, (logits_BYV, sums_BY, place_BZ, token_BZ)
+
+
+def _token_logp_backward(residuals, g_BZ):
+    logits_BYV, sums_BY, place_BZ, token_BZ = residuals
+
+    def one(logits_YV, sums_Y, place_Z, token_Z, g_Z):
+        g_Y = jnp.zeros_like(sums_Y).at[place_Z].add(g_Z)
+        softmax_YV = jnp.exp(logits_YV - sums_Y[:, None])
+        return (-g_Y[:, None] * softmax_YV).at[place_Z, token_Z].add(g_Z)
+
+    return jax.vmap(one)(logits_BYV, sums_BY, place_BZ, token_BZ, g_BZ), None, None
+
+
+_token_logp.defvjp(_token_logp_forward, _token_logp_backward)
 
 
 class PackedAnswers:
@@ -67,16 +91,17 @@ class PackedAnswers:
 
     def logp(self, decoder: Decoder, last_BD: jax.Array, hidden_BSD: jax.Array, batch: Batch):
         """Sums token log-probs into `logp_BC`; `last_BD`: hidden state of the last prompt token."""
-        answers_BCA = batch["answers_BCA"]
-        C = answers_BCA.shape[1]
-        logits = decoder.logits(jnp.concatenate([last_BD[:, None], hidden_BSD], 1))
-        first_BV, rest_BSV = logits[:, 0], logits[:, 1:]
-        first_BC = jnp.take_along_axis(first_BV, answers_BCA[:, :, 0], -1)
-        first_BC -= jax.nn.logsumexp(first_BV, -1, keepdims=True)
-        rest_BS = jnp.where(self.valid_BS, _target_logp(rest_BSV, self.targets_BS), 0.0)
+        first_BC = batch["answers_BCA"][:, :, 0]
+        C, S = first_BC.shape[1], hidden_BSD.shape[1]
+        logits_BYV = decoder.logits(jnp.concatenate([last_BD[:, None], hidden_BSD], 1))
+        # The last prompt token predicts the first token of all C answers.
+        place_Z = jnp.concatenate([jnp.zeros(C, jnp.int32), 1 + jnp.arange(S)])
+        tokens_BZ = jnp.concatenate([first_BC, self.targets_BS], 1)
+        logp_BZ = _token_logp(logits_BYV, jnp.broadcast_to(place_Z, tokens_BZ.shape), tokens_BZ)
+        rest_BS = jnp.where(self.valid_BS, logp_BZ[:, C:], 0.0)
         # A sum, not a product with a one-hot: accelerators round the operands of products.
         owned_BSC = self.candidate_BS[..., None] == jnp.arange(C)
-        return first_BC + jnp.where(owned_BSC, rest_BS[..., None], 0.0).sum(1)
+        return logp_BZ[:, :C] + jnp.where(owned_BSC, rest_BS[..., None], 0.0).sum(1)
 
 
 @jax.custom_vjp
@@ -139,11 +164,14 @@ def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_key=None) -> jax.
     return packed.logp(decoder, hidden_BXD[:, P - 1], hidden_BXD[:, P:], batch)
 
 
-def padded_logp(decoder: Decoder, batch: Batch, dropout_key=None) -> jax.Array:
-    """The same `logp_BC` from C full rows a prompt: K+1 times the prompt's work, and the oracle."""
+def padded_hidden(decoder: Decoder, batch: Batch, dropout_key=None):
+    """C full rows a prompt, R = B*C: their hidden states, and the answers with their mask.
+
+    Returns hidden_RTD, answers_RA, answers_mask_RA; the last A of the T = P+A-1 places predict the
+    answer's tokens.
+    """
     answers_BCA, answers_mask_BCA = batch["answers_BCA"], batch["answers_mask_BCA"]
     B, C, A = answers_BCA.shape
-    P = batch["prompt_BP"].shape[1]
     mask_RP = jnp.repeat(batch["prompt_mask_BP"], C, 0)
     answers_RA = answers_BCA.reshape(B * C, A)
     answers_mask_RA = answers_mask_BCA.reshape(B * C, A)
@@ -154,8 +182,17 @@ def padded_logp(decoder: Decoder, batch: Batch, dropout_key=None) -> jax.Array:
         return attend_causal(q, k, v, mask_RT, decoder.dtype), None
 
     hidden_RTD, _ = decoder(tokens_RT, prompt_positions(mask_RT), attention, None, dropout_key)
-    logp_RA = _target_logp(decoder.logits(hidden_RTD[:, P - 1 :]), answers_RA)
-    return jnp.where(answers_mask_RA, logp_RA, 0.0).sum(-1).reshape(B, C)
+    return hidden_RTD, answers_RA, answers_mask_RA
+
+
+def padded_logp(decoder: Decoder, batch: Batch, dropout_key=None) -> jax.Array:
+    """The same `logp_BC` from C full rows a prompt: K+1 times the prompt's work, and the oracle."""
+    hidden_RTD, answers_RA, answers_mask_RA = padded_hidden(decoder, batch, dropout_key)
+    A = answers_RA.shape[1]
+    place_RA = jnp.broadcast_to(jnp.arange(A), answers_RA.shape)
+    logp_RA = _token_logp(decoder.logits(hidden_RTD[:, -A:]), place_RA, answers_RA)
+    logp_RA = jnp.where(answers_mask_RA, logp_RA, 0.0)
+    return logp_RA.sum(-1).reshape(batch["answers_BCA"].shape[:2])
 
 
 LAYOUTS = {"shared_prefix": shared_prefix_logp, "padded": padded_logp}

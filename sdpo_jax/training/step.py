@@ -107,12 +107,14 @@ def make_train_step(logp, objective: Objective, optimizer: optax.GradientTransfo
     )
 
 
+def first_state(lora: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state that starts from `lora`."""
+    return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
+
+
 def init_state(lora: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A state that starts from `lora`, its moments placed as the adapter is."""
-
-    def make(lora):
-        return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
-
+    """`first_state`, its moments placed as the adapter is."""
+    make = functools.partial(first_state, optimizer=optimizer)
     return jax.jit(make, out_shardings=state_shardings(lora, optimizer, mesh))(lora)
 
 

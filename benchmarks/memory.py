@@ -1,0 +1,131 @@
+"""Memory of a step, from compiling it on abstract arrays: no weights, nothing is run.
+
+    python -m benchmarks.memory --model=runs/quickstart/model --dataset=runs/quickstart/data \
+        --output=FILE.json
+
+Two tables: temporaries of the step on real prompts beside those of the official recipe's step
+written in JAX, with and without recomputation; and what Llama2-7B needs by microbatch.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from benchmarks import workload
+from sdpo_jax import sharding
+from sdpo_jax.data.tokens import Example
+from sdpo_jax.errors import run_command
+from sdpo_jax.models.decoder import Decoder, DecoderConfig
+from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.models.weights import read_json
+from sdpo_jax.objectives.logprobs import Batch, padded_hidden, shared_prefix_logp
+from sdpo_jax.objectives.losses import sdpo_loss
+from sdpo_jax.runtime import set_up_jax
+from sdpo_jax.training.memory import abstract_batch, abstract_model, step_memory
+from sdpo_jax.workdir import write_json
+
+LLAMA2_7B = DecoderConfig(V=32000, L=32, D=4096, N=32, G=32, H=128, F=11008)
+PROMPT, ANSWER = 300, 9  # Llama tokens of a prompt and of a title with EOS
+
+
+def one_device() -> jax.sharding.Mesh:
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def official_logp(decoder: Decoder, batch: Batch) -> jax.Array:
+    """`logp_BC` as the official code computes it: float32 logits at every position of every row."""
+    hidden_RTD, answers_RA, mask_RA = padded_hidden(decoder, batch)
+    A = answers_RA.shape[1]
+    logp_RTV = jax.nn.log_softmax(decoder.logits(hidden_RTD))
+    logp_RA = jnp.take_along_axis(logp_RTV[:, -A:], answers_RA[..., None], -1)[..., 0]
+    return jnp.where(mask_RA, logp_RA, 0.0).sum(-1).reshape(batch["answers_BCA"].shape[:2])
+
+
+def temporaries(config: DecoderConfig, examples: Sequence[Example], remat: str, official: bool):
+    """Temporary bytes of the loss and its gradient, float32.
+
+    The official step runs K+1 full rows and its reference; ours finds the reference's log-probs in
+    the batch.
+    """
+    mesh = one_device()
+    graphdef, lora, base = abstract_model(
+        config, LoraConfig(), jnp.float32, remat, sharding.placement(mesh)
+    )
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), abstract_batch(examples, mesh)
+    )
+
+    def loss(lora, reference, base, batch):
+        decoder, reference_BC = nnx.merge(graphdef, lora, base), batch["reference_logp_BC"]
+        if not official:
+            return sdpo_loss(shared_prefix_logp(decoder, batch), reference_BC, 1.0).mean()
+        reference_BC = official_logp(nnx.merge(graphdef, reference, base), batch)
+        reference_BC = jax.lax.stop_gradient(reference_BC)
+        return sdpo_loss(official_logp(decoder, batch), reference_BC, 1.0).mean()
+
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(lora, lora, base, batch)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def beside_official(config: DecoderConfig, examples: Sequence[Example]) -> dict:
+    """Per remat of ours: temporary bytes of both, and their ratio; the official knows two."""
+    found = {}
+    for remat in ("none", "cheap", "full"):
+        ours = temporaries(config, examples, remat, official=False)
+        theirs = temporaries(config, examples, "none" if remat == "none" else "full", official=True)
+        found[remat] = {"official": theirs, "ours": ours, "ratio": theirs / ours}
+        print(f"remat {remat:6} official {theirs / 2**20:8.0f} MiB  ours {ours / 2**20:8.0f} MiB  "
+              f"{theirs / ours:5.1f}x", flush=True)  # fmt: skip
+    return found
+
+
+def llama_table(config: DecoderConfig, negatives: Sequence[int], microbatches: Sequence[int]):
+    """Rows of the table of a bfloat16 base on one device."""
+    rows = []
+    for remat in ("full", "cheap"):
+        for k in negatives:
+            for microbatch in microbatches:
+                answer = np.ones(ANSWER, np.int32)
+                example = Example(np.ones(PROMPT, np.int32), (answer,) * (k + 1))
+                found = step_memory(
+                    config, LoraConfig(), [example] * microbatch, dtype="bfloat16", remat=remat,
+                    layout="shared_prefix", mesh=one_device(),
+                )  # fmt: skip
+                row = {"remat": remat, "k": k, "microbatch": microbatch, "total": found.total}
+                rows.append(row | dataclasses.asdict(found))
+                print(f"remat {remat:6} K={k:<3} microbatch {microbatch:<3} "
+                      f"{found.total / 2**30:6.1f} GiB (temporary {found.temporary / 2**30:.1f}), "
+                      f"compiled in {found.compile_seconds:.0f} s", flush=True)  # fmt: skip
+    return rows
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    set_up_jax("float32")
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are told
+    examples = workload.read_workload(args.model, args.dataset).examples(4, 3)
+    config_file = Path(args.model) / "config.json"
+    config = DecoderConfig.from_hf(read_json(config_file), str(config_file))
+    result = {
+        **workload.environment(),
+        "beside_official": beside_official(config, examples),
+        "llama2_7b": llama_table(LLAMA2_7B, (3, 15), (1, 2, 4, 8, 16, 32)),
+    }
+    if args.output:
+        write_json(Path(args.output), result)
+    else:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "folder of sdpo_jax.convert", required=True)
+    flags.DEFINE_string("dataset", None, "folder of sdpo_jax.prepare", required=True)
+    flags.DEFINE_string("output", "", "JSON file; default: printed")
+    run_command(main)

@@ -1,0 +1,80 @@
+"""What a step needs of a device, known before anything is loaded."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from conftest import TINY, random_batch, random_examples, tiny_model
+
+from sdpo_jax import sharding
+from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.objectives.logprobs import shared_prefix_logp
+from sdpo_jax.train import explain
+from sdpo_jax.training.memory import step_memory
+
+DEEP = dataclasses.replace(TINY, L=12)
+# Big enough for activations to outweigh what every program needs.
+EXAMPLES = random_examples(np.random.default_rng(0), 16, 4, P=200)
+
+
+def needed(count: int = 8, **changes):
+    keys = {"dtype": "float32", "remat": "none", "layout": "shared_prefix",
+            "mesh": sharding.make_mesh(devices=jax.devices()[:1])}  # fmt: skip
+    return step_memory(DEEP, LoraConfig(rank=2), EXAMPLES[:count], **keys | changes)
+
+
+def test_a_bfloat16_base_is_counted_in_its_own_width():
+    assert needed(dtype="bfloat16").base * 2 == needed().base
+
+
+def test_temporaries_grow_with_the_microbatch_and_the_base_does_not():
+    small, large = needed(4), needed(16)
+    assert large.temporary > 2 * small.temporary
+    assert large.base == small.base and large.state == small.state
+
+
+def test_shared_prompts_need_less_than_full_rows_and_remat_less_than_none():
+    assert needed().temporary * 2 < needed(layout="padded").temporary
+    assert needed(remat="full").temporary < needed(remat="cheap").temporary < needed().temporary
+
+
+def test_a_mesh_divides_the_base():
+    whole = needed(8, mesh=sharding.make_mesh(8, 1, 1)).base
+    assert needed(8, mesh=sharding.make_mesh(1, 8, 1)).base < whole / 4
+
+
+def test_explain_says_which_microbatch_fits_and_writes_nothing(config, capsys, tmp_path):
+    config.batch_size = 16
+    explain(config)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [
+        "--config.microbatch=1", "--config.microbatch=2"
+    ]  # fmt: skip
+    assert all(line.endswith("fits") for line in lines[1:])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_explain_stops_at_the_first_microbatch_that_does_not_fit(config, capsys, monkeypatch):
+    monkeypatch.setattr("sdpo_jax.training.memory.limit_of", lambda device: 1000)
+    config.batch_size = 16
+    explain(config)
+    assert capsys.readouterr().out.strip().splitlines()[-1].endswith("does not fit")
+
+
+def test_the_official_step_in_jax_has_our_log_probs_and_needs_more(model_folder):
+    from benchmarks.memory import beside_official, official_logp
+
+    batch = random_batch(B=4, C=4)
+    found = jax.jit(official_logp)(tiny_model().decoder, batch)
+    expected = jax.jit(shared_prefix_logp)(tiny_model().decoder, batch)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    ratios = [row["ratio"] for row in beside_official(TINY, EXAMPLES[:8]).values()]
+    assert min(ratios) > 2
+
+
+def test_the_table_of_the_seven_billion_shape_needs_no_weights():
+    from benchmarks.memory import LLAMA2_7B, llama_table
+
+    full, cheap = llama_table(LLAMA2_7B, [3], [1])
+    assert full["base"] == 2 * 6_738_415_616
+    assert full["total"] < cheap["total"] < 20 * 2**30

@@ -7,7 +7,7 @@ RUN := $(QUICK)/run
 CONFIG ?= configs/quickstart.py
 WINDOWS ?= 200
 
-.PHONY: setup quickstart long test clean
+.PHONY: setup quickstart long bench test clean
 
 setup: .venv/ready
 
@@ -31,10 +31,21 @@ quickstart: setup
 long:
 	$(MAKE) quickstart CONFIG=configs/quickstart.py:long RUN=$(QUICK)/long
 
+# Beside PyTorch, which therefore has a .venv of its own; about an hour on two cores.
+bench: .venv-bench/ready
+	.venv-bench/bin/python -m sdpo_jax.prepare --dataset=movielens --output=$(QUICK)/data
+	.venv-bench/bin/python -m sdpo_jax.convert --output=$(QUICK)/model
+	.venv-bench/bin/python -m benchmarks --model=$(QUICK)/model --dataset=$(QUICK)/data
+
+.venv-bench/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -e '.[quickstart,bench]'
+	@touch $@
+
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf runs .venv
+	rm -rf runs .venv .venv-bench

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from flax import nnx
 
@@ -32,7 +31,6 @@ from sdpo_jax.training.memory import abstract_batch, abstract_model, step_memory
 from sdpo_jax.workdir import write_json
 
 LLAMA2_7B = DecoderConfig(V=32000, L=32, D=4096, N=32, G=32, H=128, F=11008)
-PROMPT, ANSWER = 300, 9  # Llama tokens of a prompt and of a title with EOS
 
 
 def one_device() -> jax.sharding.Mesh:
@@ -92,12 +90,9 @@ def llama_table(config: DecoderConfig, negatives: Sequence[int], microbatches: S
     for remat in ("full", "cheap"):
         for k in negatives:
             for microbatch in microbatches:
-                answer = np.ones(ANSWER, np.int32)
-                example = Example(np.ones(PROMPT, np.int32), (answer,) * (k + 1))
-                found = step_memory(
-                    config, LoraConfig(), [example] * microbatch, dtype="bfloat16", remat=remat,
-                    layout="shared_prefix", mesh=one_device(),
-                )  # fmt: skip
+                examples = workload.equal_examples(microbatch, k)
+                found = step_memory(config, LoraConfig(), examples, dtype="bfloat16", remat=remat,
+                                    layout="shared_prefix", mesh=one_device())  # fmt: skip
                 row = {"remat": remat, "k": k, "microbatch": microbatch, "total": found.total}
                 rows.append(row | dataclasses.asdict(found))
                 print(f"remat {remat:6} K={k:<3} microbatch {microbatch:<3} "
@@ -106,18 +101,22 @@ def llama_table(config: DecoderConfig, negatives: Sequence[int], microbatches: S
     return rows
 
 
-def main(argv: Sequence[str]) -> None:
-    args = flags.FLAGS
-    set_up_jax("float32")
+def benchmark(model: Path, dataset: Path) -> dict:
+    """Both tables as `main` writes them."""
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are told
-    examples = workload.read_workload(args.model, args.dataset).examples(4, 3)
-    config_file = Path(args.model) / "config.json"
-    config = DecoderConfig.from_hf(read_json(config_file), str(config_file))
-    result = {
+    examples = workload.read_workload(model, dataset).examples(4, 3)
+    config = DecoderConfig.from_hf(read_json(model / "config.json"), str(model / "config.json"))
+    return {
         **workload.environment(),
         "beside_official": beside_official(config, examples),
         "llama2_7b": llama_table(LLAMA2_7B, (3, 15), (1, 2, 4, 8, 16, 32)),
     }
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    set_up_jax("float32")
+    result = benchmark(Path(args.model), Path(args.dataset))
     if args.output:
         write_json(Path(args.output), result)
     else:

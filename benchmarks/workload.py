@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from sdpo_jax.data import loader, prompts
 from sdpo_jax.data.prepared import Dataset, read_dataset
@@ -16,6 +17,7 @@ from sdpo_jax.data.tokens import Encoder, Example, training_items
 from sdpo_jax.errors import InputError
 from sdpo_jax.model_folder import load_tokenizer
 
+PROMPT, ANSWER = 300, 9  # Llama tokens of a prompt and of a title with EOS
 ROWS = 16  # full rows in memory at once: more of them, with all logits, do not fit 24 GB
 PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "trl")
 
@@ -41,6 +43,12 @@ def read_workload(model: str | Path, dataset: str | Path, seed: int = 0) -> Work
     data = read_dataset(dataset, ["train"])
     templates = prompts.TEMPLATES[data.domain]
     return Workload(data, Encoder(data, load_tokenizer(Path(model)), templates, seed, 512))
+
+
+def equal_examples(count: int, num_negatives: int, prompt: int = PROMPT) -> list[Example]:
+    """Examples of the lengths that a Llama tokenizer gives, for models without one."""
+    answers = (np.ones(ANSWER, np.int32),) * (num_negatives + 1)
+    return [Example(np.ones(prompt, np.int32), answers)] * count
 
 
 def full_rows_at_once(count: int, answers: int) -> int:

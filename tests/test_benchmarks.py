@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from benchmarks import step
+from benchmarks import large, loader, score, step
 
 
 def test_the_step_benchmark_measures_each_side_and_their_ratio(model_folder, dataset_folder):
@@ -35,3 +35,22 @@ def test_prompts_of_the_workload_are_real_ones(model_folder, dataset_folder):
     assert lengths(examples)["prompt_tokens"] == pytest.approx(
         sorted(len(e.prompt) for e in examples)[1]
     )
+
+
+def test_scoring_in_one_pass_equals_copies_and_every_decoder_is_timed(model_folder, dataset_folder):
+    found = score.benchmark(model_folder, dataset_folder, 2, 1, "float32")
+    assert set(found["ratio"]) == {"score/copies", "score/score", "score/greedy", "score/trie"}
+    assert all(speed["median"] > 0 for speed in found["examples_per_second"].values())
+
+
+def test_the_loader_benchmark_counts_tokens_and_what_of_them_is_real(model_folder, dataset_folder):
+    found = loader.benchmark(model_folder, dataset_folder, 64, 3)
+    assert found["tokenising_tokens_per_second"] > 0 and found["batching_tokens_per_second"] > 0
+    assert 0.9 < found["real_tokens_of_fed"] <= 1
+
+
+def test_the_large_step_runs_at_toy_size():
+    found = large.benchmark("toy", ["full"], [3], 4, [2], 1)
+    (row,) = found["steps"]
+    assert row["seconds"] > 0 and row["tflops"] > 0
+    assert row["mfu"] is None, "a CPU's peak is not known"

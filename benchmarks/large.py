@@ -1,0 +1,157 @@
+"""A Llama2-7B-shaped step with random weights on one accelerator: time, MFU, peak memory.
+
+    python -m benchmarks.large --k=3,15 --batch=128 --microbatch=4,8,16 --remat=full,cheap \
+        --output=FILE.json
+
+MFU counts 4 FLOPs per parameter and real token (a frozen base has no weight gradient), and what is
+computed again does not count. --size=toy runs the same on any CPU in seconds.
+"""
+
+import functools
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from benchmarks import workload
+from benchmarks.memory import LLAMA2_7B
+from sdpo_jax import sharding
+from sdpo_jax.data import loader
+from sdpo_jax.errors import InputError, run_command
+from sdpo_jax.models.decoder import REMAT, DecoderConfig
+from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.runtime import set_up_jax
+from sdpo_jax.training.memory import abstract_model
+from sdpo_jax.training.optimizer import make_optimizer
+from sdpo_jax.training.step import (
+    init_state,
+    make_logp,
+    make_train_step,
+    sdpo_objective,
+    state_shardings,
+)  # fmt: skip
+from sdpo_jax.workdir import write_json
+
+SIZES = {
+    "7b": (LLAMA2_7B, workload.PROMPT),
+    "toy": (DecoderConfig(V=97, L=3, D=16, N=4, G=4, H=4, F=24), 12),
+}
+# Dense bfloat16 FLOP/s, from the vendors' data sheets.
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def random_state(abstract, seed: int):
+    """Small random numbers in the shape, dtype and place of every leaf."""
+    leaves, structure = jax.tree.flatten(abstract)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    made = []
+    for x, key in zip(leaves, keys, strict=True):
+        draw = functools.partial(jax.random.normal, shape=x.shape, dtype=x.dtype)
+        made.append(jax.jit(lambda k, draw=draw: 0.02 * draw(k), out_shardings=x.sharding)(key))
+    return jax.tree.unflatten(structure, made)
+
+
+def time_step(size: str, remat: str, k: int, batch: int, microbatch: int, repeats: int) -> dict:
+    """Median seconds of a step, MFU where the device's peak is known, and peak memory."""
+    config, prompt = SIZES[size]
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    graphdef, lora, base = abstract_model(
+        config, LoraConfig(), jnp.bfloat16, remat, sharding.placement(mesh)
+    )
+    lora, base = random_state(lora, 0), random_state(base, 1)
+    optimizer = make_optimizer(1e-5, 1000, warmup=0.05, clip=0.3, weight_decay=0.0)
+    step = make_train_step(
+        make_logp(graphdef, "shared_prefix"), functools.partial(sdpo_objective, beta=1.0),
+        optimizer, state_shardings(lora, optimizer, mesh), mesh,
+    )  # fmt: skip
+    state = init_state(lora, optimizer, mesh)
+    examples = workload.equal_examples(batch, k, prompt)
+    rows = batch // microbatch
+    arrays = loader.collate(examples, loader.choose_shapes([examples], rows)[0], rows)
+    arrays = {name: jnp.asarray(x.reshape(rows, -1, *x.shape[1:])) for name, x in arrays.items()}
+    arrays["reference_logp_BC"] = jnp.zeros((rows, microbatch, k + 1))
+    started = time.perf_counter()
+    compiled = step.lower(state, base, arrays).compile()
+    compile_seconds = time.perf_counter() - started
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        state, metrics = compiled(state, base, arrays)
+        jax.block_until_ready((state, metrics))
+        seconds.append(time.perf_counter() - started)
+    median = statistics.median(seconds[1:])
+    device = jax.devices()[0]
+    parameters = sum(x.size for x in jax.tree.leaves(base))
+    flops = 4 * parameters * sum(example.tokens for example in examples)
+    peak = next((v for name, v in PEAK.items() if name in device.device_kind), None)
+    return {
+        "size": size, "remat": remat, "k": k, "batch": batch, "microbatch": microbatch,
+        "seconds": median, "examples_per_second": batch / median,
+        "tflops": flops / median / 1e12, "mfu": flops / median / peak if peak else None,
+        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "compile_seconds": compile_seconds,
+    }  # fmt: skip
+
+
+def benchmark(size: str, remats: Sequence[str], ks: Sequence[int], batch: int,
+              microbatches: Sequence[int], repeats: int) -> dict:  # fmt: skip
+    """Every combination; one that does not fit is told and left out."""
+    rows = []
+    for remat in remats:
+        for k in ks:
+            for microbatch in microbatches:
+                try:
+                    row = time_step(size, remat, k, batch, microbatch, repeats)
+                except jax.errors.JaxRuntimeError as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error):
+                        raise
+                    print(f"remat {remat:6} K={k:<3} microbatch {microbatch:<3} does not fit")
+                    continue
+                rows.append(row)
+                mfu = f"{row['mfu']:.3f}" if row["mfu"] else "unknown"
+                print(f"remat {remat:6} K={k:<3} microbatch {microbatch:<3} "
+                      f"{row['seconds']:8.3f} s  {row['examples_per_second']:8.2f} examples/s  "
+                      f"{row['tflops']:7.1f} TFLOP/s  MFU {mfu}", flush=True)  # fmt: skip
+    return {**workload.environment(), "dtype": "bfloat16", "repeats": repeats, "steps": rows}
+
+
+def numbers(name: str, values: Sequence[str]) -> list[int]:
+    if not all(v.isdecimal() and int(v) > 0 for v in values):
+        raise InputError(f"--{name}: found {','.join(values)}, expected whole numbers above 0")
+    return [int(v) for v in values]
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    set_up_jax("bfloat16")
+    microbatches = numbers("microbatch", args.microbatch)
+    if any(args.batch % m for m in microbatches):
+        raise InputError(
+            f"--microbatch: found {args.microbatch}, expected divisors of {args.batch}"
+        )
+    if unknown := set(args.remat) - set(REMAT):
+        raise InputError(
+            f"--remat: found {', '.join(unknown)}, expected some of {', '.join(REMAT)}"
+        )
+    result = benchmark(args.size, args.remat, numbers("k", args.k), args.batch, microbatches,
+                       args.repeats)  # fmt: skip
+    if args.output:
+        write_json(Path(args.output), result)
+    else:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("size", "7b", list(SIZES), "of the model")
+    flags.DEFINE_list("k", ["3", "15"], "numbers of negatives")
+    flags.DEFINE_integer("batch", 128, "examples a step", lower_bound=1)
+    flags.DEFINE_list("microbatch", ["8"], "examples at once")
+    flags.DEFINE_list("remat", ["full"], "what is computed again")
+    flags.DEFINE_integer("repeats", 3, "timed steps", lower_bound=1)
+    flags.DEFINE_string("output", "", "JSON file; default: printed")
+    run_command(main)

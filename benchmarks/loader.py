@@ -1,0 +1,65 @@
+"""Tokens a second of the data pipeline alone: tokenising, then making batches with grain.
+
+    python -m benchmarks.loader --model=runs/quickstart/model --dataset=runs/quickstart/data \
+        --windows=4096 --output=FILE.json
+
+A stage tokenises its windows once, before its first step; while it trains, only batches are made.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from benchmarks import workload
+from sdpo_jax.data import loader
+from sdpo_jax.errors import run_command
+from sdpo_jax.workdir import write_json
+
+BATCH, ROWS = 32, 8
+
+
+def benchmark(model: Path, dataset: Path, windows: int, num_negatives: int) -> dict:
+    """Real tokens a second of both parts, and the share of real tokens among those fed."""
+    work = workload.read_workload(model, dataset)
+    started = time.perf_counter()
+    examples = work.examples(windows, num_negatives)
+    tokenised = time.perf_counter()
+    cut = []
+    for i in range(0, len(examples) - BATCH + 1, BATCH):
+        part = examples[i : i + BATCH]
+        cut.append([part[j] for j in loader.deal([e.tokens for e in part], ROWS)])
+    fed = sum(batch["slot_RT"].size for batch in loader.batches(cut, rows=ROWS))
+    made = time.perf_counter()
+    real = sum(example.tokens for part in cut for example in part)
+    return {
+        **workload.environment(),
+        "windows": windows,
+        "k": num_negatives,
+        "tokenising_tokens_per_second": sum(e.tokens for e in examples) / (tokenised - started),
+        "batching_tokens_per_second": real / (made - tokenised),
+        "real_tokens_of_fed": real / fed,
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    result = benchmark(Path(args.model), Path(args.dataset), args.windows, args.k)
+    for name in ("tokenising_tokens_per_second", "batching_tokens_per_second"):
+        print(f"{name:30} {result[name]:12,.0f}")
+    print(f"{'real_tokens_of_fed':30} {result['real_tokens_of_fed']:12.3f}")
+    if args.output:
+        write_json(Path(args.output), result)
+    else:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "folder of sdpo_jax.convert", required=True)
+    flags.DEFINE_string("dataset", None, "folder of sdpo_jax.prepare", required=True)
+    flags.DEFINE_integer("windows", 4096, "evenly spread training windows", lower_bound=BATCH)
+    flags.DEFINE_integer("k", 3, "number of negatives", lower_bound=0)
+    flags.DEFINE_string("output", "", "JSON file; default: printed")
+    run_command(main)

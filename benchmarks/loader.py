@@ -27,10 +27,12 @@ def benchmark(model: Path, dataset: Path, windows: int, num_negatives: int) -> d
     started = time.perf_counter()
     examples = work.examples(windows, num_negatives)
     tokenised = time.perf_counter()
+    lengths = {i: len(example.prompt) for i, example in enumerate(examples)}
+    order = [int(i) for i in loader.stream(windows // BATCH * BATCH, 0, 1)]
     cut = []
-    for i in range(0, len(examples) - BATCH + 1, BATCH):
-        part = examples[i : i + BATCH]
-        cut.append([part[j] for j in loader.deal([e.tokens for e in part], ROWS)])
+    for part in loader.grouped_batches(order, lengths, BATCH, 0):
+        dealt = loader.deal([examples[i].tokens for i in part], ROWS)
+        cut.append([examples[part[j]] for j in dealt])
     fed = sum(batch["slot_RT"].size for batch in loader.batches(cut, rows=ROWS))
     made = time.perf_counter()
     real = sum(example.tokens for part in cut for example in part)

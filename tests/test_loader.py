@@ -26,6 +26,19 @@ def test_every_epoch_is_a_fresh_permutation():
     assert first != [int(loader.stream(10, 1, 2)[i]) for i in range(10)]
 
 
+def test_grouped_batches_hold_every_row_once_and_less_padding():
+    rng = np.random.default_rng(0)
+    lengths = {row: int(rng.integers(100, 300)) for row in range(320)}
+    order = [int(r) for r in rng.permutation(320)]
+    cut = loader.grouped_batches(order, lengths, 8, seed=0)
+    assert sorted(row for rows in cut for row in rows) == list(range(320))
+    assert cut == loader.grouped_batches(order, lengths, 8, seed=0)
+    real = sum(lengths.values())
+    padded = sum(8 * max(lengths[r] for r in rows) for rows in cut)
+    plain = sum(8 * max(lengths[r] for r in order[i : i + 8]) for i in range(0, 320, 8))
+    assert real / padded > 0.95 > real / plain
+
+
 def test_dealt_sizes_have_nearly_equal_sums():
     rng = np.random.default_rng(0)
     sizes = [int(n) for n in rng.integers(100, 300, 128)]
@@ -36,11 +49,11 @@ def test_dealt_sizes_have_nearly_equal_sums():
     assert np.ptp(sums) < 0.1 * np.ptp(plain)
 
 
-def test_a_stage_has_at_most_two_shapes_and_every_example_fits():
+def test_a_stage_has_at_most_four_shapes_and_every_example_fits():
     rng = np.random.default_rng(0)
     batches = [random_examples(rng, 4, 3, P=40) for _ in range(30)]
     shapes = loader.choose_shapes(batches, rows=2)
-    assert len(set(shapes)) == 2
+    assert len(set(shapes)) == 4
     assert len(set(loader.choose_shapes(batches, rows=2, limit=1))) == 1
     for examples, shape in zip(batches, shapes, strict=True):
         batch = loader.collate(examples, shape, rows=2)

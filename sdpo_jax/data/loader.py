@@ -1,14 +1,16 @@
 """Batches of examples with grain: the order is a pure function of (seed, step)."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
 
+from sdpo_jax.data.draws import generator
 from sdpo_jax.data.tokens import Example
 
-MAX_SHAPES = 2  # compiled shapes a stage may have
+MAX_SHAPES = 4  # compiled shapes a stage may have
+GROUP = 16  # batches that are sorted by length together before they are cut
 ROUND = 8
 
 
@@ -70,22 +72,33 @@ def collate(examples: Sequence[Example], shape: Shape, rows: int = 1) -> dict[st
 def choose_shapes(
     batches: Sequence[Sequence[Example]], rows: int = 1, limit: int = MAX_SHAPES
 ) -> list[Shape]:
-    """The shape of each batch, one or two distinct ones.
+    """The shape of each batch, at most `limit` distinct ones.
 
-    The batches, sorted by the tokens of their fullest row, are cut where the fewest are fed.
+    The batches, sorted by the tokens of their fullest row, are cut again and again where that
+    saves the most tokens.
     """
     A = max(len(a) for examples in batches for e in examples for a in e.answers)
     needs = np.array([_needs(examples, rows) for examples in batches])
-    order = np.argsort(needs[:, 0], kind="stable")
-    sums, count = needs[order, 0], np.arange(1, len(batches))
-    fed = count * sums[:-1] + (len(sums) - count) * sums[-1]  # the first `count` fed as their last
-    cut = [int(np.argmin(fed)) + 1] if limit > 1 and len(batches) > 1 else []
+    parts = [np.argsort(needs[:, 0], kind="stable")]
+    while len(parts) < limit:
+        saved, count, i = max((*_best_cut(needs[part, 0]), i) for i, part in enumerate(parts))
+        if not saved:
+            break
+        parts[i : i + 1] = np.split(parts[i], [count])
     shapes: list[Shape] = [Shape(0, 0, 0, 0)] * len(batches)
-    for part in np.split(order, cut):
+    for part in parts:
         T, P, S = (round_up(max(int(n), 1)) for n in needs[part].max(0))
         for i in part:
             shapes[i] = Shape(P, S, A, T)
     return shapes
+
+
+def _best_cut(sizes: np.ndarray) -> tuple[int, int]:
+    """Of ascending sizes, each fed at its run's largest: tokens saved by a cut, and its place."""
+    count = np.arange(len(sizes))
+    saved = count * (sizes[-1] - np.roll(sizes, 1))  # the first `count` fed as their own largest
+    best = int(np.argmax(saved))
+    return int(saved[best]), best
 
 
 def _needs(examples: Sequence[Example], rows: int) -> tuple[int, int, int]:
@@ -97,6 +110,21 @@ def _needs(examples: Sequence[Example], rows: int) -> tuple[int, int, int]:
 def stream(rows: int, seed: int, epochs: int) -> grain.MapDataset:
     """Row numbers in training order: each epoch is a fresh permutation."""
     return grain.MapDataset.range(rows).seed(seed).shuffle().repeat(epochs)
+
+
+def grouped_batches(order: Sequence[int], lengths: Mapping[int, int], batch_size: int, seed: int):
+    """Cuts `order` into batches of similar length.
+
+    Runs of GROUP batches are sorted by length, cut, and put into a drawn order, so a batch has
+    little padding while any row still can come at any place of its run.
+    """
+    batches = []
+    for start in range(0, len(order), GROUP * batch_size):
+        run = sorted(order[start : start + GROUP * batch_size], key=lengths.__getitem__)
+        cut = [run[i : i + batch_size] for i in range(0, len(run), batch_size)]
+        draw = generator(seed, "batches", "train", start).permutation(len(cut))
+        batches += [cut[i] for i in draw]
+    return batches
 
 
 def spread(n: int, limit: int = 0) -> list[int]:
@@ -120,7 +148,7 @@ def batches(
       extra: for each batch, further arrays to carry along (reference log-probs).
       start: the first batch's number, for going on after a restart.
       rows: in how many rows of tokens a batch lies.
-      limit: how many distinct shapes there may be, one or two.
+      limit: how many distinct shapes there may be.
     """
     shapes = choose_shapes(examples, rows, limit)
     source = grain.MapDataset.range(start, len(examples)).map(

@@ -194,10 +194,9 @@ class Stage:
         """Global batches [number of microbatches, M, ...] from step `start` on."""
         size = self.config.batch_size
         rows = size // self.config.microbatch
-        cut = [
-            dealt(self.train_examples, self.order[i : i + size], rows)
-            for i in range(0, len(self.order), size)
-        ]
+        lengths = {row: len(example.prompt) for row, example in self.train_examples.items()}
+        grouped = loader.grouped_batches(self.order, lengths, size, self.config.seed)
+        cut = [dealt(self.train_examples, part, rows) for part in grouped]
         extra = [
             {k: np.stack([references[row][k] for row in part]) for k in references[part[0]]}
             for part in cut

@@ -8,11 +8,9 @@ computed again does not count. --size=toy runs the same on any CPU in seconds.
 """
 
 import functools
-import json
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +33,6 @@ from sdpo_jax.training.step import (
     sdpo_objective,
     state_shardings,
 )  # fmt: skip
-from sdpo_jax.workdir import write_json
 
 SIZES = {
     "7b": (LLAMA2_7B, workload.PROMPT),
@@ -140,10 +137,7 @@ def main(argv: Sequence[str]) -> None:
         )
     result = benchmark(args.size, args.remat, numbers("k", args.k), args.batch, microbatches,
                        args.repeats)  # fmt: skip
-    if args.output:
-        write_json(Path(args.output), result)
-    else:
-        print(json.dumps(result))
+    workload.write_result(result, args.output)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 A stage tokenises its windows once, before its first step; while it trains, only batches are made.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from absl import flags
 from benchmarks import workload
 from sdpo_jax.data import loader
 from sdpo_jax.errors import run_command
-from sdpo_jax.workdir import write_json
 
 BATCH, ROWS = 32, 8
 
@@ -52,10 +50,7 @@ def main(argv: Sequence[str]) -> None:
     for name in ("tokenising_tokens_per_second", "batching_tokens_per_second"):
         print(f"{name:30} {result[name]:12,.0f}")
     print(f"{'real_tokens_of_fed':30} {result['real_tokens_of_fed']:12.3f}")
-    if args.output:
-        write_json(Path(args.output), result)
-    else:
-        print(json.dumps(result))
+    workload.write_result(result, args.output)
 
 
 if __name__ == "__main__":

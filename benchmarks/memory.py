@@ -8,7 +8,6 @@ written in JAX, with and without recomputation; and what Llama2-7B needs by micr
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from sdpo_jax.objectives.logprobs import Batch, padded_hidden, shared_prefix_log
 from sdpo_jax.objectives.losses import sdpo_loss
 from sdpo_jax.runtime import set_up_jax
 from sdpo_jax.training.memory import abstract_batch, abstract_model, step_memory
-from sdpo_jax.workdir import write_json
 
 LLAMA2_7B = DecoderConfig(V=32000, L=32, D=4096, N=32, G=32, H=128, F=11008)
 
@@ -117,10 +115,7 @@ def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     set_up_jax("float32")
     result = benchmark(Path(args.model), Path(args.dataset))
-    if args.output:
-        write_json(Path(args.output), result)
-    else:
-        print(json.dumps(result))
+    workload.write_result(result, args.output)
 
 
 if __name__ == "__main__":

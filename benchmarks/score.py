@@ -7,7 +7,6 @@ Sides: `score` (the prompt once, all candidates packed), `copies` (one full row 
 `greedy` and `trie` (generation from the prompt's cache). All take their turns in every repeat.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,6 @@ from sdpo_jax.model_folder import Model, load_model
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.objectives.logprobs import padded_logp
 from sdpo_jax.runtime import set_up_jax
-from sdpo_jax.workdir import write_json
 
 CANDIDATES = 20
 
@@ -105,10 +103,7 @@ def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     set_up_jax(args.dtype)
     result = benchmark(Path(args.model), Path(args.dataset), args.batch, args.repeats, args.dtype)
-    if args.output:
-        write_json(Path(args.output), result)
-    else:
-        print(json.dumps(result))
+    workload.write_result(result, args.output)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ the sides' log-probs are compared before anything is timed. K = 0 is a step of S
 Sides: `ours`, `strong` (K+1 full rows in JAX), `official`, `official-keep`, `trl`, `trl-best`.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,7 +20,6 @@ from absl import flags
 from benchmarks import workload
 from sdpo_jax.errors import InputError, run_command
 from sdpo_jax.runtime import set_up_jax
-from sdpo_jax.workdir import write_json
 
 JAX_SIDES = ("ours", "strong")
 TORCH_SIDES = ("official", "official-keep", "trl", "trl-best")
@@ -126,10 +124,7 @@ def main(argv: Sequence[str]) -> None:
     ks = [int(k) for k in args.k]
     result = benchmark(Path(args.model), Path(args.dataset), args.sides, ks, args.batch,
                        args.repeats, args.dtype)  # fmt: skip
-    if args.output:
-        write_json(Path(args.output), result)
-    else:
-        print(json.dumps(result))
+    workload.write_result(result, args.output)
 
 
 if __name__ == "__main__":

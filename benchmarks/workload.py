@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
@@ -16,6 +17,7 @@ from sdpo_jax.data.prepared import Dataset, read_dataset
 from sdpo_jax.data.tokens import Encoder, Example, training_items
 from sdpo_jax.errors import InputError
 from sdpo_jax.model_folder import load_tokenizer
+from sdpo_jax.workdir import write_json
 
 PROMPT, ANSWER = 300, 9  # Llama tokens of a prompt and of a title with EOS
 ROWS = 16  # full rows in memory at once: more of them, with all logits, do not fit 24 GB
@@ -88,6 +90,14 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
+
+
+def write_result(result: dict, output: str) -> None:
+    """Into the file `output`, or printed when there is none."""
+    if output:
+        write_json(Path(output), result)
+    else:
+        print(json.dumps(result))
 
 
 def spread_of(values: Sequence[float]) -> dict[str, float]:

@@ -4,9 +4,11 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 from conftest import TINY, random_batch, random_examples, tiny_model
 
 from sdpo_jax import sharding
+from sdpo_jax.errors import InputError
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.objectives.logprobs import shared_prefix_logp
 from sdpo_jax.train import explain
@@ -52,6 +54,12 @@ def test_explain_says_which_microbatch_fits_and_writes_nothing(config, capsys, t
     ]  # fmt: skip
     assert all(line.endswith("fits") for line in lines[1:])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_explain_refuses_more_negatives_than_are_shown(config):
+    config.num_negatives = 25
+    with pytest.raises(InputError, match="at most 19"):
+        explain(config)
 
 
 def test_explain_stops_at_the_first_microbatch_that_does_not_fit(config, capsys, monkeypatch):

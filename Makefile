@@ -6,6 +6,7 @@ QUICK := runs/quickstart
 RUN := $(QUICK)/run
 CONFIG ?= configs/quickstart.py
 WINDOWS ?= 200
+OTHERS ?=
 
 .PHONY: setup quickstart long bench test clean
 
@@ -31,11 +32,12 @@ quickstart: setup
 long:
 	$(MAKE) quickstart CONFIG=configs/quickstart.py:long RUN=$(QUICK)/long
 
-# Beside PyTorch, which therefore has a .venv of its own; about an hour on two cores.
+# Beside PyTorch, which therefore has a .venv of its own; a bit over an hour on two cores.
 bench: .venv-bench/ready
 	.venv-bench/bin/python -m sdpo_jax.prepare --dataset=movielens --output=$(QUICK)/data
 	.venv-bench/bin/python -m sdpo_jax.convert --output=$(QUICK)/model
-	.venv-bench/bin/python -m benchmarks --model=$(QUICK)/model --dataset=$(QUICK)/data
+	.venv-bench/bin/python -m benchmarks --model=$(QUICK)/model --dataset=$(QUICK)/data \
+	  --others=$(OTHERS)
 
 .venv-bench/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv-bench

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.flops import matrix_flops
 from benchmarks.workload import full_rows_at_once
 from sdpo_jax import sharding
 from sdpo_jax.data import loader
@@ -36,7 +37,7 @@ SIDES = {"ours": ("shared_prefix", "cheap"), "strong": ("padded", "none")}
 
 
 class JaxSide:
-    """One layout. `prepare` compiles for a batch and returns what runs and times one step of it."""
+    """One layout of the rows."""
 
     def __init__(self, name: str, model: Path, dtype: str):
         self.layout, remat = SIDES[name]
@@ -46,6 +47,7 @@ class JaxSide:
         )
 
     def prepare(self, examples: Sequence[Example]) -> tuple[Callable[[], float], dict]:
+        """Compiles for a batch; returns what runs and times one step of it, and its facts."""
         C = len(examples[0].answers)
         at_once = len(examples)
         if self.layout == "padded":
@@ -73,8 +75,13 @@ class JaxSide:
             jax.block_until_ready((state, metrics))
             return (between - started) / EPOCHS + time.perf_counter() - between
 
+        flops = matrix_flops(step, state, self.model.base, batch)
+        if C > 1:
+            flops += matrix_flops(reference, self.model.lora, self.model.base, batch) / EPOCHS
+        run()  # the first step is slower
         facts = {
             "examples_at_once": at_once,
+            "flops": flops,
             "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
             "logp_BC": np.asarray(logp_MBC).reshape(-1, C),
         }

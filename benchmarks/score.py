@@ -57,7 +57,8 @@ class Side:
             call()
             return time.perf_counter() - started
 
-        return run, {"logp_BC": np.asarray(call()) if self.scores else None}
+        found = np.asarray(call())
+        return run, {"logp_BC": found if self.scores else None}
 
 
 def make_sides(model: Model) -> dict[str, Side]:

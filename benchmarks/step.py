@@ -5,7 +5,8 @@
 
 All sides get the same token ids of real prompts and take their turns within every repeat; a ratio
 is the median of the ratios within a repeat. The cost of the reference is in every side's time, and
-the sides' log-probs are compared before anything is timed. K = 0 is a step of SFT.
+the sides' log-probs are compared before anything is timed. FLOPs are those of the matrix products.
+K = 0 is a step of SFT.
 Sides: `ours`, `strong` (K+1 full rows in JAX), `official`, `official-keep`, `trl`, `trl-best`.
 """
 
@@ -53,11 +54,9 @@ def make_sides(names: Sequence[str], model: Path, dtype: str) -> dict:
 
 
 def measure(sides: dict, examples: Sequence, repeats: int) -> tuple[dict, dict]:
-    """Seconds of each repeat, and each side's own facts; one step first to warm up."""
+    """Seconds of each repeat, and each side's own facts."""
     ready = {name: side.prepare(examples) for name, side in sides.items()}
     check_log_probs({name: facts.pop("logp_BC", None) for name, (_, facts) in ready.items()})
-    for run, _ in ready.values():
-        run()
     seconds = {name: [] for name in ready}
     for _ in range(repeats):
         for name, (run, _) in ready.items():
@@ -105,8 +104,9 @@ def benchmark(model: Path, dataset: Path, names: Sequence[str], ks: Sequence[int
             if name != "ours" and "ours" in seconds:
                 pairs = zip(seconds[name], seconds["ours"], strict=True)
                 ratio = statistics.median(theirs / mine for theirs, mine in pairs)
+                less = facts[name]["flops"] / facts["ours"]["flops"]
                 result["ratio"].setdefault(f"ours/{name}", {})[str(k)] = ratio
-                print(f"K={k:<3} ours / {name}: {ratio:.2f}", flush=True)
+                print(f"K={k:<3} ours / {name}: {ratio:.2f} ({less:.2f} by FLOPs)", flush=True)
     return result
 
 

@@ -20,15 +20,29 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def step_table(step: dict) -> str:
-    """Examples a second of every side, then how many times ours is faster."""
+    """Examples a second of every side, how many times ours is faster, and what a negative costs."""
     ks = list(step["shapes"])
-    rows = []
-    for side, speeds in step["examples_per_second"].items():
-        cells = [f"{speeds[k]['median']:.3f}" if k in speeds else "–" for k in ks]
-        rows.append([f"`{side}`, examples/s", *cells])
+    speeds = step["examples_per_second"]
+
+    def row(name: str, cell, found: dict) -> list[str]:
+        return [name, *(cell(found[k]) if k in found else "–" for k in ks)]
+
+    rows = [
+        row(f"`{side}`, examples/s",
+            lambda s: f"{s['median']:.3f} [{s['min']:.3f}, {s['max']:.3f}]", found)
+        for side, found in speeds.items()
+    ]  # fmt: skip
     for pair, ratios in step["ratio"].items():
-        rows.append([pair, *(f"**{ratios[k]:.1f}x**" if k in ratios else "–" for k in ks)])
-    return markdown(["", *(f"K = {k}" for k in ks)], rows)
+        rows.append(row(pair, lambda ratio: f"**{ratio:.1f}x**", ratios))
+        side = pair.removeprefix("ours/")
+        flops = {k: facts[side]["flops"] / facts["ours"]["flops"]
+                 for k, facts in step["facts"].items() if side in facts}  # fmt: skip
+        rows.append(row(f"FLOPs, {side}/ours", lambda ratio: f"{ratio:.1f}x", flops))
+    if "3" in speeds.get("ours", {}):
+        base = speeds["ours"]["3"]["median"]
+        costs = {k: base / found["median"] for k, found in speeds["ours"].items()}
+        rows.append(row("time of `ours` over K = 3's", lambda cost: f"{cost:.2f}", costs))
+    return markdown(["", *("SFT" if k == "0" else f"K = {k}" for k in ks)], rows)
 
 
 def score_table(score: dict) -> str:
@@ -55,11 +69,14 @@ def memory_table(memory: dict) -> str:
 TABLES = {"step": step_table, "score": score_table, "memory": memory_table}
 
 
+def tables(file: Path) -> list[str]:
+    """All tables that README shows of a result."""
+    result = read_json(file)
+    return [table(result[name]) for name, table in TABLES.items()]
+
+
 def main(argv: Sequence[str]) -> None:
-    result = read_json(Path(flags.FLAGS.result))
-    for name, table in TABLES.items():
-        if name in result:
-            print(table(result[name]) + "\n")
+    print("\n\n".join(tables(Path(flags.FLAGS.result))))
 
 
 if __name__ == "__main__":

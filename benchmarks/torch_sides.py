@@ -18,6 +18,7 @@ import torch
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.workload import full_rows_at_once
@@ -74,7 +75,7 @@ class OfficialSide:
         self.model.eval()
         with torch.no_grad():
             logp_BC = np.concatenate([self.logp(batch).numpy() for batch in batches])
-        return run, {"examples_at_once": at_once, "logp_BC": logp_BC}
+        return run, {"examples_at_once": at_once, "flops": flops_of(run), "logp_BC": logp_BC}
 
     def loss(self, batch: dict) -> torch.Tensor:
         """S-DPO's loss [B] with its reference pass; with one answer SFT's."""
@@ -154,4 +155,11 @@ class TrlSide:
             trainer.optimizer.zero_grad()
             return time.perf_counter() - started
 
-        return run, {}
+        return run, {"flops": flops_of(run)}
+
+
+def flops_of(run: Callable[[], float]) -> int:
+    """FLOPs of the matrix products of a step, which is the warm-up as well."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()

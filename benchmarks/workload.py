@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from sdpo_jax.workdir import write_json
 
 PROMPT, ANSWER = 300, 9  # Llama tokens of a prompt and of a title with EOS
 ROWS = 16  # full rows in memory at once: more of them, with all logits, do not fit 24 GB
+RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "trl")
 
 
@@ -82,6 +84,15 @@ def environment() -> dict:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def result_file() -> Path:
+    """benchmarks/results/<device>.json, as amd-epyc-2-threads.json or the accelerator's name."""
+    found = environment()
+    name = found["device"]
+    if jax.default_backend() == "cpu":
+        name = f"{found['processor'] or name} {found['threads']} threads"
+    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
 
 
 def _processor() -> str:

@@ -62,6 +62,17 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
+def small(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Every training window once in each stage with the quickstart's small model: for one GPU."""
+    config.model = "runs/quickstart/model"
+    config.microbatch, config.remat = 32, "cheap"
+    config.sft.epochs = config.sdpo.epochs = 1
+    config.sft.learning_rate, config.sdpo.learning_rate = 1e-3, 1e-4
+    config.eval_every = config.checkpoint_every = 200
+    config.validation_windows = 256
+    return config
+
+
 def variant(config, arg: str, **changes):
     """Applies the change named by the config file's argument (`file.py:arg`), if there is one."""
     if arg and arg not in changes:

@@ -2,7 +2,8 @@
 
 python -m sdpo_jax.train --config=configs/lastfm.py --workdir=runs/lastfm/run
 
-configs/lastfm.py:smoke is the same path in a few steps of the quickstart's small model.
+configs/lastfm.py:smoke is the same path in a few steps of the quickstart's small model, :small
+one epoch of each stage with it, for one GPU.
 """
 
 import ml_collections
@@ -13,4 +14,4 @@ from configs import common
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = common.get_config()
     config.dataset = "runs/lastfm/data"
-    return common.variant(config, arg, smoke=common.smoke)
+    return common.variant(config, arg, small=common.small, smoke=common.smoke)

@@ -2,9 +2,15 @@
 
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from benchmarks import large, loader, score, step
+from benchmarks import accelerator, kernels, large, loader, score, start, step
+from benchmarks.flops import matrix_flops
+from benchmarks.workload import equal_examples
+from sdpo_jax.data.loader import choose_shapes, collate
+from sdpo_jax.training.step import make_logp
 
 
 def test_the_step_benchmark_measures_each_side_and_their_ratio(model_folder, dataset_folder):
@@ -54,3 +60,48 @@ def test_the_large_step_runs_at_toy_size():
     (row,) = found["steps"]
     assert row["seconds"] > 0 and row["tflops"] > 0
     assert row["mfu"] is None, "a CPU's peak is not known"
+
+
+def test_flops_are_those_of_every_product_as_often_as_it_runs():
+    x = jnp.ones((5, 7))
+
+    def chain(x):
+        return jax.lax.scan(lambda x, _: (jax.jit(lambda x: x @ x.T @ x)(x), None), x, length=3)[0]
+
+    assert matrix_flops(chain, x) == 3 * 2 * (5 * 7 * 5 + 5 * 5 * 7)
+
+
+def gradient_flops(model, layout: str, negatives: int) -> int:
+    examples = equal_examples(2, negatives, prompt=100)
+    batch = collate(examples, choose_shapes([examples])[0])
+    logp = make_logp(model.graphdef, layout)
+    gradient = jax.grad(lambda lora: logp(lora, model.base, batch).sum())
+    return matrix_flops(gradient, model.lora)
+
+
+def test_a_negative_costs_its_own_tokens_alone(model):
+    ours = {k: gradient_flops(model, "shared_prefix", k) for k in (1, 3)}
+    rows = {k: gradient_flops(model, "padded", k) for k in (1, 3)}
+    assert rows[3] == 2 * rows[1]
+    assert ours[3] < 1.3 * ours[1]
+    assert rows[3] > 3 * ours[3]
+
+
+def test_a_second_start_finds_the_compiled_step(model_folder, dataset_folder):
+    found = start.benchmark(model_folder, dataset_folder)
+    assert set(found) == {"cold", "warm"} and min(found.values()) > 0
+
+
+def test_all_kernels_of_this_device_compute_the_same():
+    found = kernels.benchmark("toy", 1)["kernels"]
+    assert {"blocks", "xla"} <= set(found)
+    assert found["blocks"]["mean_square"] == pytest.approx(found["xla"]["mean_square"], rel=0.01)
+
+
+def test_one_call_trains_and_evaluates_and_times_on_an_accelerator(model_folder, dataset_folder):
+    found = accelerator.benchmark(
+        model_folder, [dataset_folder], "toy", 1, ("--config.batch_size=8", "--config.microbatch=1")
+    )
+    (trained,) = found["training"]
+    assert set(trained["stages"]) == {"sft", "sdpo"} and len(trained["eval"]) == 6
+    assert found["large"]["steps"] and found["attention"]["kernels"]

@@ -1,0 +1,100 @@
+"""What needs an accelerator, in one call of under ten minutes.
+
+    python -m benchmarks.accelerator --model=runs/quickstart/model \
+        --datasets=runs/movielens/data,runs/lastfm/data
+
+One epoch of both stages with the small model on each data set and its evaluation, then the step of
+a Llama2-7B shape with random weights, then attention kernels. --size=toy does the same in a minute
+on any CPU.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from benchmarks import kernels, large, workload
+from sdpo_jax.errors import InputError, run_command
+from sdpo_jax.runtime import set_up_jax
+
+VARIANT = {"7b": "small", "toy": "smoke"}  # of configs/movielens.py
+WINDOWS = 400  # of the test split, that are evaluated
+STEPS = {  # remats, numbers of negatives, batch, microbatches
+    "7b": (("full", "cheap"), (3, 15), 128, (4, 8)),
+    "toy": (("full",), (3,), 4, (2,)),
+}
+
+
+def train(model: Path, dataset: Path, size: str, changes: Sequence[str] = ()) -> dict:
+    """Trains and evaluates in processes of their own, which give the device's memory back.
+
+    `changes` are further flags of `sdpo_jax.train`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        seconds = {
+            "train": _run(
+                "train", f"--config=configs/movielens.py:{VARIANT[size]}", f"--workdir={run}",
+                f"--config.dataset={dataset}", f"--config.model={model}", *changes,
+            ),
+            "evaluate": _run(
+                "evaluate", f"--workdir={run}", "--stage=base,sft,sdpo", "--decoder=greedy,score",
+                f"--limit={WINDOWS}",
+            ),
+        }  # fmt: skip
+        read = {
+            name: {path.stem: json.loads(path.read_text()) for path in run.glob(f"{name}/*.json")}
+            for name in ("stages", "eval")
+        }
+    return {"dataset": str(dataset), "seconds": seconds, **read}
+
+
+def _run(command: str, *arguments: str) -> float:
+    """Seconds that a command of the package took."""
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", f"sdpo_jax.{command}", *arguments], check=False)
+    if done.returncode:
+        raise InputError(
+            f"sdpo_jax.{command} {' '.join(arguments)}: found exit status {done.returncode}, "
+            "expected 0: see what it said above"
+        )
+    return time.perf_counter() - started
+
+
+def benchmark(model: Path, datasets: Sequence[Path], size: str, repeats: int,
+              changes: Sequence[str] = ()) -> dict:  # fmt: skip
+    """All three parts, training first, while this process holds no device."""
+    trained = [train(model, dataset, size, changes) for dataset in datasets]
+    set_up_jax("bfloat16")
+    return {
+        "training": trained,
+        "large": large.benchmark(size, *STEPS[size], repeats),
+        "attention": kernels.benchmark(size, repeats),
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    datasets = [Path(dataset) for dataset in args.datasets]
+    for folder, file in (
+        (Path(args.model), "model.json"),
+        *((d, "dataset.json") for d in datasets),
+    ):
+        if not (folder / file).is_file():
+            raise InputError(f"{folder}: found no {file}, expected a folder of prepare or convert")
+    result = benchmark(Path(args.model), datasets, args.size, args.repeats)
+    workload.write_result(result, args.output or str(workload.result_file()))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "folder of sdpo_jax.convert", required=True)
+    flags.DEFINE_list("datasets", None, "folders of sdpo_jax.prepare", required=True)
+    flags.DEFINE_enum("size", "7b", list(VARIANT), "of the large step, and length of the runs")
+    flags.DEFINE_integer("repeats", 5, "timed steps", lower_bound=1)
+    flags.DEFINE_string("output", "", "JSON file; default: benchmarks/results/<device>.json")
+    run_command(main)

@@ -1,0 +1,84 @@
+"""Attention of prompts, forward and backward, by this package's kernel and by JAX's others.
+
+    python -m benchmarks.kernels --size=7b --output=FILE.json
+
+`blocks` is `sdpo_jax.models.attention`; `xla` and `cudnn` are `jax.nn.dot_product_attention`.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from benchmarks import workload
+from sdpo_jax.errors import run_command
+from sdpo_jax.models.attention import attend_causal
+
+SIZES = {"7b": (8, 300, 32, 128), "toy": (2, 12, 4, 8)}  # B, P, N, H
+
+
+def blocks(q_BPNH: jax.Array, k_BPNH: jax.Array, v_BPNH: jax.Array) -> jax.Array:
+    mask_BP = jnp.ones(q_BPNH.shape[:2], bool)
+    out = attend_causal(q_BPNH, k_BPNH, v_BPNH, mask_BP, q_BPNH.dtype)
+    return out.reshape(q_BPNH.shape)
+
+
+KERNELS: dict[str, Callable] = {
+    "blocks": blocks,
+    "xla": functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, implementation="xla"
+    ),
+    "cudnn": functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
+    ),
+}  # fmt: skip
+
+
+def time_kernel(kernel: Callable, arrays: Sequence[jax.Array], repeats: int) -> dict:
+    """Median seconds of the output and all gradients, and the output's sum for comparison."""
+
+    def loss(*arrays):
+        out = kernel(*arrays).astype(jnp.float32)
+        return (out * out).mean()
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    value, _ = jax.block_until_ready(run(*arrays))
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(run(*arrays))
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": statistics.median(seconds), "mean_square": float(value)}
+
+
+def benchmark(size: str, repeats: int) -> dict:
+    """Kernel -> its figures; one that this device does not have is told and left out."""
+    B, P, N, H = SIZES[size]
+    keys = jax.random.split(jax.random.key(0), 3)
+    arrays = [jax.random.normal(key, (B, P, N, H), jnp.bfloat16) for key in keys]
+    found = {}
+    for name, kernel in KERNELS.items():
+        try:
+            found[name] = time_kernel(kernel, arrays, repeats)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            print(f"left out: {name} ({str(error).splitlines()[0]})")
+            continue
+        print(f"{name:7} {1000 * found[name]['seconds']:9.3f} ms", flush=True)
+    return {"shape_BPNH": [B, P, N, H], "dtype": "bfloat16", "repeats": repeats, "kernels": found}
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    result = workload.environment() | benchmark(args.size, args.repeats)
+    workload.write_result(result, args.output)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("size", "7b", list(SIZES), "of the arrays")
+    flags.DEFINE_integer("repeats", 20, "timed turns", lower_bound=1)
+    flags.DEFINE_string("output", "", "JSON file; default: printed")
+    run_command(main)

@@ -1,0 +1,73 @@
+"""Seconds that a step takes to trace and compile: a first run, and every later one.
+
+    python -m benchmarks.start --model=runs/quickstart/model --dataset=runs/quickstart/data
+
+Compiled programs are kept in the user's cache folder, so a run of the same shapes need not compile.
+Each start is a process of its own, the cold one with an empty cache.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from benchmarks import workload
+from benchmarks.memory import one_device
+from sdpo_jax.errors import run_command
+from sdpo_jax.models.decoder import DecoderConfig
+from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.models.weights import read_json
+from sdpo_jax.runtime import set_up_jax
+from sdpo_jax.training.memory import step_memory
+
+NEGATIVES, BATCH = 3, 4
+
+
+def seconds_to_compile(model: Path, dataset: Path) -> float:
+    """Traces and compiles the step of a real batch in this process."""
+    set_up_jax("float32")
+    examples = workload.read_workload(model, dataset).examples(BATCH, NEGATIVES)
+    config = DecoderConfig.from_hf(read_json(model / "config.json"), str(model))
+    started = time.perf_counter()
+    step_memory(config, LoraConfig(), examples, dtype="float32", remat="cheap",
+                layout="shared_prefix", mesh=one_device())  # fmt: skip
+    return time.perf_counter() - started
+
+
+def benchmark(model: Path, dataset: Path) -> dict:
+    """`{"cold": seconds, "warm": seconds}`, one after the other on one cache."""
+    command = [sys.executable, "-m", "benchmarks.start", f"--model={model}",
+               f"--dataset={dataset}", "--here"]  # fmt: skip
+    found = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for start in ("cold", "warm"):
+            done = subprocess.run(
+                command, env=os.environ | {"XDG_CACHE_HOME": cache}, check=True, text=True,
+                stdout=subprocess.PIPE,
+            )  # fmt: skip
+            found[start] = float(done.stdout.split()[-1])
+            print(f"{start} start: {found[start]:.1f} s", flush=True)
+    return found
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    model, dataset = Path(args.model), Path(args.dataset)
+    if args.here:
+        print(seconds_to_compile(model, dataset))
+        return
+    result = workload.environment() | {"seconds": benchmark(model, dataset)}
+    workload.write_result(result, args.output)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "folder of sdpo_jax.convert", required=True)
+    flags.DEFINE_string("dataset", None, "folder of sdpo_jax.prepare", required=True)
+    flags.DEFINE_bool("here", False, "compile once in this process, with the cache as it is")
+    flags.DEFINE_string("output", "", "JSON file; default: printed")
+    run_command(main)

@@ -54,20 +54,23 @@ class OfficialSide:
 
     def __init__(self, model: torch.nn.Module, checkpointing: bool):
         self.model, self.checkpointing = model, checkpointing
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.start = [p.detach().clone() for p in self.parameters]
 
     def prepare(self, examples: Sequence[Example]) -> tuple[Callable[[], float], dict]:
         at_once = full_rows_at_once(len(examples), len(examples[0].answers))
         parts = [examples[i : i + at_once] for i in range(0, len(examples), at_once)]
         batches = [padded_rows(part) for part in parts]
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0)
+        for parameter, start in zip(self.parameters, self.start, strict=True):
+            parameter.data.copy_(start)  # the steps of another K have moved it
+        optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0)
 
         def run() -> float:
             self.set_checkpointing()  # another side may share the model
             started = time.perf_counter()
             for batch in batches:
                 (self.loss(batch).sum() / len(examples)).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+            torch.nn.utils.clip_grad_norm_(self.parameters, 0.3)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return time.perf_counter() - started

@@ -3,45 +3,74 @@
     python -m benchmarks --model=runs/quickstart/model --dataset=runs/quickstart/data
 
 What `make bench` runs, in a bit over an hour on two cores; the tables of README are made from the
-file.
+file. Each part is a process of its own, which has the memory to itself, and is in the file as soon
+as it is done: the same command goes on with those that are missing. Leave the machine alone.
 """
 
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
-from benchmarks import loader, memory, score, start, step, workload
-from sdpo_jax.errors import run_command
-from sdpo_jax.runtime import set_up_jax
+from benchmarks import workload
+from benchmarks.tables import STEP
+from sdpo_jax.errors import InputError, run_command
+from sdpo_jax.models.weights import read_json
 
-SIDES = ("official", "strong", "trl", "trl-best", "ours")
-KS = (0, 1, 3, 5, 8, 15)
+SIDES = "official,strong,ours"
+SIDES_OF_PAIRS = "official,strong,trl,trl-best,ours"
+KS = (3, 8, 15, 1, 5, 0)
+
+
+def parts(dataset: str, others: Sequence[str], repeats: int) -> dict[str, list[str]]:
+    """Name in the file -> module and flags."""
+
+    def step(k: int, sides: str, data: str = dataset) -> list[str]:
+        return ["step", f"--dataset={data}", f"--k={k}", f"--sides={sides}", f"--repeats={repeats}"]
+
+    here = f"--dataset={dataset}"
+    found = {f"{STEP}{k}": step(k, SIDES_OF_PAIRS if k == 1 else SIDES) for k in KS}
+    found["score"] = ["score", here, f"--repeats={repeats}"]
+    found["memory"] = ["memory", here]
+    found["start"] = ["start", here]
+    found["activations kept"] = step(3, "official-keep,ours")
+    for data in (dataset, *others):
+        found[f"loader {data}"] = ["loader", f"--dataset={data}"]
+    for data in others:
+        found[f"step on {data}"] = step(3, SIDES, data)
+    return found
+
+
+def measure(part: Sequence[str], model: str) -> dict:
+    """What a benchmark writes, from a process of its own."""
+    module, *arguments = part
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "result.json"
+        command = [sys.executable, "-m", f"benchmarks.{module}", f"--model={model}", *arguments]
+        done = subprocess.run([*command, f"--output={output}"], check=False)
+        if done.returncode:
+            raise InputError(
+                f"benchmarks.{module} {' '.join(arguments)}: found exit status {done.returncode}, "
+                "expected 0: see what it said above; the same command goes on from here"
+            )
+        return read_json(output)
 
 
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
-    model, dataset = Path(args.model), Path(args.dataset)
-    set_up_jax("float32")
-
-    def steps(dataset: Path, sides: Sequence[str], ks: Sequence[int]) -> dict:
-        print(f"\nsteps on {dataset}: {', '.join(sides)}")
-        return step.benchmark(model, dataset, sides, ks, 4, args.repeats, "float32")
-
-    result = {
-        "loader": [loader.benchmark(model, data, 4096, 3) for data in (dataset, *args.others)],
-        "step": steps(dataset, SIDES, KS),
-        "step_keeping_activations": steps(dataset, ("official-keep", "ours"), (3,)),
-        "step_on_others": [
-            steps(data, ("official", "strong", "ours"), (3,)) for data in args.others
-        ],
-        "score": score.benchmark(model, dataset, 4, args.repeats, "float32"),
-        "start": start.benchmark(model, dataset),
-        "memory": memory.benchmark(model, dataset),
-    }
-    path = workload.result_file()
-    workload.write_result(result, str(path))
-    print(f"written to {path}; next: python -m benchmarks.tables --result={path}")
+    file = workload.result_file()
+    result = read_json(file) if file.exists() else {}
+    for name, part in parts(args.dataset, args.others, args.repeats).items():
+        if name in result:
+            print(f"{name}: is in {file}; remove it there to measure anew")
+            continue
+        print(f"\n{name}", flush=True)
+        result[name] = measure(part, args.model)
+        workload.write_result(result, str(file))
+    print(f"written to {file}; next: python -m benchmarks.tables --result={file}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python -m benchmarks.tables --result=benchmarks/results/DEVICE.json
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from sdpo_jax.errors import run_command
 from sdpo_jax.models.weights import read_json
 
 GIB = 2**30
+STEP = "step K="  # beginning of the names of a result's parts that are steps
+SIDES = ("official", "strong", "trl", "trl-best", "ours")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -19,33 +22,43 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def step_table(step: dict) -> str:
+def step_table(result: dict) -> str:
     """Examples a second of every side, how many times ours is faster, and what a negative costs."""
-    ks = list(step["shapes"])
-    speeds = step["examples_per_second"]
+    steps = {
+        k: result[f"{STEP}{k}"] for k in ("0", "1", "3", "5", "8", "15") if f"{STEP}{k}" in result
+    }
+    speeds = {k: step["examples_per_second"] for k, step in steps.items()}
+    sides = [side for side in SIDES if any(side in found for found in speeds.values())]
 
-    def row(name: str, cell, found: dict) -> list[str]:
-        return [name, *(cell(found[k]) if k in found else "–" for k in ks)]
+    def row(name: str, cell) -> list[str]:
+        return [name, *(cell(k) for k in steps)]
 
-    rows = [
-        row(f"`{side}`, examples/s",
-            lambda s: f"{s['median']:.3f} [{s['min']:.3f}, {s['max']:.3f}]", found)
-        for side, found in speeds.items()
-    ]  # fmt: skip
-    for pair, ratios in step["ratio"].items():
-        rows.append(row(pair, lambda ratio: f"**{ratio:.1f}x**", ratios))
-        side = pair.removeprefix("ours/")
-        flops = {k: facts[side]["flops"] / facts["ours"]["flops"]
-                 for k, facts in step["facts"].items() if side in facts}  # fmt: skip
-        rows.append(row(f"FLOPs, {side}/ours", lambda ratio: f"{ratio:.1f}x", flops))
-    if "3" in speeds.get("ours", {}):
-        base = speeds["ours"]["3"]["median"]
-        costs = {k: base / found["median"] for k, found in speeds["ours"].items()}
-        rows.append(row("time of `ours` over K = 3's", lambda cost: f"{cost:.2f}", costs))
-    return markdown(["", *("SFT" if k == "0" else f"K = {k}" for k in ks)], rows)
+    def speed(side: str, k: str) -> str:
+        if side not in speeds[k]:
+            return "–"
+        found = speeds[k][side][k]
+        return f"{found['median']:.3f} [{found['min']:.3f}, {found['max']:.3f}]"
+
+    def ratio(side: str, k: str) -> str:
+        if side not in speeds[k]:
+            return "–"
+        facts = steps[k]["facts"][k]
+        flops = facts[side]["flops"] / facts["ours"]["flops"]
+        return f"**{steps[k]['ratio'][f'ours/{side}'][k]:.1f}x** ({flops:.1f}x)"
+
+    def cost(k: str) -> str:
+        return f"{speeds['3']['ours']['3']['median'] / speeds[k]['ours'][k]['median']:.2f}"
+
+    rows = [row(f"`{side}`, examples/s", functools.partial(speed, side)) for side in sides]
+    rows += [row(f"ours / `{side}` (by FLOPs)", functools.partial(ratio, side))
+             for side in sides if side != "ours"]  # fmt: skip
+    if "3" in steps:
+        rows.append(row("time of `ours`, K = 3's being 1", cost))
+    return markdown(["", *("SFT" if k == "0" else f"K = {k}" for k in steps)], rows)
 
 
-def score_table(score: dict) -> str:
+def score_table(result: dict) -> str:
+    score = result["score"]
     rows = [
         [f"`{name}`", f"{speed['median']:.3f}", f"{score['ratio'][f'score/{name}']:.1f}x"]
         for name, speed in score["examples_per_second"].items()
@@ -53,10 +66,11 @@ def score_table(score: dict) -> str:
     return markdown(["20 candidates", "examples/s", "`score` is faster by"], rows)
 
 
-def memory_table(memory: dict) -> str:
+def memory_table(result: dict) -> str:
     """GiB on one device by microbatch; columns are remat and K."""
     found = {
-        (row["microbatch"], row["remat"], row["k"]): row["total"] for row in memory["llama2_7b"]
+        (row["microbatch"], row["remat"], row["k"]): row["total"]
+        for row in result["memory"]["llama2_7b"]
     }
     columns = sorted({key[1:] for key in found}, key=lambda c: (c[0] != "full", c[1]))
     rows = [
@@ -66,13 +80,10 @@ def memory_table(memory: dict) -> str:
     return markdown(["microbatch", *(f"`{r}`, K = {k}" for r, k in columns)], rows)
 
 
-TABLES = {"step": step_table, "score": score_table, "memory": memory_table}
-
-
 def tables(file: Path) -> list[str]:
     """All tables that README shows of a result."""
     result = read_json(file)
-    return [table(result[name]) for name, table in TABLES.items()]
+    return [table(result) for table in (step_table, score_table, memory_table)]
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,16 +1,20 @@
 """The benchmark programs run at toy size and write what README's tables are made from."""
 
+import re
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import accelerator, kernels, large, loader, score, start, step
+from benchmarks import accelerator, kernels, large, loader, score, start, step, tables
 from benchmarks.flops import matrix_flops
 from benchmarks.workload import equal_examples
 from sdpo_jax.data.loader import choose_shapes, collate
 from sdpo_jax.training.step import make_logp
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_step_benchmark_measures_each_side_and_their_ratio(model_folder, dataset_folder):
@@ -60,6 +64,13 @@ def test_the_large_step_runs_at_toy_size():
     (row,) = found["steps"]
     assert row["seconds"] > 0 and row["tflops"] > 0
     assert row["mfu"] is None, "a CPU's peak is not known"
+
+
+def test_the_tables_of_readme_are_made_from_the_file_that_it_names():
+    readme = (ROOT / "README.md").read_text()
+    (named,) = set(re.findall(r"benchmarks/results/[\w-]+\.json", readme))
+    found = tables.tables(ROOT / named)
+    assert found and all(table in readme for table in found)
 
 
 def test_flops_are_those_of_every_product_as_often_as_it_runs():

@@ -88,7 +88,10 @@ def main(argv: Sequence[str]) -> None:
         if not (folder / file).is_file():
             raise InputError(f"{folder}: found no {file}, expected a folder of prepare or convert")
     result = benchmark(Path(args.model), datasets, args.size, args.repeats)
-    workload.write_result(result, args.output or str(workload.result_file()))
+    file = workload.result_file()  # holds what `python -m benchmarks` measured, and keeps it
+    file = args.output or str(file.with_stem(f"{file.stem}-accelerator"))
+    workload.write_result(result, file)
+    print(f"written to {file}")
 
 
 if __name__ == "__main__":
@@ -96,5 +99,5 @@ if __name__ == "__main__":
     flags.DEFINE_list("datasets", None, "folders of sdpo_jax.prepare", required=True)
     flags.DEFINE_enum("size", "7b", list(VARIANT), "of the large step, and length of the runs")
     flags.DEFINE_integer("repeats", 5, "timed steps", lower_bound=1)
-    flags.DEFINE_string("output", "", "JSON file; default: benchmarks/results/<device>.json")
+    flags.DEFINE_string("output", "", "JSON file; default: one in benchmarks/results")
     run_command(main)

@@ -22,7 +22,7 @@ from sdpo_jax.models.weights import read_json
 
 SIDES = "official,strong,ours"
 SIDES_OF_PAIRS = "official,strong,trl,trl-best,ours"
-KS = (3, 8, 1, 5, 0)
+KS = (3, 8, 15, 1, 5, 0)
 
 
 def parts(dataset: str, others: Sequence[str], repeats: int) -> dict[str, list[str]]:
@@ -41,7 +41,6 @@ def parts(dataset: str, others: Sequence[str], repeats: int) -> dict[str, list[s
         found[f"loader {data}"] = ["loader", f"--dataset={data}"]
     for data in others:
         found[f"step on {data}"] = step(3, SIDES, data)
-    found[f"{STEP}15"] = step(15, SIDES)  # the last, as it may not fit into memory
     return found
 
 

@@ -25,7 +25,7 @@ from sdpo_jax.runtime import set_up_jax
 VARIANT = {"7b": "small", "toy": "smoke"}  # of configs/movielens.py
 WINDOWS = 400  # of the test split, that are evaluated
 STEPS = {  # remats, numbers of negatives, batch, microbatches
-    "7b": (("full", "cheap"), (3, 15), 128, (4, 8)),
+    "7b": (("least", "full", "cheap"), (3, 15), 128, (4, 8)),
     "toy": (("full",), (3,), 4, (2,)),
 }
 

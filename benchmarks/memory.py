@@ -20,7 +20,7 @@ from benchmarks import workload
 from sdpo_jax import sharding
 from sdpo_jax.data.tokens import Example
 from sdpo_jax.errors import run_command
-from sdpo_jax.models.decoder import Decoder, DecoderConfig
+from sdpo_jax.models.decoder import REMAT, Decoder, DecoderConfig
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.weights import read_json
 from sdpo_jax.objectives.logprobs import Batch, padded_hidden, shared_prefix_logp
@@ -73,7 +73,7 @@ def temporaries(config: DecoderConfig, examples: Sequence[Example], remat: str, 
 def beside_official(config: DecoderConfig, examples: Sequence[Example]) -> dict:
     """Per remat of ours: temporary bytes of both, and their ratio; the official knows two."""
     found = {}
-    for remat in ("none", "cheap", "full"):
+    for remat in REMAT:
         ours = temporaries(config, examples, remat, official=False)
         theirs = temporaries(config, examples, "none" if remat == "none" else "full", official=True)
         found[remat] = {"official": theirs, "ours": ours, "ratio": theirs / ours}
@@ -85,7 +85,7 @@ def beside_official(config: DecoderConfig, examples: Sequence[Example]) -> dict:
 def llama_table(config: DecoderConfig, negatives: Sequence[int], microbatches: Sequence[int]):
     """Rows of the table of a bfloat16 base on one device."""
     rows = []
-    for remat in ("full", "cheap"):
+    for remat in ("least", "full", "cheap"):
         for k in negatives:
             for microbatch in microbatches:
                 examples = workload.equal_examples(microbatch, k)

@@ -71,7 +71,7 @@ def memory_table(result: dict) -> str:
         (row["microbatch"], row["remat"], row["k"]): row["total"]
         for row in result["memory"]["llama2_7b"]
     }
-    columns = sorted({key[1:] for key in found}, key=lambda c: (c[0] != "full", c[1]))
+    columns = list(dict.fromkeys(key[1:] for key in found))
     rows = [
         [str(microbatch), *(f"{found[microbatch, *column] / GIB:.1f}" for column in columns)]
         for microbatch in sorted({key[0] for key in found})

@@ -7,6 +7,7 @@ log-probs computed beforehand and no checkpointing; pairs are all they take.
 """
 
 import contextlib
+import functools
 import json
 import tempfile
 import time
@@ -65,11 +66,14 @@ class OfficialSide:
             parameter.data.copy_(start)  # the steps of another K have moved it
         optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0)
 
+        def backward(batch: dict) -> None:
+            (self.loss(batch).sum() / len(examples)).backward()
+
         def run() -> float:
             self.set_checkpointing()  # another side may share the model
             started = time.perf_counter()
             for batch in batches:
-                (self.loss(batch).sum() / len(examples)).backward()
+                backward(batch)
             torch.nn.utils.clip_grad_norm_(self.parameters, 0.3)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -78,7 +82,11 @@ class OfficialSide:
         self.model.eval()
         with torch.no_grad():
             logp_BC = np.concatenate([self.logp(batch).numpy() for batch in batches])
-        return run, {"examples_at_once": at_once, "flops": flops_of(run), "logp_BC": logp_BC}
+        self.set_checkpointing()
+        # A counter holds all that was computed under it, so each part has its own.
+        flops = sum(flops_of(functools.partial(backward, batch)) for batch in batches)
+        optimizer.zero_grad(set_to_none=True)
+        return run, {"examples_at_once": at_once, "flops": flops, "logp_BC": logp_BC}
 
     def loss(self, batch: dict) -> torch.Tensor:
         """S-DPO's loss [B] with its reference pass; with one answer SFT's."""
@@ -161,7 +169,7 @@ class TrlSide:
         return run, {"flops": flops_of(run)}
 
 
-def flops_of(run: Callable[[], float]) -> int:
+def flops_of(run: Callable[[], object]) -> int:
     """FLOPs of the matrix products of a step, which is the warm-up as well."""
     with FlopCounterMode(display=False) as counter:
         run()

@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.beta = 1.0
     config.batch_layout = "shared_prefix"  # or "padded": K+1 full rows, the oracle
     config.dtype = "bfloat16"  # of the base and of matrix products; or "float32"
-    config.remat = "full"  # what the backward pass computes again: none, cheap, full
+    config.remat = "full"  # computed again backwards: none, cheap, full, least (memory)
 
     config.sft = ml_collections.ConfigDict()
     config.sft.epochs = 5

@@ -21,7 +21,7 @@ from tiny import hf_folder
 
 from configs import movielens
 from sdpo_jax.convert import convert
-from sdpo_jax.data.loader import Shape, collate
+from sdpo_jax.data.loader import Shape, collate, round_up
 from sdpo_jax.data.prepared import Dataset, Window, write_dataset
 from sdpo_jax.data.tokens import Example
 from sdpo_jax.models.decoder import Decoder, DecoderConfig
@@ -76,7 +76,7 @@ def random_batch(B: int, C: int, seed: int = 0, rows: int = 1) -> dict[str, np.n
     rng = np.random.default_rng(seed)
     examples = random_examples(rng, B, C)
     fullest = max(sum(e.tokens for e in part) for part in np.array_split(examples, rows))
-    shape = Shape(P=12, S=max(1, max(e.packed for e in examples)), A=5, T=fullest + 3)
+    shape = Shape(P=12, S=max(1, max(e.packed for e in examples)), A=5, T=round_up(fullest + 1))
     batch = collate(examples, shape, rows)
     return batch | {"reference_logp_BC": rng.normal(-9, 2, (B, C)).astype(np.float32)}
 

@@ -30,7 +30,7 @@ def test_layouts_give_the_same_log_probs_and_gradients(model, C, rows):
     assert error <= 1e-4 * max(np.linalg.norm(padded_gradient), 1e-6)
 
 
-@pytest.mark.parametrize("remat", ["cheap", "full"])
+@pytest.mark.parametrize("remat", ["cheap", "full", "least"])
 def test_remat_changes_no_gradient(remat):
     batch = random_batch(B=2, C=3)
     _, plain = value_and_gradient(tiny_model(), "shared_prefix", batch)

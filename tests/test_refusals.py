@@ -25,7 +25,7 @@ def refused(config, run: Path) -> str:
 @pytest.mark.parametrize(("key", "value", "words"), [
     ("dtype", "float16", "float32, bfloat16"),
     ("batch_layout", "packed", "shared_prefix, padded"),
-    ("remat", "some", "none, cheap, full"),
+    ("remat", "some", "none, cheap, full, least"),
     ("stages", ("sdpo", "sft"), "in this order"),
     ("stages", ("dpo",), "sft, sdpo"),
     ("beta", 0.0, "more than 0"),

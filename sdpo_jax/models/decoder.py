@@ -6,6 +6,8 @@ position and the attention, a function of queries, keys and values. Shape letter
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,14 +21,17 @@ from sdpo_jax.models.lora import Frozen, Linear, LoraConfig
 from sdpo_jax.models.product import product
 
 # What the backward pass computes again: nothing; what is element-wise, while the results of
-# products and of attention and the norms' scales are kept, each once; or the whole layer.
+# products and of attention and the norms' scales are kept, each once; the whole layer; or the whole
+# layer with its MLP piece by piece, whose wide arrays then are never all there.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "cheap": jax.checkpoint_policies.save_only_these_names(
         "product", "adapter", "norm", "attention"
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "least": jax.checkpoint_policies.nothing_saveable,
 }
+PIECES = 8  # of a row's tokens, whose number is a multiple of 8 (`sdpo_jax.data.loader`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +153,9 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, An
 class Layer(nnx.Module):
     """Pre-norm attention and SwiGLU."""
 
-    def __init__(self, config: DecoderConfig, lora: LoraConfig, *, dtype, rngs: nnx.Rngs):
-        c, self.config = config, config
+    def __init__(self, config: DecoderConfig, lora: LoraConfig, *, dtype, in_pieces: bool,
+                 rngs: nnx.Rngs):  # fmt: skip
+        c, self.config, self.in_pieces = config, config, in_pieces
         linear = dict(lora=lora, dtype=dtype, rngs=rngs)
         self.attention_norm = RMSNorm(c.D, c.norm_eps, dtype=dtype)
         self.q = Linear("q", c.D, c.N * c.H, "DN", **linear)
@@ -169,9 +175,27 @@ class Layer(nnx.Module):
         v_BTGH = self.v(y, dropout_key).reshape(heads)
         y, kept = attention(q_BTNH, k_BTGH, v_BTGH, cache)
         x_BTD = x_BTD + self.o(y, dropout_key)
+        mlp = self.mlp_in_pieces if self.in_pieces else self.mlp
+        return x_BTD + mlp(x_BTD, dropout_key), kept
+
+    def mlp(self, x_BTD: jax.Array, dropout_key=None) -> jax.Array:
         y = self.mlp_norm(x_BTD)
         y = swiglu(self.gate(y, dropout_key), self.up(y, dropout_key))
-        return x_BTD + self.down(y, dropout_key), kept
+        return self.down(y, dropout_key)
+
+    def mlp_in_pieces(self, x_BTD: jax.Array, dropout_key=None) -> jax.Array:
+        """The same for up to PIECES equal runs of tokens, one after the other."""
+        B, T, D = x_BTD.shape
+        pieces = math.gcd(T, PIECES)
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def piece(x_BTD, i):
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
+            return self.mlp(x_BTD, key)
+
+        x_XBTD = x_BTD.reshape(B, pieces, T // pieces, D).swapaxes(0, 1)
+        out_XBTD = jax.lax.map(lambda xs: piece(*xs), (x_XBTD, jnp.arange(pieces)))
+        return out_XBTD.swapaxes(0, 1).reshape(B, T, D)
 
 
 class Decoder(nnx.Module):
@@ -185,7 +209,7 @@ class Decoder(nnx.Module):
 
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(rngs):
-            return Layer(config, lora, dtype=dtype, rngs=rngs)
+            return Layer(config, lora, dtype=dtype, in_pieces=remat == "least", rngs=rngs)
 
         self.layers = stack(rngs.split(config.L))
         self.norm = RMSNorm(config.D, config.norm_eps, dtype=dtype)

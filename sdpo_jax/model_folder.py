@@ -9,10 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sdpo_jax.errors import InputError
-from sdpo_jax.models.decoder import Decoder, DecoderConfig
+from sdpo_jax.models import weights
+from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.models.quantize import quantise
 from sdpo_jax.models.weights import read_json
 from sdpo_jax.training.checkpoint import read_weights
 
@@ -39,6 +43,7 @@ def load_model(
     lora: LoraConfig,
     *,
     dtype: Any,
+    base_dtype: str = "same",
     remat: str = "none",
     seed: int = 0,
     shardings: Placement | None = None,
@@ -48,7 +53,9 @@ def load_model(
     Args:
       path: the model folder.
       lora: rank, scale and targets of the adapter, which starts from `seed`: A uniform, B zeros.
-      dtype: of the base in memory; it is read in the stored dtype and cast on its devices.
+      dtype: of products, and of the base unless `base_dtype` names another.
+      base_dtype: key of `quantize.BASE_DTYPES`; the base is read in its stored dtype and cast or
+        quantised on its devices, one array after the other.
       remat: key of `decoder.REMAT`.
       seed: of the adapter.
       shardings: abstract variable (its `.shape` and `.letters`; under `layers` the shape has L
@@ -62,14 +69,16 @@ def load_model(
     config = DecoderConfig.from_hf(read_json(path / "config.json"), str(path / "config.json"))
 
     def make(key: jax.Array) -> Decoder:
-        return Decoder(config, lora, dtype=dtype, remat=remat, rngs=nnx.Rngs(key))
+        return Decoder(
+            config, lora, dtype=dtype, base_dtype=base_dtype, remat=remat, rngs=nnx.Rngs(key)
+        )
 
     key = jax.random.key(seed)
     graphdef, abstract_lora, abstract_base = nnx.split(
         nnx.eval_shape(make, key), nnx.LoRAParam, ...
     )
     place = shardings or (lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
-    base = _read_base(path / "weights", abstract_base, meta["dtype"], dtype, place)
+    base = _read_base(path / "weights", abstract_base, config, meta["dtype"], place)
     # Under jit the unused draws of the base are removed, so only the adapter is ever made.
     init = jax.jit(
         lambda key: nnx.split(make(key), nnx.LoRAParam, ...)[1],
@@ -139,16 +148,48 @@ def _placed(abstract: nnx.State, place: Placement) -> nnx.State:
     )
 
 
-def _read_base(path: Path, abstract: nnx.State, stored: str, dtype: Any, place: Placement):
-    """Restores in the stored dtype, then casts array by array."""
-    target = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, stored, sharding=sharding),
-        nnx.to_pure_dict(abstract),
-        nnx.to_pure_dict(_placed(abstract, place)),
-    )
-    leaves, structure = jax.tree.flatten(read_weights(path, target))
-    for i, leaf in enumerate(leaves):
-        leaves[i] = leaf.astype(jnp.dtype(dtype))
+def _read_base(path: Path, abstract: nnx.State, config: DecoderConfig, stored: str, place):
+    """Reads every array in the stored dtype onto its devices, then makes of it what is wanted.
+
+    Args:
+      path: the folder of weights.
+      abstract: the base to make, in which a quantised kernel is its codes and their scale.
+      config: of the decoder.
+      stored: dtype on disk.
+      place: function from an abstract variable to its sharding.
+    """
+    placed = flatten_dict(nnx.to_pure_dict(_placed(abstract, place)), sep="/")
+    shapes = flatten_dict(nnx.to_pure_dict(abstract), sep="/")
+    target = {
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, stored, sharding=placed.get(name) or placed[_part(name, "codes")]
+        )
+        for name, leaf in weights.abstract_base(config).items()
+    }
+    made = {}
+    for name, array in read_weights(path, unflatten_dict(target, sep="/")):
+        if name in shapes:
+            made[name] = array.astype(shapes[name].dtype)
+            continue
+        names = [_part(name, "codes"), _part(name, "scale")]
+        codes, scale = _quantised(array, shapes[names[0]], [placed[n] for n in names])
+        made |= {names[0]: codes, names[1]: scale}
     base = jax.tree.map(lambda leaf: leaf, abstract)
-    nnx.replace_by_pure_dict(base, jax.tree.unflatten(structure, leaves))
+    nnx.replace_by_pure_dict(base, unflatten_dict(made, sep="/"))
     return base
+
+
+def _part(kernel: str, name: str) -> str:
+    """`layers/q/kernel` -> `layers/q/codes`."""
+    return kernel.removesuffix("kernel") + name
+
+
+def _quantised(kernel: jax.Array, codes: jax.ShapeDtypeStruct, shardings):
+    """Codes and scales of a stack of kernels, layer by layer, so that no float32 copy is whole."""
+    kind = "int8" if codes.dtype == jnp.int8 else "nf4"
+
+    def one(kernel_IO):
+        made = quantise(kernel_IO, kind)
+        return made.codes, made.scale
+
+    return jax.jit(lambda stack: jax.lax.map(one, stack), out_shardings=tuple(shardings))(kernel)

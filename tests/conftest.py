@@ -24,7 +24,8 @@ from sdpo_jax.convert import convert
 from sdpo_jax.data.loader import Shape, collate, round_up
 from sdpo_jax.data.prepared import Dataset, Window, write_dataset
 from sdpo_jax.data.tokens import Example
-from sdpo_jax.models.decoder import Decoder, DecoderConfig
+from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
 
 TINY = DecoderConfig(V=97, L=3, D=16, N=4, G=2, H=4, F=24, tied=True)
@@ -44,8 +45,11 @@ class TinyModel:
 
 
 @functools.cache
-def tiny_model(config: DecoderConfig = TINY, seed: int = 0, **kwargs) -> TinyModel:
-    decoder = Decoder(config, LoraConfig(rank=2, alpha=4.0), rngs=nnx.Rngs(seed), **kwargs)
+def tiny_model(
+    config: DecoderConfig = TINY, seed: int = 0, dropout: float = 0.0, **kwargs
+) -> TinyModel:
+    lora = LoraConfig(rank=2, alpha=4.0, dropout=dropout)
+    decoder = Decoder(config, lora, rngs=nnx.Rngs(seed), **kwargs)
     graphdef, lora, base = nnx.split(decoder, nnx.LoRAParam, ...)
     leaves, structure = jax.tree.flatten(lora)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
@@ -58,15 +62,15 @@ def model() -> TinyModel:
     return tiny_model()
 
 
-def random_examples(rng, B: int, C: int, P: int = 11, A: int = 5) -> list[Example]:
+def random_examples(rng, B: int, C: int, P: int = 11, A: int = 5, V: int = 97) -> list[Example]:
     """Prompts of 4 to P tokens and answers of 1 to A tokens, the last one EOS (2)."""
 
     def answer():
         n = rng.integers(0, A)
-        return np.array([*rng.integers(3, 97, n), 2], np.int32)
+        return np.array([*rng.integers(3, V, n), 2], np.int32)
 
     return [
-        Example(rng.integers(3, 97, rng.integers(4, P + 1)).astype(np.int32),
+        Example(rng.integers(3, V, rng.integers(4, P + 1)).astype(np.int32),
                 tuple(answer() for _ in range(C)))
         for _ in range(B)
     ]  # fmt: skip

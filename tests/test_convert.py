@@ -16,7 +16,7 @@ from tiny import edit_config, hf_folder
 from sdpo_jax.convert import convert
 from sdpo_jax.errors import InputError
 from sdpo_jax.model_folder import load_model
-from sdpo_jax.models.decoder import DecoderConfig
+from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.gguf import NAMES, open_gguf, unpermute
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.weights import open_hf, read_base
@@ -165,7 +165,7 @@ def test_the_same_conversion_again_writes_nothing_and_another_is_refused(folder,
     assert convert(str(folder), str(output)) == first
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
     with pytest.raises(InputError, match="found another model"):
-        convert(str(hf_folder(tmp_path / "hf2", "old")), str(output))
+        convert(str(hf_folder(tmp_path / "hf2", "llama-old")), str(output))
     (output / "model.json").write_text("{}")
     with pytest.raises(InputError, match="did not write"):
         convert(str(folder), str(output))
@@ -213,8 +213,8 @@ DAMAGE = {
     ),
     "another family": (lambda f: edit_config(f, model_type="bert"), "model_type is 'bert'"),
     "rope scaling": (
-        lambda f: edit_config(f, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}),
-        "rope_type is 'llama3'",
+        lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+        "rope_type is 'yarn'",
     ),
     "a key missing": (lambda f: edit_config(f, vocab_size=None), "vocab_size"),
     "other sizes": (lambda f: edit_config(f, num_hidden_layers=3), "9 tensors do not fit"),
@@ -284,7 +284,7 @@ def test_loading_a_broken_folder_is_told(folder, tmp_path):
     with pytest.raises(InputError, match=f"{path.name}: found 50, expected [0-9]+ bytes"):
         load_model(output, LoraConfig(), dtype=jnp.float32)
     with pytest.raises(InputError, match="absent: found unreadable weights"):
-        read_weights(output / "absent", {})
+        next(read_weights(output / "absent", {}))
 
 
 def test_a_disk_without_room_is_one_line_and_nothing_is_written(folder, tmp_path):

@@ -4,12 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import GOLDEN, hf_folder
+from tiny import FAMILIES, GOLDEN, hf_folder
 
 from sdpo_jax.convert import DEFAULT_MODEL, convert
 from sdpo_jax.model_folder import load_model, load_tokenizer
 from sdpo_jax.models.attention import attend
-from sdpo_jax.models.decoder import Decoder, DecoderConfig
+from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.gguf import open_gguf
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.weights import read_base
@@ -20,17 +21,21 @@ TEXT = "This person has listened to Madonna"
 
 
 def all_logits(decoder: Decoder, tokens_BT, mask_BT) -> np.ndarray:
-    causal_BTT = causal_mask(jnp.asarray(mask_BT))
+    return np.asarray(traced_logits(decoder, tokens_BT, mask_BT))
+
+
+def traced_logits(decoder: Decoder, tokens_BT, mask_BT):
+    causal_BTT = causal_mask(jnp.asarray(mask_BT), decoder.config.window)
 
     def attention(q, k, v, cache):
         return attend(q, [(k, v, causal_BTT)], decoder.dtype), None
 
     positions_BT = prompt_positions(jnp.asarray(mask_BT))
     hidden_BTD, _ = decoder(jnp.asarray(tokens_BT), positions_BT, attention)
-    return np.asarray(decoder.logits(hidden_BTD))
+    return decoder.logits(hidden_BTD)
 
 
-@pytest.mark.parametrize("name", ["old", "new"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_logits_equal_transformers_padded_and_not(name, tmp_path):
     convert(str(hf_folder(tmp_path / "hf", name)), str(tmp_path / "model"))
     model = load_model(tmp_path / "model", LoraConfig(), dtype=jnp.float32)

@@ -9,6 +9,7 @@ from conftest import TINY, random_batch, random_examples, tiny_model
 
 from sdpo_jax import sharding
 from sdpo_jax.errors import InputError
+from sdpo_jax.models.decoder import REMAT
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.objectives.logprobs import shared_prefix_logp
 from sdpo_jax.train import explain
@@ -20,13 +21,20 @@ EXAMPLES = random_examples(np.random.default_rng(0), 16, 4, P=200)
 
 
 def needed(count: int = 8, **changes):
-    keys = {"dtype": "float32", "remat": "none", "layout": "shared_prefix",
+    keys = {"config": DEEP, "dtype": "float32", "remat": "none", "layout": "shared_prefix",
             "mesh": sharding.make_mesh(devices=jax.devices()[:1])}  # fmt: skip
-    return step_memory(DEEP, LoraConfig(rank=2), EXAMPLES[:count], **keys | changes)
+    return step_memory(lora=LoraConfig(rank=2), examples=EXAMPLES[:count], **keys | changes)
 
 
 def test_a_bfloat16_base_is_counted_in_its_own_width():
     assert needed(dtype="bfloat16").base * 2 == needed().base
+
+
+def test_a_quantised_base_is_counted_in_its_bytes():
+    kernels = DEEP.L * (DEEP.D * (2 * DEEP.N + 2 * DEEP.G) * DEEP.H + 3 * DEEP.D * DEEP.F)
+    less = needed().base - needed(base_dtype="int8").base
+    scales = 4 * DEEP.L * ((DEEP.N + 2 * DEEP.G) * DEEP.H + 2 * DEEP.D + 2 * DEEP.F)
+    assert less == 3 * kernels - scales
 
 
 def test_temporaries_grow_with_the_microbatch_and_the_base_does_not():
@@ -37,8 +45,9 @@ def test_temporaries_grow_with_the_microbatch_and_the_base_does_not():
 
 def test_shared_prompts_need_less_than_full_rows_and_remat_less_than_none():
     assert needed().temporary * 2 < needed(layout="padded").temporary
-    found = [needed(remat=remat).temporary for remat in ("none", "cheap", "full", "least")]
-    assert found == sorted(found, reverse=True) and len(set(found)) == 4
+    wide = dataclasses.replace(DEEP, F=1024)  # as in a real model, the MLP is the widest
+    found = [needed(remat=remat, config=wide).temporary for remat in REMAT]
+    assert found == sorted(found, reverse=True) and len(set(found)) == len(REMAT)
 
 
 def test_a_mesh_divides_the_base():
@@ -84,6 +93,7 @@ def test_the_official_step_in_jax_has_our_log_probs_and_needs_more(model_folder)
 def test_the_table_of_the_seven_billion_shape_needs_no_weights():
     from benchmarks.memory import LLAMA2_7B, llama_table
 
-    full, cheap = llama_table(LLAMA2_7B, [3], [1])
-    assert full["base"] == 2 * 6_738_415_616
-    assert full["total"] < cheap["total"] < 20 * 2**30
+    rows = {(r["base_dtype"], r["remat"]): r for r in llama_table(LLAMA2_7B, [3], [1])}
+    assert rows["bf16", "full"]["base"] == 2 * 6_738_415_616
+    assert rows["bf16", "full"]["total"] < rows["bf16", "cheap"]["total"] < 20 * 2**30
+    assert rows["nf4", "full"]["base"] < rows["int8", "full"]["base"] < 7 * 2**30

@@ -7,15 +7,21 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 GOLDEN = Path(__file__).parent / "golden"
+FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/logits.npz"))
 SPECIAL = ("<unk>", "<s>", "</s>")
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 \n.,:;'\"()-&!?/#*_+"
 
 
-def hf_folder(path: Path, name: str = "new") -> Path:
+def hf_folder(path: Path, name: str = "llama-new") -> Path:
     """A Hugging Face folder: golden weights and a tokenizer of one token a lower-case letter."""
     path.mkdir(parents=True)
     for file in ("config.json", "model.safetensors"):
         shutil.copy(GOLDEN / name / file, path)
+    write_tokenizer(path)
+    return path
+
+
+def write_tokenizer(path: Path) -> None:
     vocab = {token: index for index, token in enumerate((*SPECIAL, *LETTERS))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=SPECIAL[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -25,7 +31,6 @@ def hf_folder(path: Path, name: str = "new") -> Path:
     config = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     (path / "tokenizer_config.json").write_text(json.dumps(config))
-    return path
 
 
 def edit_config(folder: Path, **changes) -> None:

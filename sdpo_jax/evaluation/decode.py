@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.models.attention import attend, attend_causal
+from sdpo_jax.models.attention import attend, attend_causal, near
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.objectives.logprobs import Batch, PackedAnswers, prompt_positions
 
@@ -42,7 +42,7 @@ def prefill(decoder: Decoder, batch: Batch) -> Prefix:
     def attention(q, k, v, _):
         # `attend` multiplies in this dtype, so keeping more of the numbers would change nothing.
         kept = (k.astype(decoder.dtype), v.astype(decoder.dtype))
-        return attend_causal(q, k, v, mask_BP, decoder.dtype), kept
+        return attend_causal(q, k, v, mask_BP, decoder.dtype, decoder.config.window), kept
 
     hidden_BPD, (keys, values) = decoder(batch["prompt_BP"], prompt_positions(mask_BP), attention)
     return Prefix(keys, values, mask_BP, hidden_BPD[:, -1])
@@ -50,7 +50,7 @@ def prefill(decoder: Decoder, batch: Batch) -> Prefix:
 
 def score(decoder: Decoder, prefix: Prefix, batch: Batch) -> jax.Array:
     """Log-probs `logp_BC` of all candidates in one pass; equal to `shared_prefix_logp`."""
-    packed = PackedAnswers(batch)
+    packed = PackedAnswers(batch, decoder.config.window)
 
     def attention(q, k, v, prompt):
         return packed.attend(q, prompt, (k, v), decoder.dtype), None
@@ -101,13 +101,16 @@ def _generate(decoder: Decoder, prefix: Prefix, choose: Choose, state: Any, step
 
     New tokens have a cache of their own, `steps` long, so the prompt's is never written again.
     """
-    length_B = prefix.mask_BP.sum(-1)
+    length_B, window = prefix.mask_BP.sum(-1), decoder.config.window
     L, B, _, G, H = prefix.keys_LBPGH.shape
-    prompt_mask_B1P = prefix.mask_BP[:, None]
+    place_BP = prompt_positions(prefix.mask_BP)
 
     def step(carry):
         i, token_B, _, state, cache = carry
-        seen_B1N = jnp.broadcast_to(jnp.arange(steps) <= i, (B, 1, steps))
+        now_B1 = (length_B + i)[:, None]
+        new_BN = length_B[:, None] + jnp.arange(steps)
+        prompt_mask_B1P = prefix.mask_BP[:, None] & near(now_B1, place_BP, window)
+        seen_B1N = near(now_B1, new_BN, window) & (jnp.arange(steps) <= i)
 
         def attention(q, k, v, layer):
             k_prompt, v_prompt, keys_BNGH, values_BNGH = layer
@@ -117,7 +120,7 @@ def _generate(decoder: Decoder, prefix: Prefix, choose: Choose, state: Any, step
             return attend(q, blocks, decoder.dtype), (keys_BNGH, values_BNGH)
 
         layers = (prefix.keys_LBPGH, prefix.values_LBPGH, *cache)
-        hidden_B1D, cache = decoder(token_B[:, None], (length_B + i)[:, None], attention, layers)
+        hidden_B1D, cache = decoder(token_B[:, None], now_B1, attention, layers)
         logits_BV = decoder.logits(hidden_B1D)[:, 0]
         return (i + 1, *choose(logits_BV, i + 1, state), cache)
 

@@ -18,27 +18,39 @@ KeyBlock = tuple[jax.Array, jax.Array, jax.Array]
 CAUSAL_BLOCK = 128  # queries; smaller ones skip more of the future and are more operations
 
 
-def causal_mask(mask_BT: jax.Array) -> jax.Array:
-    """[B, T, T]: a query sees the real tokens up to itself."""
+def near(queries_BT: jax.Array, keys_BS: jax.Array, window: int | None) -> jax.Array:
+    """[B, T, S]: which keys a query at these positions may see, looking `window` positions back.
+
+    The query's own position counts as one of them; None is no limit.
+    """
+    distance_BTS = queries_BT[:, :, None] - keys_BS[:, None, :]
+    return jnp.ones_like(distance_BTS, bool) if window is None else distance_BTS < window
+
+
+def causal_mask(mask_BT: jax.Array, window: int | None = None) -> jax.Array:
+    """[B, T, T]: a query sees the real tokens up to itself, `window` of them at most."""
     T = mask_BT.shape[1]
-    return jnp.tril(jnp.ones((T, T), bool)) & mask_BT[:, None, :]
+    place_1T = jnp.arange(T)[None]
+    return jnp.tril(near(place_1T, place_1T, window)) & mask_BT[:, None, :]
 
 
-def attend_causal(q_BTNH, k_BTGH, v_BTGH, mask_BT: jax.Array, dtype) -> jax.Array:
+def attend_causal(
+    q_BTNH, k_BTGH, v_BTGH, mask_BT: jax.Array, dtype, window: int | None = None
+) -> jax.Array:
     """Attention of every token over the real ones up to itself, [B, T, N*H].
 
-    Queries go in equal blocks, each over the keys up to its end: the future is not computed.
+    Queries go in equal blocks, each over the keys up to its end and from its window's beginning:
+    the future is not computed, nor what is too far back.
     """
-    T, causal_BTT = mask_BT.shape[1], causal_mask(mask_BT)
+    T, causal_BTT = mask_BT.shape[1], causal_mask(mask_BT, window)
     blocks = -(-T // CAUSAL_BLOCK)
     cuts = [T * i // blocks for i in range(blocks + 1)]
-    return jnp.concatenate(
-        [
-            attend(q_BTNH[:, a:b], [(k_BTGH[:, :b], v_BTGH[:, :b], causal_BTT[:, a:b, :b])], dtype)
-            for a, b in itertools.pairwise(cuts)
-        ],
-        1,
-    )
+    out = []
+    for a, b in itertools.pairwise(cuts):
+        first = 0 if window is None else max(0, a - window + 1)
+        keys = (k_BTGH[:, first:b], v_BTGH[:, first:b], causal_BTT[:, a:b, first:b])
+        out.append(attend(q_BTNH[:, a:b], [keys], dtype))
+    return jnp.concatenate(out, 1)
 
 
 def attend(q_BTNH: jax.Array, blocks: Sequence[KeyBlock], dtype) -> jax.Array:

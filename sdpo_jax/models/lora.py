@@ -1,19 +1,25 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685) on frozen linear maps, scaled by alpha/R as PEFT does.
+"""Frozen linear maps, and LoRA on them (Hu et al. 2021, arXiv 2106.09685), scaled as PEFT does.
 
 Shape letters are declared in `sdpo_jax.sharding`.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from sdpo_jax.errors import InputError
 from sdpo_jax.models.product import product, turned
+from sdpo_jax.models.quantize import QUANTISED, Quantised, dense, quantise
 
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down", "qkv")
+APART = ("q", "k", "v")
 
 
 class Frozen(nnx.Variable):
@@ -27,81 +33,140 @@ class LoraConfig:
     rank: int = 8
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: tuple[str, ...] = PROJECTIONS
+    targets: tuple[str, ...] = PROJECTIONS[:7]
+
+    @classmethod
+    def of(cls, config: Any) -> "LoraConfig":
+        """From the keys `lora.*` of a run's config, as attributes."""
+        return cls(config.rank, config.alpha, config.dropout, tuple(config.targets))
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    def on(self, projections: Sequence[str]) -> "LoraConfig":
+        """The same on a model that has these projections.
 
-@jax.custom_vjp
-def adapted_product(x_TI, dropped_TI, kernel_IO, a_IR, b_RO):
-    """`x W + dropout(x) A B` in the kernel's dtype; `b_RO` already carries the scale.
+        Where q, k and v are one map, the three together mean it; a model without a gate has none
+        to adapt. Raises InputError for any other target that the model lacks.
+        """
+        targets = list(self.targets)
+        if "qkv" in projections and set(APART) <= set(targets):
+            targets = ["qkv", *(name for name in targets if name not in APART)]
+        if "gate" not in projections:
+            targets = [name for name in targets if name != "gate"]
+        if unknown := [name for name in targets if name not in projections]:
+            raise InputError(
+                f"lora.targets: found {', '.join(unknown)}, this model has "
+                f"{', '.join(projections)}: set --config.lora.targets"
+            )
+        return dataclasses.replace(self, targets=tuple(targets))
 
-    The vjp is written by hand for two reasons: the frozen kernel gets no cotangent, so no weight
-    gradient can ever be formed; and both adapter gradients keep the small [T, R] matrix on the
-    left of the product, where XLA:CPU would otherwise transpose the wide [T, I] activations.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def frozen_product(x_TI: jax.Array, kernel: jax.Array | Quantised, dtype) -> jax.Array:
+    """`x W` in `dtype`. The frozen kernel gets no cotangent: no weight gradient can be formed."""
+    return product("ti,io->to", x_TI, dense(kernel, dtype), dtype)
+
+
+def _frozen_backward(dtype, kernel, g_TO):
+    return product("to,io->ti", g_TO, dense(kernel, dtype), dtype), None
+
+
+frozen_product.defvjp(
+    lambda x_TI, kernel, dtype: (frozen_product(x_TI, kernel, dtype), kernel), _frozen_backward
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def adapter_product(x_TI, a_IR, b_RO, dtype) -> jax.Array:
+    """`x A B` in `dtype`; `b_RO` already carries the scale.
+
+    Both adapter gradients keep the small [T, R] matrix on the left of the product, where XLA:CPU
+    would otherwise transpose the wide [T, I] activations.
     """
-    return _adapted_forward(x_TI, dropped_TI, kernel_IO, a_IR, b_RO)[0]
+    return _adapter_forward(x_TI, a_IR, b_RO, dtype)[0]
 
 
-def _adapted_forward(x_TI, dropped_TI, kernel_IO, a_IR, b_RO):
-    dtype = kernel_IO.dtype
-    xa_TR = checkpoint_name(product("ti,ir->tr", dropped_TI, a_IR, dtype), "adapter")
-    y_TO = product("ti,io->to", x_TI, kernel_IO, dtype) + product("tr,ro->to", xa_TR, b_RO, dtype)
-    return y_TO, (dropped_TI, xa_TR, kernel_IO, a_IR, b_RO)
+def _adapter_forward(x_TI, a_IR, b_RO, dtype):
+    xa_TR = checkpoint_name(product("ti,ir->tr", x_TI, a_IR, dtype), "adapter")
+    return product("tr,ro->to", xa_TR, b_RO, dtype), (x_TI, xa_TR, a_IR, b_RO)
 
 
-def _adapted_backward(residuals, g_TO):
-    dropped_TI, xa_TR, kernel_IO, a_IR, b_RO = residuals
-    dtype = kernel_IO.dtype
+def _adapter_backward(dtype, residuals, g_TO):
+    x_TI, xa_TR, a_IR, b_RO = residuals
     gb_TR = product("to,ro->tr", g_TO, b_RO, dtype)
-    dx_TI = product("to,io->ti", g_TO, kernel_IO, dtype)
-    d_dropped_TI = product("tr,ir->ti", gb_TR, a_IR, dtype)
-    da_IR = turned(product("tr,ti->ri", gb_TR, dropped_TI, dtype)).astype(a_IR.dtype)
+    dx_TI = product("tr,ir->ti", gb_TR, a_IR, dtype)
+    da_IR = turned(product("tr,ti->ri", gb_TR, x_TI, dtype)).astype(a_IR.dtype)
     db_RO = product("tr,to->ro", xa_TR, g_TO, dtype).astype(b_RO.dtype)
-    return dx_TI, d_dropped_TI, None, da_IR, db_RO
+    return dx_TI, da_IR, db_RO
 
 
-adapted_product.defvjp(_adapted_forward, _adapted_backward)
+adapter_product.defvjp(_adapter_forward, _adapter_backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearOptions:
+    """What all linear maps of a model share.
+
+    `dtype` is that of products; `base_dtype`, a key of `quantize.BASE_DTYPES`, is how the frozen
+    base is held.
+    """
+
+    lora: LoraConfig
+    dtype: Any = jnp.float32
+    base_dtype: str = "same"
+
+    @property
+    def stored(self):
+        """The dtype of what is not quantised: embedding, norms, biases, head."""
+        return jnp.bfloat16 if self.base_dtype == "bf16" else self.dtype
 
 
 class Linear(nnx.Module):
-    """A frozen linear map without bias, [..., I] -> [..., O], with an adapter where targeted."""
+    """A frozen linear map, [..., I] -> [..., O], with an adapter where targeted."""
 
-    def __init__(self, name: str, size_in: int, size_out: int, letters: str, lora: LoraConfig,
-                 *, dtype, rngs: nnx.Rngs):  # fmt: skip
-        self.index = PROJECTIONS.index(name)
-        self.scale, self.dropout = lora.scale, lora.dropout
-        self.adapted = name in lora.targets
-        std = size_in**-0.5
-        self.kernel = Frozen(
-            std * jax.random.normal(rngs.params(), (size_in, size_out), dtype), letters=letters
+    def __init__(self, name: str, size_in: int, size_out: int, letters: str,
+                 options: LinearOptions, *, bias: bool = False, rngs: nnx.Rngs):  # fmt: skip
+        self.index, self.options = PROJECTIONS.index(name), options
+        self.adapted = name in options.lora.targets
+        kernel = size_in**-0.5 * jax.random.normal(
+            rngs.params(), (size_in, size_out), options.stored
         )
+        if options.base_dtype in QUANTISED:
+            codes = quantise(kernel, options.base_dtype)
+            self.codes = Frozen(codes.codes, letters=letters)
+            self.scale = Frozen(codes.scale, letters=letters)
+        else:
+            self.kernel = Frozen(kernel, letters=letters)
+        if bias:
+            self.bias = Frozen(jnp.zeros(size_out, options.stored), letters=letters[1])
+        self.biased = bias
         if self.adapted:
+            rank = options.lora.rank
             bound = 1 / math.sqrt(size_in)  # PEFT: kaiming_uniform(a=sqrt(5)) for A, zeros for B
             self.a = nnx.LoRAParam(
-                jax.random.uniform(
-                    rngs.params(), (size_in, lora.rank), minval=-bound, maxval=bound
-                ),
+                jax.random.uniform(rngs.params(), (size_in, rank), minval=-bound, maxval=bound),
                 letters=letters[0] + "R",
             )
-            self.b = nnx.LoRAParam(jnp.zeros((lora.rank, size_out)), letters="R" + letters[1])
+            self.b = nnx.LoRAParam(jnp.zeros((rank, size_out)), letters="R" + letters[1])
+
+    @property
+    def weight(self) -> jax.Array | Quantised:
+        if self.options.base_dtype in QUANTISED:
+            return Quantised(self.codes[...], self.scale[...], self.options.base_dtype)
+        return self.kernel[...]
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        kernel = self.kernel[...]
-        if not self.adapted:
-            return product("...i,io->...o", x, kernel, kernel.dtype)
-        dropped = x
-        if dropout_key is not None and self.dropout > 0:
-            key = jax.random.fold_in(dropout_key, self.index)
-            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-            dropped = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        y = adapted_product(
-            x.reshape(-1, x.shape[-1]),
-            dropped.reshape(-1, x.shape[-1]),
-            kernel,
-            self.a[...],
-            self.scale * self.b[...],
-        )
-        return checkpoint_name(y.reshape(*x.shape[:-1], -1), "product")
+        dtype, lora = self.options.dtype, self.options.lora
+        x_TI = x.reshape(-1, x.shape[-1])
+        y_TO = frozen_product(x_TI, self.weight, dtype)
+        if self.adapted:
+            if dropout_key is not None and lora.dropout > 0:
+                key = jax.random.fold_in(dropout_key, self.index)
+                keep = jax.random.bernoulli(key, 1 - lora.dropout, x_TI.shape)
+                x_TI = jnp.where(keep, x_TI / (1 - lora.dropout), 0).astype(x.dtype)
+            y_TO += adapter_product(x_TI, self.a[...], lora.scale * self.b[...], dtype)
+        if self.biased:
+            y_TO += self.bias[...].astype(y_TO.dtype)
+        return checkpoint_name(y_TO.reshape(*x.shape[:-1], -1), "product")

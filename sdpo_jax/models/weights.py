@@ -20,27 +20,43 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from sdpo_jax.errors import InputError
-from sdpo_jax.models.decoder import Decoder, DecoderConfig
+from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
 
-# (Hugging Face's name, our path, transposed); {} is the layer.
+# (Hugging Face's module, ours); {} is the layer. A module's `.weight` is our kernel, turned, or a
+# norm's scale; a model has the rows that its config switches on.
 LLAMA = (
-    ("model.embed_tokens.weight", "embedding", False),
-    ("model.layers.{}.input_layernorm.weight", "layers/attention_norm/scale", False),
-    ("model.layers.{}.self_attn.q_proj.weight", "layers/q/kernel", True),
-    ("model.layers.{}.self_attn.k_proj.weight", "layers/k/kernel", True),
-    ("model.layers.{}.self_attn.v_proj.weight", "layers/v/kernel", True),
-    ("model.layers.{}.self_attn.o_proj.weight", "layers/o/kernel", True),
-    ("model.layers.{}.post_attention_layernorm.weight", "layers/mlp_norm/scale", False),
-    ("model.layers.{}.mlp.gate_proj.weight", "layers/gate/kernel", True),
-    ("model.layers.{}.mlp.up_proj.weight", "layers/up/kernel", True),
-    ("model.layers.{}.mlp.down_proj.weight", "layers/down/kernel", True),
-    ("model.norm.weight", "norm/scale", False),
-    ("lm_head.weight", "head", True),
+    ("model.embed_tokens", "embedding"),
+    ("model.layers.{}.input_layernorm", "layers/attention_norm"),
+    ("model.layers.{}.self_attn.q_proj", "layers/q"),
+    ("model.layers.{}.self_attn.k_proj", "layers/k"),
+    ("model.layers.{}.self_attn.v_proj", "layers/v"),
+    ("model.layers.{}.self_attn.q_norm", "layers/q_norm"),
+    ("model.layers.{}.self_attn.k_norm", "layers/k_norm"),
+    ("model.layers.{}.self_attn.o_proj", "layers/o"),
+    ("model.layers.{}.post_attention_layernorm", "layers/mlp_norm"),
+    ("model.layers.{}.mlp.gate_proj", "layers/gate"),
+    ("model.layers.{}.mlp.up_proj", "layers/up"),
+    ("model.layers.{}.mlp.down_proj", "layers/down"),
+    ("model.norm", "norm"),
+    ("lm_head", "head"),
 )
-EMBEDDING, HEAD = LLAMA[0][0], LLAMA[-1][0]
+GPT_NEOX = (
+    ("gpt_neox.embed_in", "embedding"),
+    ("gpt_neox.layers.{}.input_layernorm", "layers/attention_norm"),
+    ("gpt_neox.layers.{}.attention.query_key_value", "layers/qkv"),
+    ("gpt_neox.layers.{}.attention.dense", "layers/o"),
+    ("gpt_neox.layers.{}.post_attention_layernorm", "layers/mlp_norm"),
+    ("gpt_neox.layers.{}.mlp.dense_h_to_4h", "layers/up"),
+    ("gpt_neox.layers.{}.mlp.dense_4h_to_h", "layers/down"),
+    ("gpt_neox.final_layer_norm", "norm"),
+    ("embed_out", "head"),
+)
+# (path of a tensor below ours, suffix of Hugging Face's name, turned)
+PARTS = (("/kernel", ".weight", True), ("/scale", ".weight", False), ("/bias", ".bias", False))
 # Buffers of old checkpoints that hold nothing learnt.
-IGNORED_SUFFIX = "rotary_emb.inv_freq"
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -71,15 +87,24 @@ class Source:
 def slots(config: DecoderConfig) -> dict[str, Slot]:
     """Hugging Face's name of every base tensor of a decoder -> its slot."""
     table = {}
-    for name, path, transposed in LLAMA:
-        if path == "head" and config.tied:
-            continue
-        stacked = "{}" in name
-        for layer in range(config.L) if stacked else [None]:
-            table[name.format(layer)] = Slot(path, layer, transposed)
+    for module, ours in modules(config):
+        tensors = [(ours + part, module + suffix, turned) for part, suffix, turned in PARTS]
+        tensors.append(
+            (ours, f"{module}.weight", ours == "head")
+        )  # embedding and head have no part
+        for path, name, turned in tensors:
+            if path in abstract_base(config):
+                for layer in range(config.L) if "{}" in name else [None]:
+                    table[name.format(layer)] = Slot(path, layer, turned)
     return table
 
 
+def modules(config: DecoderConfig) -> tuple[tuple[str, str], ...]:
+    """(Hugging Face's module, ours) of a family."""
+    return GPT_NEOX if config.family == "gpt_neox" else LLAMA
+
+
+@functools.cache
 def abstract_base(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path ("layers/q/kernel") -> shape of every array of the base."""
     make = functools.partial(Decoder, config, LoraConfig(targets=()))
@@ -100,7 +125,7 @@ def read_base(source: Source, config: DecoderConfig) -> tuple[dict[str, Any], st
     if problems:
         raise InputError(
             f"{source.where}: {len(problems)} tensors do not fit: {'; '.join(problems)}: "
-            "give the whole Llama model that the config describes"
+            "give the whole model that the config describes"
         )
     names = sorted({source.tensors[name][1] for name in table})
     dtype = functools.reduce(jnp.promote_types, names)
@@ -126,20 +151,26 @@ def _problems(source: Source, table, shapes, config: DecoderConfig) -> Iterator[
         elif dtype not in DTYPES.values():
             yield f"{name} is {dtype}, expected {', '.join(DTYPES.values())}"
     for name in source.tensors:
-        known = name in table or name.endswith(IGNORED_SUFFIX) or (name == HEAD and config.tied)
+        known = name in table or name.endswith(IGNORED_SUFFIXES) or name == tied_head(config)
         if not known:
             yield f"{name} is not used"
 
 
 def _check_tied(source: Source, config: DecoderConfig, embedding: np.ndarray) -> None:
     """Some tied checkpoints store the head too: it must be the embedding."""
-    if not config.tied or HEAD not in source.tensors:
+    head = tied_head(config)
+    if head not in source.tensors:
         return
-    if not np.array_equal(source.read(HEAD).astype(embedding.dtype), embedding):
+    if not np.array_equal(source.read(head).astype(embedding.dtype), embedding):
         raise InputError(
-            f"{source.where}: {HEAD} differs from {EMBEDDING}, but config.json has "
-            "tie_word_embeddings true: set it to false"
+            f"{source.where}: {head} differs from {modules(config)[0][0]}.weight, but config.json "
+            "has tie_word_embeddings true: set it to false"
         )
+
+
+def tied_head(config: DecoderConfig) -> str | None:
+    """The name under which a tied model may store its embedding once more."""
+    return f"{modules(config)[-1][0]}.weight" if config.tied else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ EOS is a target, never an input.
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.models.attention import attend, attend_causal, causal_mask
+from sdpo_jax.models.attention import attend, attend_causal, causal_mask, near
 from sdpo_jax.models.decoder import Decoder
 
 Batch = dict[str, jax.Array]
@@ -67,7 +67,7 @@ _token_logp.defvjp(_token_logp_forward, _token_logp_backward)
 class PackedAnswers:
     """The S packed answer tokens of an example: what is fed, what it predicts, what it sees."""
 
-    def __init__(self, batch: Batch):
+    def __init__(self, batch: Batch, window: int | None):
         answers_BCA = batch["answers_BCA"]
         B, C, A = answers_BCA.shape
         flat_BX = answers_BCA.reshape(B, C * A)
@@ -78,11 +78,12 @@ class PackedAnswers:
         self.candidate_BS = index_BS // A
         mask_BP = batch["prompt_mask_BP"]
         self.positions_BS = mask_BP.sum(-1, keepdims=True) + index_BS % A
-        self.prompt_mask_BSP = jnp.broadcast_to(
-            mask_BP[:, None, :], (B, index_BS.shape[1], mask_BP.shape[1])
+        self.prompt_mask_BSP = mask_BP[:, None, :] & near(
+            self.positions_BS, prompt_positions(mask_BP), window
         )
         same_BSS = self.candidate_BS[:, :, None] == self.candidate_BS[:, None, :]
-        self.mask_BSS = causal_mask(self.valid_BS) & same_BSS
+        recent_BSS = near(self.positions_BS, self.positions_BS, window)
+        self.mask_BSS = causal_mask(self.valid_BS) & same_BSS & recent_BSS
 
     def attend(self, q_BSNH: jax.Array, prompt: Keys, answers: Keys, dtype) -> jax.Array:
         """Attention of the answer tokens over keys and values of their prompt and of their own."""
@@ -146,14 +147,15 @@ class Rows:
 
 def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_key=None) -> jax.Array:
     """Sequence log-probs `logp_BC` in nats, each prompt computed once."""
-    packed = PackedAnswers(batch)
+    window = decoder.config.window
+    packed = PackedAnswers(batch, window)
     mask_BP = batch["prompt_mask_BP"]
     P = mask_BP.shape[1]
     rows = Rows(batch["slot_RT"], jnp.concatenate([mask_BP, packed.valid_BS], 1))
 
     def attention(q, k, v, cache):
         q, k, v = rows.spread(q), rows.spread(k), rows.spread(v)
-        prompt = attend_causal(q[:, :P], k[:, :P], v[:, :P], mask_BP, decoder.dtype)
+        prompt = attend_causal(q[:, :P], k[:, :P], v[:, :P], mask_BP, decoder.dtype, window)
         answers = packed.attend(q[:, P:], (k[:, :P], v[:, :P]), (k[:, P:], v[:, P:]), decoder.dtype)
         return rows.pack(jnp.concatenate([prompt, answers], 1)), None
 
@@ -179,7 +181,7 @@ def padded_hidden(decoder: Decoder, batch: Batch, dropout_key=None):
     mask_RT = jnp.concatenate([mask_RP, answers_mask_RA[:, 1:]], 1)
 
     def attention(q, k, v, cache):
-        return attend_causal(q, k, v, mask_RT, decoder.dtype), None
+        return attend_causal(q, k, v, mask_RT, decoder.dtype, decoder.config.window), None
 
     hidden_RTD, _ = decoder(tokens_RT, prompt_positions(mask_RT), attention, None, dropout_key)
     return hidden_RTD, answers_RA, answers_mask_RA

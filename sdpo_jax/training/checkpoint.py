@@ -6,11 +6,14 @@ The only module that imports orbax.
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sdpo_jax.errors import InputError
 
@@ -55,8 +58,10 @@ def check_room(folder: Path, needed: int) -> None:
         ) from error
 
 
-def read_weights(path: Path, abstract_tree: Any) -> Any:
-    """Reads a tree of arrays straight onto the devices of `abstract_tree`'s shardings.
+def read_weights(path: Path, abstract_tree: Any) -> Iterator[tuple[str, jax.Array]]:
+    """Yields ("layers/q/kernel", array) one by one, straight onto the devices of its sharding.
+
+    Whoever takes them may make each smaller before the next is read.
 
     Args:
       path: what `write_weights` wrote.
@@ -67,16 +72,28 @@ def read_weights(path: Path, abstract_tree: Any) -> Any:
         (Orbax itself would cast in silence).
     """
     path = Path(path).absolute()
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.PyTreeCheckpointer() as checkpointer:
         try:
             stored = checkpointer.metadata(path).item_metadata
             problem = "found unreadable weights"
             if stored is not None and not (problem := _difference(stored.tree, abstract_tree)):
-                return checkpointer.restore(path, abstract_tree)
+                for name, leaf in flatten_dict(abstract_tree, sep="/").items():
+                    yield name, _read_one(checkpointer, path, name, leaf)
+                return
         except (ValueError, OSError, KeyError) as error:
             reason = str(error).strip().splitlines() or [repr(error)]
             problem = f"found unreadable weights ({reason[0]})"
     raise InputError(f"{path}: {problem}: convert the model again into a new folder")
+
+
+def _read_one(checkpointer, path: Path, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    item = unflatten_dict({name: leaf}, sep="/")
+    args = ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,
+    )
+    return flatten_dict(checkpointer.restore(path, args=args), sep="/")[name]
 
 
 def _difference(stored: Any, expected: Any) -> str:
@@ -193,7 +210,9 @@ class Checkpoints:
     def restore_raw(self, step: int) -> Any:
         """The adapter of `step` as host arrays in nested dicts, for a reader without the model."""
         args = ocp.args.Composite(lora=ocp.args.StandardRestore())
-        return self._manager.restore(step, args=args).lora
+        stored = flatten_dict(self._manager.restore(step, args=args).lora)
+        # A variable is stored as {"value": array}.
+        return unflatten_dict({path[:-1]: np.asarray(array) for path, array in stored.items()})
 
     def wait(self) -> None:
         """Returns when all that was saved is on disk."""

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from sdpo_jax import sharding
 from sdpo_jax.data import loader
 from sdpo_jax.data.tokens import Example
-from sdpo_jax.models.decoder import Decoder, DecoderConfig
+from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.training.optimizer import make_optimizer
 from sdpo_jax.training.step import (
@@ -47,7 +48,8 @@ class StepMemory:
 
 
 def step_memory(config: DecoderConfig, lora: LoraConfig, examples: Sequence[Example], *, dtype,
-                remat: str, layout: str, mesh: Mesh) -> StepMemory:  # fmt: skip
+                remat: str, layout: str, mesh: Mesh,
+                base_dtype: str = "same") -> StepMemory:  # fmt: skip
     """Compiles the step of one microbatch and reads what it needs.
 
     Args:
@@ -57,15 +59,17 @@ def step_memory(config: DecoderConfig, lora: LoraConfig, examples: Sequence[Exam
       dtype: of the base and of products. XLA's CPU compiler would hold a float32 copy of a
         bfloat16 base, which no accelerator does: there the step is compiled in float32, and only
         the base is counted in `dtype`.
+      base_dtype: key of `quantize.BASE_DTYPES`.
       remat: key of `decoder.REMAT`.
       layout: key of `logprobs.LAYOUTS`.
       mesh: of real devices or of an ahead-of-time topology.
     """
     place = sharding.placement(mesh)
-    graphdef, adapter, base = abstract_model(config, lora, dtype, remat, place)
+    graphdef, adapter, base = abstract_model(config, lora, dtype, remat, place, base_dtype)
     base_bytes = _bytes_a_device(base)
     if jax.default_backend() == "cpu":
-        graphdef, adapter, base = abstract_model(config, lora, jnp.float32, remat, place)
+        wide = "same" if base_dtype == "bf16" else base_dtype
+        graphdef, adapter, base = abstract_model(config, lora, jnp.float32, remat, place, wide)
     optimizer = make_optimizer(1e-5, 1000, warmup=0.05, clip=0.3, weight_decay=0.0)
     placed = state_shardings(adapter, optimizer, mesh)
     state = jax.tree.map(
@@ -103,11 +107,15 @@ def abstract_batch(examples: Sequence[Example], mesh: Mesh) -> dict[str, jax.Sha
     }
 
 
-def abstract_model(config: DecoderConfig, lora: LoraConfig, dtype, remat: str, place):
+def abstract_model(
+    config: DecoderConfig, lora: LoraConfig, dtype, remat: str, place, base_dtype: str = "same"
+):
     """Graph definition, adapter and base as shapes with their shardings."""
 
     def make(key: jax.Array) -> Decoder:
-        return Decoder(config, lora, dtype=dtype, remat=remat, rngs=nnx.Rngs(key))
+        return Decoder(
+            config, lora, dtype=dtype, base_dtype=base_dtype, remat=remat, rngs=nnx.Rngs(key)
+        )
 
     graphdef, adapter, base = nnx.split(nnx.eval_shape(make, jax.random.key(0)), nnx.LoRAParam, ...)
     return graphdef, _abstract(adapter, place), _abstract(base, place)

@@ -1,0 +1,211 @@
+"""A model's config.json, read into the sizes and switches of a decoder.
+
+The family is config.json's `model_type`; keys may be spelt as today or as before transformers 5.
+Shape letters are declared in `sdpo_jax.sharding`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from sdpo_jax.errors import InputError
+
+# What a kind of RoPE reads beside theta.
+ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions: `fraction` of a head's width turns; `kind` is a key of ROPE_KEYS.
+
+    `positions` is what `dynamic` and `llama3` stretch from: the model's length before it.
+    """
+
+    theta: float = 10000.0
+    kind: str = "default"
+    fraction: float = 1.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    positions: int = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder, named by their shape letters, and what its family switches on.
+
+    `window`: how many positions back a token sees, itself included; None for all. `gelu`: of
+    GPT-NeoX's MLP, "exact" or "tanh". `parallel`: GPT-NeoX's attention and MLP read the same input.
+    """
+
+    V: int
+    L: int
+    D: int
+    N: int
+    G: int
+    H: int
+    F: int
+    family: str = "llama"
+    rope: Rope = Rope()
+    norm_eps: float = 1e-5
+    tied: bool = False
+    window: int | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    gelu: str = "exact"
+    parallel: bool = True
+
+    @property
+    def rotated(self) -> int:
+        """How many of a head's H values RoPE turns."""
+        return int(self.H * self.rope.fraction)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The linear maps of a layer, all of which LoRA can adapt."""
+        if self.family == "gpt_neox":
+            return ("qkv", "o", "up", "down")
+        return ("q", "k", "v", "o", "gate", "up", "down")
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], where: str) -> "DecoderConfig":
+        """Reads a Hugging Face `config.json`.
+
+        Raises:
+          InputError: an unknown family, a missing key, or a feature that no decoder here computes.
+        """
+        family = config.get("model_type")
+        if family not in FAMILIES:
+            raise InputError(
+                f"{where}: model_type is {family!r}, expected one of {', '.join(FAMILIES)}"
+            )
+        try:
+            sizes = _sizes(config, family)
+            rope = _rope(config, where)
+            switches = FAMILIES[family](config, where)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise InputError(
+                f"{where}: sizes missing or wrong ({error!r}): is this a full model?"
+            ) from None
+        wrong = [f"{k}={v!r}" for k, v in sizes.items() if type(v) is not int or v < 1]
+        read = cls(**sizes, family=family, rope=rope, **switches) if not wrong else None
+        if read is None or read.N % read.G or read.rotated % 2 or not read.rotated:
+            raise InputError(
+                f"{where}: sizes {', '.join(wrong) or sizes} do not make a decoder: expected whole "
+                "numbers above 0, heads a multiple of key/value heads, an even width that RoPE "
+                "turns"
+            )
+        return read
+
+
+def _sizes(config: dict[str, Any], family: str) -> dict[str, Any]:
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    groups = config.get("num_key_value_heads") if family in ("llama", "gpt_neox") else (
+        config["num_key_value_heads"]  # transformers' default is not the number of heads
+    )  # fmt: skip
+    return {
+        "V": config["vocab_size"],
+        "L": config["num_hidden_layers"],
+        "D": width,
+        "N": heads,
+        "G": groups or heads,
+        "H": config.get("head_dim") or (128 if family == "qwen3" else width // heads),
+        "F": config["intermediate_size"],
+    }
+
+
+def _rope(config: dict[str, Any], where: str) -> Rope:
+    """RoPE's parameters from `rope_parameters`, or from the keys used before it."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind not in ROPE_KEYS or any(isinstance(value, dict) for value in found.values()):
+        raise InputError(
+            f"{where}: rope_type is {kind!r} in {found}, expected one of {', '.join(ROPE_KEYS)}, "
+            "the same for all layers"
+        )
+    neox = config["model_type"] == "gpt_neox"
+    fraction = found.get(
+        "partial_rotary_factor",
+        config.get("rotary_pct", 0.25) if neox else config.get("partial_rotary_factor", 1.0),
+    )
+    if not neox:
+        _expect(where, partial_rotary_factor=(fraction, 1.0))
+    theta = config.get("rotary_emb_base" if neox else "rope_theta", 10000.0)
+    positions = config.get("max_position_embeddings", Rope.positions)
+    if kind == "llama3":
+        positions = found.get("original_max_position_embeddings", positions)
+    return Rope(
+        float(found.get("rope_theta", theta)), kind, float(fraction), positions=int(positions),
+        **{key: float(found[key]) for key in ROPE_KEYS[kind]},
+    )  # fmt: skip
+
+
+def _expect(where: str, **pairs: tuple[Any, Any]) -> None:
+    for key, (found, expected) in pairs.items():
+        if found != expected:
+            raise InputError(f"{where}: {key} is {found!r}, this decoder computes {expected!r}")
+
+
+def _rms_and_swiglu(config: dict[str, Any], where: str) -> dict[str, Any]:
+    _expect(where, hidden_act=(config.get("hidden_act", "silu"), "silu"))
+    return {
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "tied": config.get("tie_word_embeddings", False),
+    }
+
+
+def _llama(config: dict[str, Any], where: str) -> dict[str, Any]:
+    bias = config.get("attention_bias", False)
+    mlp = config.get("mlp_bias", False)
+    return _rms_and_swiglu(config, where) | {"qkv_bias": bias, "o_bias": bias, "mlp_bias": mlp}
+
+
+def _mistral(config: dict[str, Any], where: str) -> dict[str, Any]:
+    return _rms_and_swiglu(config, where) | {"window": config.get("sliding_window", 4096)}
+
+
+def _qwen2(config: dict[str, Any], where: str) -> dict[str, Any]:
+    _expect(where, use_sliding_window=(config.get("use_sliding_window", False), False))
+    return _rms_and_swiglu(config, where) | {"qkv_bias": True}
+
+
+def _qwen3(config: dict[str, Any], where: str) -> dict[str, Any]:
+    _expect(where, use_sliding_window=(config.get("use_sliding_window", False), False))
+    bias = config.get("attention_bias", False)
+    return _rms_and_swiglu(config, where) | {"qkv_bias": bias, "o_bias": bias, "qk_norm": True}
+
+
+GELU = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
+
+
+def _gpt_neox(config: dict[str, Any], where: str) -> dict[str, Any]:
+    activation, bias = config.get("hidden_act", "gelu"), config.get("attention_bias", True)
+    if activation not in GELU:
+        raise InputError(
+            f"{where}: hidden_act is {activation!r}, this decoder computes {', '.join(GELU)}"
+        )
+    return {
+        "norm_eps": config.get("layer_norm_eps", 1e-5),
+        "tied": config.get("tie_word_embeddings", False),
+        "parallel": config.get("use_parallel_residual", True),
+        "gelu": GELU[activation],
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "mlp_bias": True,
+    }
+
+
+FAMILIES: dict[str, Callable[[dict[str, Any], str], dict[str, Any]]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gpt_neox": _gpt_neox,
+}

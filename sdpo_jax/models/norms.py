@@ -1,0 +1,37 @@
+"""Norms, computed in float32."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from sdpo_jax.models.lora import Frozen
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float, *, dtype):
+        self.eps = eps
+        self.scale = Frozen(jnp.ones(size, dtype), letters="-")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        return (x32 * checkpoint_name(inverse, "norm")).astype(x.dtype) * self.scale[...]
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and bias (Ba et al. 2016, arXiv 1607.06450)."""
+
+    def __init__(self, size: int, eps: float, *, dtype):
+        self.eps = eps
+        self.scale = Frozen(jnp.ones(size, dtype), letters="-")
+        self.bias = Frozen(jnp.zeros(size, dtype), letters="-")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        mean = checkpoint_name(jnp.mean(x32, -1, keepdims=True), "norm")
+        variance = jnp.mean(jnp.square(x32 - mean), -1, keepdims=True)
+        inverse = checkpoint_name(jax.lax.rsqrt(variance + self.eps), "norm")
+        return ((x32 - mean) * inverse).astype(x.dtype) * self.scale[...] + self.bias[...]

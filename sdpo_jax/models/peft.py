@@ -1,0 +1,165 @@
+"""Adapters as PEFT keeps them: adapter_config.json and adapter_model.safetensors.
+
+PEFT holds A as [R, in] and B as [out, R], one pair a layer, under the base model's module names.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from sdpo_jax.errors import InputError
+from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.models.weights import modules, read_json
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# What an adapter may not use, with the values that mean that it does not.
+PLAIN = {
+    "peft_type": ("LORA",), "bias": ("none",), "use_rslora": (False, None),
+    "use_dora": (False, None), "lora_bias": (False, None), "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []), "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
+    "layers_to_transform": (None, []),
+}  # fmt: skip
+
+
+def adapted_modules(config: DecoderConfig) -> dict[str, str]:
+    """Our projection ("q") -> Hugging Face's module, with {} for the layer."""
+    names = {ours.removeprefix("layers/"): module for module, ours in modules(config)}
+    return {name: names[name] for name in config.projections}
+
+
+def write_adapter(folder: Path, tree: dict[str, Any], lora: LoraConfig, config: DecoderConfig,
+                  base: str) -> None:  # fmt: skip
+    """Writes both files into `folder`, which exists.
+
+    Args:
+      folder: where to.
+      tree: {"layers": {"q": {"a": [L, in, R], "b": [L, R, out]}, …}} as host arrays.
+      lora: rank, alpha and dropout.
+      config: of the decoder.
+      base: what loads the base model in transformers, a path or a name on the Hub.
+    """
+    flat = flatten_dict(tree["layers"], sep="/")
+    used = {name: m for name, m in adapted_modules(config).items() if f"{name}/a" in flat}
+    tensors = {
+        f"{PREFIX}{module.format(layer)}.lora_{part.upper()}.weight": np.ascontiguousarray(
+            np.asarray(flat[f"{name}/{part}"][layer], np.float32).T
+        )
+        for name, module in used.items()
+        for part in ("a", "b")
+        for layer in range(config.L)
+    }
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(module.rsplit(".", 1)[1] for module in used.values()),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_adapter(folder: Path, lora: LoraConfig, config: DecoderConfig) -> dict[str, Any]:
+    """The adapter of a PEFT folder as {"layers": {"q": {"a", "b"}, …}} of float32 host arrays.
+
+    Raises:
+      InputError: no adapter there, one that is more than plain LoRA, one of another rank, alpha or
+        other targets than `lora`, or whose tensors are not exactly those of this model.
+    """
+    _check_plain(folder, lora)
+    tensors = _read_tensors(folder)
+    lora = lora.on(config.projections)
+    found = {}
+    expected = set()
+    for name in lora.targets:
+        module = adapted_modules(config)[name]
+        for part in ("a", "b"):
+            keys = [f"{module.format(i)}.lora_{part.upper()}.weight" for i in range(config.L)]
+            expected |= set(keys)
+            if all(key in tensors for key in keys):
+                found[f"layers/{name}/{part}"] = [tensors[key].T for key in keys]
+    if expected != set(tensors):
+        _refuse_keys(folder, tensors, expected, config)
+    shapes = {path: {array.shape for array in arrays} for path, arrays in found.items()}
+    wrong = [f"{path} {sorted(s)}" for path, s in shapes.items() if not _fits(path, s, lora.rank)]
+    if wrong:
+        raise InputError(
+            f"{folder}/{TENSORS}: found shapes {', '.join(wrong)}, expected rank {lora.rank} in all"
+        )
+    stacked = {path: np.stack(arrays).astype(np.float32) for path, arrays in found.items()}
+    return unflatten_dict(stacked, sep="/")
+
+
+def _fits(path: str, shapes: set, rank: int) -> bool:
+    (shape,) = shapes if len(shapes) == 1 else ((0, 0),)
+    return shape[1 if path.endswith("/a") else 0] == rank
+
+
+def _check_plain(folder: Path, lora: LoraConfig) -> None:
+    if not (folder / CONFIG).is_file():
+        raise InputError(
+            f"config.lora.init_from: found no {CONFIG} in {folder}, expected the folder of a PEFT "
+            "adapter"
+        )
+    content = read_json(folder / CONFIG)
+    for key, plain in PLAIN.items():
+        if content.get(key, plain[0]) not in plain:
+            raise InputError(
+                f"{folder}/{CONFIG}: {key} is {content[key]!r}, expected {plain[0]!r}: only plain "
+                "LoRA can go on here"
+            )
+    for key, name, ours in (("r", "rank", lora.rank), ("lora_alpha", "alpha", lora.alpha)):
+        if content.get(key) != ours:
+            raise InputError(
+                f"{folder}/{CONFIG}: {key} is {content.get(key)!r}, config.lora.{name} is {ours}: "
+                f"set --config.lora.{name}={content.get(key)}"
+            )
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Tensors by their name below the base model, without the adapter's own name in it."""
+    if not (folder / TENSORS).is_file():
+        raise InputError(
+            f"{folder}: found no {TENSORS}, expected PEFT's safetensors: load an adapter_model.bin "
+            "with peft and save it again with save_pretrained(DIR)"
+        )
+    try:
+        stored = load_file(folder / TENSORS)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{folder}/{TENSORS}: found broken safetensors ({error}), expected a whole file"
+        ) from error
+    return {
+        re.sub(r"(lora_[AB])\.\w+\.weight$", r"\1.weight", key.removeprefix(PREFIX)): tensor
+        for key, tensor in stored.items()
+    }
+
+
+def _refuse_keys(folder: Path, tensors, expected: set[str], config: DecoderConfig) -> None:
+    present = {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in tensors}
+    known = {m.rsplit(".", 1)[1]: name for name, m in adapted_modules(config).items()}
+    hint = ""
+    if present <= set(known):
+        targets = tuple(name for module, name in known.items() if module in present)
+        hint = f': it adapts --config.lora.targets="{targets}"'
+    missing, unused = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+    told = [f"{len(keys)} {what}, as {keys[0]}" for what, keys in
+            (("missing", missing), ("not used", unused)) if keys]  # fmt: skip
+    raise InputError(
+        f"{folder}/{TENSORS}: found other tensors than this model's adapter has "
+        f"({'; '.join(told)}){hint}"
+    )

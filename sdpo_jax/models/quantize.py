@@ -1,0 +1,72 @@
+"""Frozen kernels in fewer bits: int8 with a scale an output, nf4 with a scale a block of 64 inputs.
+
+NF4 is the code of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix E). A kernel is computed
+anew from its codes wherever a product reads it, so that no wide copy is ever kept.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdpo_jax.errors import InputError
+
+BASE_DTYPES = ("same", "bf16", "int8", "nf4")  # "same": that of products
+QUANTISED = ("int8", "nf4")
+BLOCK = 64
+# Quantiles of a normal distribution, scaled to [-1, 1], with a zero: the values of bitsandbytes.
+NF4 = np.array([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+], np.float32)  # fmt: skip
+
+
+@functools.partial(jax.tree_util.register_dataclass,
+                   data_fields=["codes", "scale"], meta_fields=["kind"])  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """A kernel [I, O]. int8: codes [I, O], scale [1, O]. nf4: two codes a byte [I/2, O], the first
+    in the high half, and scale [I/64, O]. Scales are float32."""
+
+    codes: jax.Array
+    scale: jax.Array
+    kind: str
+
+
+def quantise(kernel_IO: jax.Array, kind: str) -> Quantised:
+    """The nearest codes of a kernel, with the largest magnitude of an output or block as scale.
+
+    Leading axes (stacked layers) are kept. Raises InputError where nf4's blocks do not fit.
+    """
+    *stack, I, O = kernel_IO.shape  # noqa: E741 - shape letters
+    kernel_IO = kernel_IO.astype(jnp.float32)
+    if kind == "int8":
+        scale = jnp.abs(kernel_IO).max(-2, keepdims=True) / 127
+        codes = jnp.round(kernel_IO / jnp.where(scale > 0, scale, 1))
+        return Quantised(codes.astype(jnp.int8), scale, kind)
+    if I % BLOCK:
+        raise InputError(
+            f"base_dtype=nf4: found a width of {I}, expected multiples of {BLOCK}: use int8 or bf16"
+        )
+    blocks = kernel_IO.reshape(*stack, I // BLOCK, BLOCK, O)
+    scale = jnp.abs(blocks).max(-2)
+    unit = blocks / jnp.where(scale > 0, scale, 1)[..., None, :]
+    middles = (NF4[1:] + NF4[:-1]) / 2
+    codes = jnp.searchsorted(middles, unit).astype(jnp.uint8).reshape(*stack, I // 2, 2, O)
+    return Quantised(codes[..., 0, :] << 4 | codes[..., 1, :], scale, kind)
+
+
+def dense(kernel: jax.Array | Quantised, dtype) -> jax.Array:
+    """The kernel [I, O] in `dtype`."""
+    if not isinstance(kernel, Quantised):
+        return kernel.astype(dtype)
+    codes, scale = kernel.codes, kernel.scale
+    if kernel.kind == "int8":
+        return (codes.astype(jnp.float32) * scale).astype(dtype)
+    *stack, half, O = codes.shape  # noqa: E741 - shape letters
+    both = jnp.stack([codes >> 4, codes & 15], -2).reshape(*stack, -1, BLOCK, O)
+    return (jnp.asarray(NF4)[both] * scale[..., None, :]).reshape(*stack, 2 * half, O).astype(dtype)

@@ -1,0 +1,143 @@
+"""Every family trains, decodes from a cache and shares prompts as Llama does.
+
+The models are the golden ones, whose logits are those of transformers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_examples
+from flax import nnx
+from test_decoder_parity import traced_logits
+from tiny import FAMILIES, hf_folder
+
+from sdpo_jax import sharding
+from sdpo_jax.convert import convert
+from sdpo_jax.data.loader import choose_shapes, collate
+from sdpo_jax.evaluation import decode
+from sdpo_jax.model_folder import load_model
+from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.objectives.logprobs import padded_logp, shared_prefix_logp
+from sdpo_jax.training.checkpoint import Checkpoints
+from sdpo_jax.training.optimizer import make_optimizer
+from sdpo_jax.training.step import (
+    init_state,
+    make_logp,
+    make_train_step,
+    sdpo_objective,
+    state_shardings,
+)  # fmt: skip
+
+C, EOS = 4, 2
+LORA = LoraConfig(rank=2, alpha=4.0)
+# `dynamic` stretches with the longest text of a batch, so a text is not the same alone.
+ALONE = [name for name in FAMILIES if name != "dynamic"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    @functools.cache
+    def get(name):
+        folder = tmp_path_factory.mktemp(name)
+        convert(str(hf_folder(folder / "hf", name)), str(folder / "model"))
+        return load_model(folder / "model", LORA, dtype=jnp.float32)
+
+    return get
+
+
+def noisy(lora, seed=1):
+    leaves, structure = jax.tree.flatten(lora)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    added = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, added)
+
+
+def make_batch(seed=0, B=3):
+    """Prompts of up to 20 tokens, which is longer than mistral's window of 5."""
+    rng = np.random.default_rng(seed)
+    examples = random_examples(rng, B, C, P=20, A=7, V=64)
+    batch = collate(examples, choose_shapes([examples])[0])
+    return batch | {"reference_logp_BC": np.zeros((B, C), np.float32)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sharing_the_prompt_changes_neither_log_probs_nor_gradients(models, name):
+    model, batch = models(name), make_batch()
+
+    def loss(lora, logp):
+        logp_BC = logp(nnx.merge(model.graphdef, lora, model.base), batch)
+        return (logp_BC * jnp.arange(1, C + 1)).sum(), logp_BC
+
+    def both(logp):
+        function = jax.jit(jax.value_and_grad(functools.partial(loss, logp=logp), has_aux=True))
+        (_, logp_BC), gradient = function(noisy(model.lora))
+        return logp_BC, np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradient)])
+
+    (shared, shared_gradient), (rows, rows_gradient) = both(shared_prefix_logp), both(padded_logp)
+    np.testing.assert_allclose(shared, rows, atol=1e-4)
+    error = np.linalg.norm(shared_gradient - rows_gradient)
+    assert error <= 1e-4 * np.linalg.norm(rows_gradient)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_decoding_from_the_cache_equals_full_forward_passes(models, name):
+    model, batch = models(name), make_batch(B=2)
+    decoder = nnx.merge(model.graphdef, noisy(model.lora), model.base)
+    steps = 8
+    found = jax.jit(
+        lambda batch: decode.greedy(decoder, decode.prefill(decoder, batch), EOS, steps)
+    )(batch)
+    full = jax.jit(lambda tokens: traced_logits(decoder, tokens, np.ones(tokens.shape, bool)))
+    for b, tokens in enumerate(np.asarray(found)):
+        text = batch["prompt_BP"][b][batch["prompt_mask_BP"][b]].tolist()
+        expected = []
+        while len(expected) < steps and EOS not in expected:
+            padded = np.zeros((1, 32), np.int32)
+            padded[0, : len(text) + len(expected)] = [*text, *expected]
+            expected.append(int(full(padded)[0, len(text) + len(expected) - 1].argmax()))
+        assert tokens[: len(expected)].tolist() == expected
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_scores_from_the_cache_equal_those_of_full_rows(models, name):
+    model, batch = models(name), make_batch(seed=2)
+    decoder = nnx.merge(model.graphdef, noisy(model.lora), model.base)
+    found = jax.jit(lambda b: decode.score(decoder, decode.prefill(decoder, b), b))(batch)
+    expected = jax.jit(lambda b: padded_logp(decoder, b))(batch)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_of_sdpo_starts_at_log_c_falls_and_resumes(models, name, tmp_path):
+    model, batch = models(name), make_batch(B=4)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    logp = make_logp(model.graphdef, "shared_prefix")
+    batch["reference_logp_BC"] = jax.jit(logp)(model.lora, model.base, batch)
+    batches = {key: jnp.asarray(x)[None] for key, x in batch.items()}
+    optimizer = make_optimizer(0.02, 20, warmup=0.05, clip=1.0, weight_decay=0.0)
+    objective = functools.partial(sdpo_objective, beta=1.0)
+    placed = state_shardings(model.lora, optimizer, mesh)
+    step = make_train_step(logp, objective, optimizer, placed, mesh)
+
+    def run(state, steps):
+        losses = []
+        for _ in range(steps):
+            state, metrics = step(state, model.base, batches)
+            losses.append(float(metrics["loss"]))
+        return state, losses
+
+    fresh = jax.tree.map(jnp.copy, model.lora)
+    state, losses = run(init_state(fresh, optimizer, mesh), 6)
+    assert losses[0] == pytest.approx(np.log(C), abs=1e-5)
+    assert losses[-1] < losses[0] - 0.01
+    checkpoints = Checkpoints(tmp_path / name)
+    checkpoints.save(state, {}, 1.0)
+    checkpoints.wait()
+    _, unbroken = run(state, 3)
+    template = init_state(jax.tree.map(jnp.copy, model.lora), optimizer, mesh)
+    restored, _ = checkpoints.restore(6, template)
+    checkpoints.close()
+    assert run(restored, 3)[1] == unbroken

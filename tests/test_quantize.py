@@ -1,0 +1,106 @@
+"""Quantised kernels: the code book, the blocks, the error, and no gradient or wide copy of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, random_batch, tiny_model
+from flax import nnx
+
+from sdpo_jax.errors import InputError
+from sdpo_jax.models.quantize import BLOCK, NF4, Quantised, dense, quantise
+from sdpo_jax.objectives.logprobs import shared_prefix_logp
+
+WIDE = dataclasses.replace(TINY, D=64, H=16, F=128)
+
+
+def random_kernel(I=128, O=6):  # noqa: E741 - shape letters
+    return np.random.default_rng(0).normal(0, 0.1, (I, O)).astype(np.float32)
+
+
+def test_nf4_is_the_published_code_book():
+    """The values that bitsandbytes prints for create_normal_map, to 7 digits."""
+    published = [
+        -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
+        0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0,
+    ]  # fmt: skip
+    np.testing.assert_allclose(NF4, published, atol=5e-8)
+
+
+def test_nf4_takes_the_nearest_value_of_each_block_of_64_inputs():
+    kernel = random_kernel()
+    found = np.asarray(dense(quantise(kernel, "nf4"), jnp.float32))
+    for o in range(kernel.shape[1]):
+        for start in range(0, len(kernel), BLOCK):
+            block = kernel[start : start + BLOCK, o]
+            scale = np.abs(block).max()
+            nearest = NF4[np.abs(block[:, None] / scale - NF4).argmin(1)] * scale
+            np.testing.assert_allclose(found[start : start + BLOCK, o], nearest, rtol=1e-6)
+
+
+def test_int8_errs_by_half_a_step_at_most():
+    kernel = random_kernel()
+    made = quantise(kernel, "int8")
+    error = np.abs(np.asarray(dense(made, jnp.float32)) - kernel)
+    assert (error <= np.asarray(made.scale) * 0.5001).all()
+    assert made.codes.dtype == jnp.int8 and made.scale.shape == (1, 6)
+
+
+def test_nf4_takes_half_a_byte_a_weight_and_four_bytes_a_block():
+    made = quantise(random_kernel(), "nf4")
+    assert made.codes.nbytes == 128 * 6 // 2 and made.scale.nbytes == 128 // BLOCK * 6 * 4
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_block_of_zeros_stays_zero(kind):
+    made = dense(quantise(jnp.zeros((64, 3)), kind), jnp.float32)
+    np.testing.assert_array_equal(made, 0)
+
+
+def test_a_width_that_blocks_do_not_divide_is_told():
+    with pytest.raises(InputError, match="found a width of 65, expected multiples of 64"):
+        quantise(np.ones((65, 2)), "nf4")
+
+
+def dequantised(model):
+    """The dense model with the quantised one's kernels."""
+    plain = tiny_model(WIDE)
+    pure, codes = nnx.to_pure_dict(plain.base), nnx.to_pure_dict(model.base)
+    for name, kind in ((n, k) for n in pure["layers"] for k in ("int8", "nf4")):
+        found = codes["layers"][name]
+        if "codes" in found and (found["codes"].dtype == jnp.int8) == (kind == "int8"):
+            made = jax.vmap(lambda c, s, kind=kind: dense(Quantised(c, s, kind), jnp.float32))
+            pure["layers"][name]["kernel"] = made(found["codes"], found["scale"])
+    base = jax.tree.map(lambda leaf: leaf, plain.base)
+    nnx.replace_by_pure_dict(base, pure)
+    return dataclasses.replace(plain, base=base)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_log_probs_and_gradients_are_those_of_the_dequantised_kernels(kind):
+    model, batch = tiny_model(WIDE, base_dtype=kind), random_batch(2, 3)
+    plain = dequantised(model)
+
+    def both(m):
+        def loss(lora):
+            return shared_prefix_logp(nnx.merge(m.graphdef, lora, m.base), batch).sum()
+
+        return jax.jit(jax.value_and_grad(loss))(model.lora)
+
+    (value, gradient), (expected, of_plain) = both(model), both(plain)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for found, wanted in zip(*map(jax.tree.leaves, (gradient, of_plain)), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_no_dense_stack_of_kernels_is_kept_for_the_backward_pass(kind):
+    model, batch = tiny_model(WIDE, base_dtype=kind), random_batch(2, 3)
+
+    def loss(lora, base):
+        return shared_prefix_logp(nnx.merge(model.graphdef, lora, base), batch).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(model.lora, model.base).compile().as_text()
+    assert f"f32[{WIDE.L},{WIDE.D},{WIDE.F}]" not in text

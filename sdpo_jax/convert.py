@@ -1,10 +1,11 @@
-"""Converts a Llama checkpoint into a model folder that training reads.
+"""Converts a checkpoint into a model folder that training reads.
 
     python -m sdpo_jax.convert --model=PATH --output=DIR
 
-PATH is a Hugging Face folder (config.json, safetensors, tokenizer files) or a .gguf file; without
---model it is the embedded default model, SmolLM2-135M-Instruct. DIR holds config.json, the
-tokenizer's files, `weights/` (Orbax) and model.json. The same command again changes nothing.
+PATH is a Hugging Face folder (config.json, safetensors, tokenizer files), a name on the Hub
+(org/name, or org/name@revision) or a .gguf file; without --model it is the embedded default model,
+SmolLM2-135M-Instruct. DIR holds config.json, the tokenizer's files, `weights/` (Orbax) and
+model.json. The same command again changes nothing.
 """
 
 import hashlib
@@ -21,8 +22,9 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 
 from sdpo_jax.errors import InputError, run_command
+from sdpo_jax.hub import hub_folder, is_hub_name
 from sdpo_jax.model_folder import file_sizes, load_tokenizer, read_meta
-from sdpo_jax.models.decoder import DecoderConfig
+from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.gguf import open_gguf
 from sdpo_jax.models.weights import TOKENIZER_FILES, Source, open_hf, read_base, safetensors_files
 from sdpo_jax.training.checkpoint import write_weights
@@ -42,7 +44,8 @@ def convert(model: str | None, output: str) -> dict[str, Any]:
     digest = source_digest(path)
     if not already_converted(folder, digest):
         source = open_gguf(path) if path.is_file() else open_hf(path)
-        _write(source, folder, digest)
+        name = str(model) if model and is_hub_name(model) else source.where
+        _write(source, folder, digest, name)
     return read_meta(folder)
 
 
@@ -57,15 +60,18 @@ def report(meta: dict[str, Any], output: str) -> str:
     )
 
 
-def _write(source: Source, output: Path, digest: str) -> None:
-    """Reads all of `source`, then writes the folder under another name and renames it."""
+def _write(source: Source, output: Path, digest: str, name: str) -> None:
+    """Reads all of `source`, then writes the folder under another name and renames it.
+
+    `name` is what other tools load the same model by.
+    """
     config = DecoderConfig.from_hf(source.config, source.where)
     tree, dtype = read_base(source, config)
     arrays = flatten_dict(tree, sep="/")
     meta = {
-        "source": source.where,
+        "source": name,
         "source_sha256": digest,
-        "family": "llama",
+        "family": config.family,
         "parameters": sum(array.size for array in arrays.values()),
         "dtype": dtype,
     }
@@ -139,6 +145,8 @@ def already_converted(output: Path, digest: str) -> bool:
 def _model_path(model: str | None) -> Path:
     if model is None:
         return wheel_file(*DEFAULT_MODEL)
+    if is_hub_name(model):
+        return hub_folder(model)
     path = Path(model).absolute()
     if path.is_file() and path.suffix == ".gguf":
         return path
@@ -146,8 +154,7 @@ def _model_path(model: str | None) -> Path:
         raise InputError(f"--model={model}: found a file, expected a folder or a .gguf file")
     if not path.is_dir():
         raise InputError(
-            f"--model={model}: no such folder or file: a model's name on a hub is not enough, "
-            "download its folder first"
+            f"--model={model}: no such folder or file, nor a name on the Hub as org/name"
         )
     if (path / "model.json").exists() and (path / "weights").exists():
         raise InputError(f"--model={model}: is converted already: use --config.model={model}")

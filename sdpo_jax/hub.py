@@ -1,0 +1,43 @@
+"""Models by their name on the Hugging Face Hub, kept in the Hub's own cache."""
+
+import re
+from pathlib import Path
+
+from sdpo_jax.errors import InputError
+
+NAME = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")
+WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def is_hub_name(model: str | Path) -> bool:
+    """`org/name` or `org/name@revision`, where no such path is here."""
+    return NAME.fullmatch(str(model)) is not None and not Path(model).exists()
+
+
+def hub_folder(model: str) -> Path:
+    """The folder of `org/name[@revision]`, downloaded unless it is in the cache.
+
+    Raises InputError where it is not there, needs a token, or cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    name, _, revision = model.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=WANTED))
+    except GatedRepoError as error:
+        raise InputError(
+            f"--model={model}: its terms must be accepted on its page first, then give a token: "
+            "`hf auth login`, or HF_TOKEN in the environment"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"--model={model}: found no such folder here and no such model on the Hub (a private "
+            "one needs a token: `hf auth login`)"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise InputError(
+            f"--model={model}: found no such folder here, and the Hub cannot be reached "
+            f"({reason}): download it where there is a network and give its folder"
+        ) from error

@@ -73,6 +73,16 @@ def read_run(workdir: Path) -> SimpleNamespace:
     )
 
 
+def same(run: SimpleNamespace, kind: str, path: Path | str, found: str) -> None:
+    """Raises InputError unless `found` is the run's fingerprint of a dataset, model or prompts."""
+    expected = run.fingerprints[kind]
+    if found != expected:
+        raise InputError(
+            f"{path}: found fingerprint {found[:12]}…, expected {expected[:12]}… as in "
+            f"{run.path}/config.json: put back the {kind} that the run was trained with"
+        )
+
+
 def stage_result(workdir: Path, stage: str) -> dict[str, Any] | None:
     """What a finished stage left (steps, best_step, validation_loss, seconds …), else None."""
     path = Path(workdir) / "stages" / f"{stage}.json"

@@ -21,6 +21,7 @@ from sdpo_jax.evaluation.results import Prediction
 from sdpo_jax.model_folder import load_model, read_meta
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.runtime import set_up_jax
+from sdpo_jax.workdir import same
 
 BATCHES_PER_SHAPE = 8  # fewer batches than this do not repay the compilation of a closer shape
 
@@ -44,14 +45,19 @@ class Evaluator:
         c = run.config
         set_up_jax(c.dtype)
         self.split, self.dataset = split, _read_split(run, split)
-        _same_model(run)
+        # Checked before gigabytes are read.
+        same(run, "model", c.model, read_meta(Path(c.model))["sha256"])
         mesh = _mesh(c.mesh)
-        lora = LoraConfig(**vars(c.lora) | {"targets": tuple(c.lora.targets)})
         self.model = load_model(
-            c.model, lora, dtype=c.dtype, seed=c.seed, shardings=sharding.placement(mesh)
+            c.model,
+            LoraConfig.of(c.lora),
+            dtype=c.dtype,
+            base_dtype=c.base_dtype,
+            seed=c.seed,
+            shardings=sharding.placement(mesh),
         )
         templates = prompts.templates_of(self.dataset.domain, c.prompt_file)
-        _same(run, "prompts", c.prompt_file or "built-in", prompts.fingerprint(templates))
+        same(run, "prompts", c.prompt_file or "built-in", prompts.fingerprint(templates))
         self.windows = self.dataset.splits[split]
         self.rows = loader.spread(len(self.windows), limit)
         encoder = Encoder(self.dataset, self.model.tokenizer, templates, c.seed, c.max_length)
@@ -160,22 +166,8 @@ def _read_split(run: SimpleNamespace, split: str) -> Dataset:
             f"--split: found {split}, expected one that {folder} has: {', '.join(known)}"
         )
     dataset = read_dataset(folder, [split])
-    _same(run, "dataset", folder, dataset.meta["fingerprint"])
+    same(run, "dataset", folder, dataset.meta["fingerprint"])
     return dataset
-
-
-def _same_model(run: SimpleNamespace) -> None:
-    """Checked before gigabytes are read."""
-    _same(run, "model", Path(run.config.model), read_meta(Path(run.config.model))["sha256"])
-
-
-def _same(run: SimpleNamespace, kind: str, path: Path | str, found: str) -> None:
-    expected = run.fingerprints[kind]
-    if found != expected:
-        raise InputError(
-            f"{path}: found fingerprint {found[:12]}…, expected {expected[:12]}… as in "
-            f"{run.path}/config.json: put back the {kind} that the run was trained with"
-        )
 
 
 def _mesh(mesh: SimpleNamespace):

@@ -63,6 +63,12 @@ def adapter(run: SimpleNamespace, stage: str, step: int, fresh: nnx.State) -> nn
         return checkpoints.restore_lora(step, fresh)
 
 
+def raw_adapter(run: SimpleNamespace, stage: str, step: int) -> dict:
+    """The adapter of a step as host arrays in nested dicts, for a reader without the model."""
+    with _open(run, stage) as checkpoints:
+        return checkpoints.restore_raw(step)
+
+
 def last_finished(run: SimpleNamespace) -> str:
     """Raises InputError when no stage is finished."""
     for stage in reversed(run.config.stages):

@@ -1,0 +1,76 @@
+"""The model card that goes with an exported model: what it was trained on and how it scored."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from huggingface_hub import ModelCardData
+
+from sdpo_jax.data.prepared import read_meta as read_dataset_meta
+from sdpo_jax.evaluation.results import read_results
+from sdpo_jax.model_folder import read_meta
+from sdpo_jax.workdir import stage_result
+
+
+def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
+    """Markdown with the Hub's header; `form` is "peft" or "merged"."""
+    c, meta = run.config, read_meta(Path(run.config.model))
+    data = read_dataset_meta(Path(c.dataset))
+    header = ModelCardData(
+        base_model=meta["source"],
+        library_name="peft" if form == "peft" else "transformers",
+        pipeline_tag="text-generation",
+        tags=["recommendation", "S-DPO", "lora"],
+    )
+    method = "S-DPO (softmax DPO, arXiv 2406.09215)" if stage == "sdpo" else "SFT"
+    lines = [
+        f"---\n{header.to_yaml()}\n---",
+        f"# {Path(c.dataset).parent.name or 'Recommender'}: {method}",
+        f"A {meta['family']} model of {meta['parameters']:,} parameters that answers with one of "
+        f"the titles it is shown, trained with sdpo_jax.",
+        "## Training",
+        _table(
+            ("stage", f"{stage}, step {step}{_examples(run, stage)}"),
+            ("negatives, beta", f"{c.num_negatives}, {c.beta}" if stage == "sdpo" else "–"),
+            ("LoRA", f"rank {c.lora.rank}, alpha {c.lora.alpha:g}, {', '.join(c.lora.targets)}"),
+            ("global batch", c.batch_size),
+            ("dtype of products, base", f"{c.dtype}, {c.base_dtype}"),
+            ("seed", c.seed),
+        ),
+        "## Data",
+        _table(
+            ("domain", data["domain"]),
+            ("protocol", data.get("protocol", "–")),
+            ("candidates", data.get("candidates", "–")),
+            ("fingerprint", run.fingerprints["dataset"]),
+        ),
+        "## Evaluation",
+        _results(run, stage, step),
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _table(*rows: tuple[str, object]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _examples(run: SimpleNamespace, stage: str) -> str:
+    result = stage_result(run.path, stage)
+    return f" of {result['steps']}, {result['examples']:,} examples" if result else ""
+
+
+def _results(run: SimpleNamespace, stage: str, step: int) -> str:
+    found = [
+        summary
+        for summary in read_results(run.path / "eval")
+        if (summary["stage"], summary["step"]) == (stage, step)
+    ]
+    if not found:
+        return "Not evaluated."
+    lines = ["| split | decoder | HR@1 [95%] | valid | n |", "|---|---|---|---|---|"]
+    for summary in found:
+        low, high = summary["hit_ratio_at_1_ci95"]
+        lines.append(
+            f"| {summary['split']} | {summary['decoder']} | {summary['hit_ratio_at_1']:.4f} "
+            f"[{low:.4f}, {high:.4f}] | {summary['valid_ratio']:.4f} | {summary['n']} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,170 @@
+"""Writes a trained adapter for other tools: alone as PEFT's files, or merged into its base.
+
+    python -m sdpo_jax.export --workdir=runs/lastfm/run --stage=sdpo --format=peft --output=DIR
+    python -m sdpo_jax.export --workdir=runs/lastfm/run --stage=sdpo --format=merged --output=DIR
+
+`peft` loads in peft, transformers and vLLM on top of the base model; `merged` is a whole model in
+bfloat16. Both get the tokenizer and a model card.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from absl import flags
+from flax.traverse_util import unflatten_dict
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.numpy import save_file
+
+from sdpo_jax.errors import InputError, run_command
+from sdpo_jax.evaluation.card import model_card
+from sdpo_jax.evaluation.stages import choose_step, raw_adapter
+from sdpo_jax.model_folder import read_meta
+from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.models.peft import write_adapter
+from sdpo_jax.models.weights import TOKENIZER_FILES, abstract_base, read_json, slots
+from sdpo_jax.training.checkpoint import read_weights
+from sdpo_jax.workdir import read_run, same
+
+FORMATS = ("peft", "merged")
+SHARD = "5GB"
+
+
+def export(workdir: str | Path, stage: str, form: str, output: str | Path,
+           step: int | None = None) -> Path:  # fmt: skip
+    """Writes the folder `output` whole or not at all, and returns it.
+
+    `step` defaults to the stage's best. Raises InputError where the run, the stage, the step or
+    the model is not there, and where `output` has something in it.
+    """
+    run, output = read_run(Path(workdir)), Path(output).absolute()
+    if stage not in run.config.stages:
+        raise InputError(f"--stage: found {stage!r}, expected {', '.join(run.config.stages)}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"--output: found something in {output}, expected a new folder")
+    step = choose_step(run, stage, step)
+    model = Path(run.config.model)
+    same(run, "model", model, read_meta(model)["sha256"])
+    tree = raw_adapter(run, stage, step)
+    config = DecoderConfig.from_hf(read_json(model / "config.json"), str(model / "config.json"))
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        for name in TOKENIZER_FILES:
+            if (model / name).exists():
+                shutil.copy(model / name, partial)
+        lora, name = LoraConfig.of(run.config.lora), read_meta(model)["source"]
+        if form == "peft":
+            write_adapter(partial, tree, lora, config, name)
+        else:
+            write_merged(partial, model, tree, lora, config)
+        (partial / "README.md").write_text(model_card(run, stage, step, form), encoding="utf-8")
+        os.replace(partial, output)
+    except OSError as error:
+        raise InputError(
+            f"{output}: {error.strerror or error}: free space or give another --output"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return output
+
+
+def write_merged(folder: Path, model: Path, tree: dict, lora: LoraConfig,
+                 config: DecoderConfig) -> None:  # fmt: skip
+    """Base plus adapter in bfloat16 shards; each is written as soon as its last tensor is made.
+
+    Args:
+      folder: where to; it exists.
+      model: the converted base.
+      tree: {"layers": {"q": {"a": [L, in, R], "b": [L, R, out]}, …}}.
+      lora: its rank and alpha.
+      config: of the decoder.
+    """
+    content = read_json(model / "config.json")
+    content.pop("torch_dtype", None)
+    content["dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    plan = shard_plan(config)
+    shard_of = plan.tensor_to_filename
+    waiting: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in merged_tensors(model, tree, lora, config):
+        shard = waiting.setdefault(shard_of[name], {})
+        shard[name] = tensor
+        if len(shard) == len(plan.filename_to_tensors[shard_of[name]]):
+            save_file(waiting.pop(shard_of[name]), folder / shard_of[name], {"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": shard_of}
+        path = folder / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def shard_plan(config: DecoderConfig):
+    """Which tensor goes into which file, in the order in which `merged_tensors` makes them."""
+    shapes = abstract_base(config)
+    order = list(shapes)
+    table = sorted(slots(config).items(), key=lambda item: order.index(item[1].path))
+    sizes = {
+        name: 2 * int(np.prod(shapes[slot.path].shape[0 if slot.layer is None else 1 :]))
+        for name, slot in table
+    }
+    return split_state_dict_into_shards_factory(
+        sizes, get_storage_size=lambda n: n, max_shard_size=SHARD,
+        filename_pattern="model{suffix}.safetensors",
+    )  # fmt: skip
+
+
+def merged_tensors(model: Path, tree: dict, lora: LoraConfig, config: DecoderConfig):
+    """Yields (Hugging Face's name, tensor in bfloat16) of `W + alpha/R A B`, one of ours by one."""
+    stored, device = read_meta(model)["dtype"], jax.local_devices(backend="cpu")[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    shapes = {
+        path: jax.ShapeDtypeStruct(leaf.shape, stored, sharding=place)
+        for path, leaf in abstract_base(config).items()
+    }
+    by_path: dict[str, list] = {}
+    for name, slot in slots(config).items():
+        by_path.setdefault(slot.path, []).append((name, slot))
+
+    for path, stack in read_weights(model / "weights", unflatten_dict(shapes, sep="/")):
+        host, adapter = np.asarray(stack), {}
+        if path.endswith("/kernel"):
+            adapter = tree["layers"].get(path.split("/")[1], {})
+        for name, slot in by_path[path]:
+            tensor = host if slot.layer is None else host[slot.layer]
+            tensor = tensor.astype(np.float32)
+            if adapter:
+                a, b = adapter["a"][slot.layer], adapter["b"][slot.layer]
+                tensor = tensor + lora.scale * (np.asarray(a) @ np.asarray(b))
+            tensor = tensor.T if slot.transposed else tensor
+            yield name, np.ascontiguousarray(tensor.astype(ml_dtypes.bfloat16))
+
+
+def report(output: Path, form: str) -> str:
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    use: dict[str, Any] = {
+        "peft": f"peft.AutoPeftModelForCausalLM.from_pretrained({str(output)!r})",
+        "merged": f"vllm serve {output}",
+    }
+    return f"{output}: {form}, {size / 1e6:,.1f} MB, with a model card\nnext: {use[form]}"
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    output = export(args.workdir, args.stage, args.format, args.output, args.step)
+    print(report(output, args.format))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+    flags.DEFINE_string("stage", "sdpo", "sft or sdpo")
+    flags.DEFINE_enum("format", "peft", FORMATS, "adapter alone, or the whole model")
+    flags.DEFINE_string("output", None, "folder to write", required=True)
+    flags.DEFINE_integer("step", None, "checkpoint of the stage; default: the best", lower_bound=0)
+    run_command(main)

@@ -18,6 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.beta = 1.0
     config.batch_layout = "shared_prefix"  # or "padded": K+1 full rows, the oracle
     config.dtype = "bfloat16"  # of the base and of matrix products; or "float32"
+    config.base_dtype = "same"  # how the frozen base is held: bf16, int8, nf4; same = in dtype
     config.remat = "full"  # computed again backwards: none, cheap, full, least (memory)
 
     config.sft = ml_collections.ConfigDict()
@@ -36,7 +37,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.lora.rank = 8
     config.lora.alpha = 32.0
     config.lora.dropout = 0.1
+    # GPT-NeoX has q, k and v as one, adapted where all three are named, and no gate.
     config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
+    config.lora.init_from = ""  # a PEFT folder to go on from; "" = a fresh adapter
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # one axis may be -1: the rest of the devices

@@ -147,6 +147,7 @@ def _evaluate(
             "model": run.config.model,
             "model_fingerprint": run.fingerprints["model"],
             "dtype": run.config.dtype,
+            "base_dtype": run.config.base_dtype,
         }
         path = results.write_result(run.path / "eval", summary, predictions[decoder])
         print(_line(summary, path), flush=True)

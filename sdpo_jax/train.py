@@ -6,11 +6,13 @@ Any key of the config can be given as --config.key=value. The same command goes 
 stopped.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from absl import flags
+from flax.nnx import replace_by_pure_dict, to_pure_dict
 from ml_collections import config_flags
 
 from sdpo_jax import sharding, workdir
@@ -18,9 +20,12 @@ from sdpo_jax.data import loader, prompts
 from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.data.tokens import Encoder
 from sdpo_jax.errors import InputError, run_command
-from sdpo_jax.model_folder import load_model, load_tokenizer
-from sdpo_jax.models.decoder import REMAT, DecoderConfig
+from sdpo_jax.model_folder import Model, load_model, load_tokenizer
+from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.decoder import REMAT
 from sdpo_jax.models.lora import PROJECTIONS, LoraConfig
+from sdpo_jax.models.peft import TENSORS, read_adapter
+from sdpo_jax.models.quantize import BASE_DTYPES
 from sdpo_jax.models.weights import read_json
 from sdpo_jax.objectives.logprobs import LAYOUTS
 from sdpo_jax.runtime import set_up_jax
@@ -48,24 +53,26 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
     check_dataset(config, dataset)
 
     model = load_model(
-        config.model, lora_config(config), dtype=config.dtype, remat=config.remat, seed=config.seed,
-        shardings=sharding.placement(mesh),
+        config.model, LoraConfig.of(config.lora), dtype=config.dtype, base_dtype=config.base_dtype,
+        remat=config.remat, seed=config.seed, shardings=sharding.placement(mesh),
     )  # fmt: skip
+    check_length(config, model.config)
+    lora = first_adapter(config, model)
     encoder = Encoder(dataset, model.tokenizer, templates, config.seed, config.max_length)
+    encoder.check_titles()
     inference = Inference(model, config.batch_layout, mesh, config.microbatch)
     stages = [
         Stage(name, config, run, model, encoder, mesh, inference, stop) for name in config.stages
     ]
 
     # All that can be refused has been: from here on files are written.
-    fingerprints = {
+    fingerprints = adapter_fingerprint(config) | {
         "dataset": dataset.meta["fingerprint"],
         "model": model.meta["sha256"],
         "prompts": prompts.fingerprint(templates),
     }
     workdir.open_run(run, config.to_dict(), fingerprints)
     announce(config, run, model, encoder)
-    lora = model.lora
     for stage in stages:
         lora = stage.run(lora)
     print(
@@ -100,8 +107,8 @@ def explain(config, experiment: str = "") -> None:
         if config.batch_size % (microbatch * shards) or microbatch * shards > len(longest):
             continue
         found = memory.step_memory(
-            decoder, lora_config(config), longest[: microbatch * shards], dtype=config.dtype,
-            remat=config.remat, layout=config.batch_layout, mesh=mesh,
+            decoder, LoraConfig.of(config.lora), longest[: microbatch * shards], dtype=config.dtype,
+            base_dtype=config.base_dtype, remat=config.remat, layout=config.batch_layout, mesh=mesh,
         )  # fmt: skip
         fits = found.total < limit
         print(f"--config.microbatch={microbatch:<3} base {found.base / 2**30:6.2f}  "
@@ -111,8 +118,25 @@ def explain(config, experiment: str = "") -> None:
             break
 
 
-def lora_config(config) -> LoraConfig:
-    return LoraConfig(**config.lora.to_dict() | {"targets": tuple(config.lora.targets)})
+def first_adapter(config, model: Model):
+    """The adapter that the first stage starts from: fresh, or that of `config.lora.init_from`."""
+    if not config.lora.init_from:
+        return model.lora
+    folder = Path(config.lora.init_from)
+    tree = read_adapter(folder, LoraConfig.of(config.lora), model.config)
+    placed = jax.tree.map(
+        lambda found, fresh: jax.device_put(found, fresh.sharding), tree, to_pure_dict(model.lora)
+    )
+    lora = jax.tree.map(lambda leaf: leaf, model.lora)
+    replace_by_pure_dict(lora, placed)
+    return lora
+
+
+def adapter_fingerprint(config) -> dict[str, str]:
+    if not config.lora.init_from:
+        return {}
+    content = Path(config.lora.init_from, TENSORS).read_bytes()
+    return {"adapter": hashlib.sha256(content).hexdigest()}
 
 
 def check(config) -> None:
@@ -121,6 +145,7 @@ def check(config) -> None:
         ("batch_layout", LAYOUTS),
         ("remat", REMAT),
         ("dtype", DTYPES),
+        ("base_dtype", BASE_DTYPES),
     ):
         if config[key] not in known:
             raise InputError(f"config.{key} is {config[key]!r}, expected one of {', '.join(known)}")
@@ -184,6 +209,15 @@ def check_batch(config, shards: int) -> None:
         )
 
 
+def check_length(config, decoder: DecoderConfig) -> None:
+    """RoPE of kind `dynamic` changes with the longest text of a batch beyond the model's length."""
+    if decoder.rope.kind == "dynamic" and config.max_length > decoder.rope.positions:
+        raise InputError(
+            f"config.max_length is {config.max_length}, this model's dynamic RoPE is the same for "
+            f"all texts up to {decoder.rope.positions}: set --config.max_length to at most that"
+        )
+
+
 def check_dataset(config, dataset) -> None:
     """The data set has the split to validate on and enough candidates to draw from."""
     splits = [name for name in dataset.splits if name.startswith("val")]
@@ -200,14 +234,19 @@ def check_dataset(config, dataset) -> None:
         )
 
 
+def held(config) -> str:
+    return config.dtype if config.base_dtype == "same" else config.base_dtype
+
+
 def announce(config, run: Path, model, encoder: Encoder) -> None:
     """What is about to run: config, sizes, devices, and one example as the model reads it."""
     count = sum(x.size for x in jax.tree.leaves(model.lora))
-    base = sum(x.size for x in jax.tree.leaves(model.base))
+    targets = LoraConfig.of(config.lora).on(model.config.projections).targets
     print(config)
     print(
-        f"{jax.device_count()} {jax.devices()[0].platform} device(s); base {base:,} parameters "
-        f"(frozen, {config.dtype}), LoRA {count:,}; run in {run}"
+        f"{jax.device_count()} {jax.devices()[0].platform} device(s); {model.meta['family']} base "
+        f"of {model.meta['parameters']:,} parameters (frozen, {held(config)}), LoRA {count:,} on "
+        f"{', '.join(targets)}; run in {run}"
     )
     if encoder.truncated:
         print(

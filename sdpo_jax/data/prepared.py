@@ -67,7 +67,7 @@ def read_dataset(path: str | Path, splits: Sequence[str] | None = None) -> Datas
     splits are read. Raises InputError naming the file, and the line of a malformed window.
     """
     path = Path(path)
-    meta = _read_meta(path)
+    meta = read_meta(path)
     titles = _read_items(path / "items.jsonl")
     names = splits or [s for s in SPLITS if s in SPLITS[:3] or (path / f"{s}.jsonl").exists()]
     size: int | None = None
@@ -122,7 +122,8 @@ def _expected(path: Path) -> str:
     return f"expected a prepared folder: run {_PREPARE.format(path.parent)}"
 
 
-def _read_meta(path: Path) -> dict:
+def read_meta(path: Path) -> dict:
+    """The content of a prepared folder's dataset.json."""
     file = path / "dataset.json"
     try:
         meta = json.loads(_text(file))

@@ -75,6 +75,22 @@ class Encoder:
             self._answers[item] = np.array([*ids, self.tokenizer.eos_token_id], np.int32)
         return self._answers[item]
 
+    def check_titles(self) -> None:
+        """Raises InputError unless every title gives tokens, and they the title back.
+
+        A title that comes back changed could never be found in what the model generates.
+        """
+        changed = []
+        for item, title in self.dataset.titles.items():
+            back = self.tokenizer.decode(self.answer(item)[:-1], clean_up_tokenization_spaces=False)
+            if back.strip() != title.strip():
+                changed.append(f"item {item}: {title!r} comes back as {back!r}")
+        if changed:
+            raise InputError(
+                f"{len(changed)} titles are changed by the model's tokenizer ({changed[0]}): "
+                "correct them in items.jsonl, or use another model"
+            )
+
     def examples(self, split: str, rows: Sequence[int], items: Sequence[Sequence[int]]):
         """Examples of `rows`, the answers of each being the titles of `items[i]`, in that order."""
         texts = [self.prompt_text(split, row) for row in rows]

@@ -170,7 +170,10 @@ class Stage:
         """Per train row, and for the validation set, the arrays that the objective needs."""
         if self.name == "sft":
             return {row: {} for row in self.train_examples}, {}
-        settings = {k: getattr(self.config, k) for k in ("dtype", "batch_layout", "microbatch")}
+        settings = {
+            k: getattr(self.config, k)
+            for k in ("dtype", "base_dtype", "batch_layout", "microbatch")
+        }
         found = []
         for part, examples in (("train", list(self.train_examples.values())),
                                ("validation", self.validation_examples)):  # fmt: skip

@@ -1,0 +1,126 @@
+"""Titles and prompts through the three kinds of tokenizer that the families have."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import tiny_dataset
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from sdpo_jax.data.prepared import Dataset
+from sdpo_jax.data.tokens import Encoder
+from sdpo_jax.errors import InputError
+from sdpo_jax.model_folder import load_tokenizer
+
+SPECIAL = ("<unk>", "<s>", "</s>")
+TITLES = {0: "Heat", 1: "Amélie", 2: "10,000 Maniacs", 3: "Léon: The Professional"}
+
+
+def vocab_of(pieces) -> dict[str, int]:
+    return {piece: i for i, piece in enumerate(dict.fromkeys((*SPECIAL, *pieces)))}
+
+
+def sentencepiece() -> Tokenizer:
+    """As Llama 1/2 and Mistral: a space before the text, bytes for what is unknown, BOS."""
+    pieces = [*(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz", "H", "He"]
+    tokenizer = Tokenizer(
+        models.BPE(vocab_of(pieces), [("H", "e")], byte_fallback=True, unk_token="<unk>")
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return tokenizer
+
+
+def byte_level(bos: bool = False) -> Tokenizer:
+    """As Llama 3 (with BOS) and Pythia (without)."""
+    tokenizer = Tokenizer(models.BPE(vocab_of(pre_tokenizers.ByteLevel.alphabet()), []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    return tokenizer
+
+
+KINDS = {
+    "sentencepiece": sentencepiece,
+    "byte-level with BOS": lambda: byte_level(bos=True),
+    "byte-level": byte_level,
+}
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    def make(kind, titles=TITLES) -> Encoder:
+        tokenizer = KINDS[kind]()
+        tokenizer.add_special_tokens(list(SPECIAL))
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        names = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True))
+        names["tokenizer_class"] = "PreTrainedTokenizerFast"
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+        data = tiny_dataset()
+        data = Dataset(data.domain, data.titles | titles, data.splits, data.meta)
+        return Encoder(data, load_tokenizer(tmp_path), ["{history}{candidates}"], 0, 512)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_titles_come_back_and_end_in_eos_without_bos(encoder, kind):
+    made = encoder(kind)
+    made.check_titles()
+    for item, title in TITLES.items():
+        ids = made.answer(item)
+        assert ids[-1] == made.tokenizer.eos_token_id and 1 not in ids
+        assert made.tokenizer.decode(ids[:-1]) == title
+
+
+@pytest.mark.parametrize(("kind", "bos"), [
+    ("sentencepiece", True), ("byte-level with BOS", True), ("byte-level", False),
+])  # fmt: skip
+def test_a_prompt_begins_with_bos_exactly_where_the_tokenizer_has_one(encoder, kind, bos):
+    made = encoder(kind)
+    (example,) = made.examples("train", [0], [[0, 1]])
+    assert (example.prompt[0] == 1) == bos and (example.prompt == 1).sum() == bos
+
+
+def test_a_sentencepiece_title_begins_with_its_space(encoder):
+    """The official code tokenises titles by themselves, so each gets the space of a text."""
+    made = encoder("sentencepiece")
+    assert made.tokenizer.convert_ids_to_tokens(made.answer(0)[:3].tolist()) == ["▁", "He", "a"]
+
+
+def test_prompt_and_answer_are_joined_as_ids_never_as_text(encoder):
+    made = encoder("byte-level")
+    (example,) = made.examples("train", [0], [[0]])
+    text = made.prompt_text("train", 0)
+    alone = made.tokenizer(text, add_special_tokens=False).input_ids
+    np.testing.assert_array_equal(example.prompt, alone)
+
+
+@pytest.mark.parametrize(("title", "words"), [
+    ("", "encodes to"), ("</s>", "encodes to"), ("a</s>b", "encodes to"),
+])  # fmt: skip
+def test_a_title_of_nothing_or_of_special_tokens_is_told(encoder, title, words):
+    with pytest.raises(InputError, match=words) as error:
+        encoder("byte-level", {7: title}).check_titles()
+    assert "item 7" in str(error.value)
+
+
+def test_a_title_that_the_tokenizer_changes_is_told(encoder, tmp_path):
+    made = encoder("byte-level", {7: "Amélie"})
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    made = Encoder(made.dataset, load_tokenizer(tmp_path), ["{history}"], 0, 512)
+    with pytest.raises(InputError, match="item 7: 'Amélie' comes back as 'Amelie'"):
+        made.check_titles()

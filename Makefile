@@ -8,7 +8,7 @@ CONFIG ?= configs/quickstart.py
 WINDOWS ?= 200
 OTHERS ?=
 
-.PHONY: setup quickstart long bench test clean
+.PHONY: setup quickstart long bench parity test clean
 
 setup: .venv/ready
 
@@ -39,9 +39,13 @@ bench: .venv-bench/ready
 	.venv-bench/bin/python -m benchmarks --model=$(QUICK)/model --dataset=$(QUICK)/data \
 	  --others=$(OTHERS)
 
+# Every family against transformers and PEFT, and its table; what the tests have as golden files.
+parity: .venv-bench/ready
+	HF_HUB_DISABLE_PROGRESS_BARS=1 .venv-bench/bin/python -m pytest -W ignore -s tests/parity.py
+
 .venv-bench/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/pip install --quiet --disable-pip-version-check -e '.[quickstart,bench]'
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -e '.[quickstart,bench,parity]'
 	@touch $@
 
 test: setup

@@ -2,7 +2,7 @@
 
     python -m benchmarks --model=runs/quickstart/model --dataset=runs/quickstart/data
 
-What `make bench` runs, in a bit over an hour on two cores; the tables of README are made from the
+What `make bench` runs, in an hour and a quarter on two cores; README has its tables from the
 file. Each part is a process of its own, which has the memory to itself, and is in the file as soon
 as it is done: the same command goes on with those that are missing. Leave the machine alone.
 """
@@ -35,6 +35,8 @@ def parts(dataset: str, others: Sequence[str], repeats: int) -> dict[str, list[s
     found = {f"{STEP}{k}": step(k, SIDES_OF_PAIRS if k == 1 else SIDES) for k in KS}
     found["score"] = ["score", here, f"--repeats={repeats}"]
     found["memory"] = ["memory", here]
+    found["load"] = ["load"]
+    found["quantised"] = ["quantised", here]
     found["start"] = ["start", here]
     found["activations kept"] = step(3, "official-keep,ours")
     for data in (dataset, *others):

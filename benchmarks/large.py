@@ -21,7 +21,8 @@ from benchmarks.memory import LLAMA2_7B
 from sdpo_jax import sharding
 from sdpo_jax.data import loader
 from sdpo_jax.errors import InputError, run_command
-from sdpo_jax.models.decoder import REMAT, DecoderConfig
+from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.decoder import REMAT
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.runtime import set_up_jax
 from sdpo_jax.training.memory import abstract_model

@@ -8,6 +8,7 @@ written in JAX, with and without recomputation; and what Llama2-7B needs by micr
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from benchmarks import workload
 from sdpo_jax import sharding
 from sdpo_jax.data.tokens import Example
 from sdpo_jax.errors import run_command
-from sdpo_jax.models.decoder import REMAT, Decoder, DecoderConfig
+from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.decoder import REMAT, Decoder
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.weights import read_json
 from sdpo_jax.objectives.logprobs import Batch, padded_hidden, shared_prefix_logp
@@ -29,6 +31,11 @@ from sdpo_jax.runtime import set_up_jax
 from sdpo_jax.training.memory import abstract_batch, abstract_model, step_memory
 
 LLAMA2_7B = DecoderConfig(V=32000, L=32, D=4096, N=32, G=32, H=128, F=11008)
+
+
+# How the base is held and what is computed again.
+KEPT = (("bf16", "least"), ("bf16", "full"), ("bf16", "cheap"), ("int8", "full"), ("nf4", "full"),
+        ("nf4", "least"))  # fmt: skip
 
 
 def one_device() -> jax.sharding.Mesh:
@@ -83,19 +90,17 @@ def beside_official(config: DecoderConfig, examples: Sequence[Example]) -> dict:
 
 
 def llama_table(config: DecoderConfig, negatives: Sequence[int], microbatches: Sequence[int]):
-    """Rows of the table of a bfloat16 base on one device."""
+    """Rows of the table of one device, with products in bfloat16."""
     rows = []
-    for remat in ("least", "full", "cheap"):
-        for k in negatives:
-            for microbatch in microbatches:
-                examples = workload.equal_examples(microbatch, k)
-                found = step_memory(config, LoraConfig(), examples, dtype="bfloat16", remat=remat,
-                                    layout="shared_prefix", mesh=one_device())  # fmt: skip
-                row = {"remat": remat, "k": k, "microbatch": microbatch, "total": found.total}
-                rows.append(row | dataclasses.asdict(found))
-                print(f"remat {remat:6} K={k:<3} microbatch {microbatch:<3} "
-                      f"{found.total / 2**30:6.1f} GiB (temporary {found.temporary / 2**30:.1f}), "
-                      f"compiled in {found.compile_seconds:.0f} s", flush=True)  # fmt: skip
+    for (base, remat), k, microbatch in itertools.product(KEPT, negatives, microbatches):
+        examples = workload.equal_examples(microbatch, k)
+        found = step_memory(config, LoraConfig(), examples, dtype="bfloat16", base_dtype=base,
+                            remat=remat, layout="shared_prefix", mesh=one_device())  # fmt: skip
+        row = {"base_dtype": base, "remat": remat, "k": k, "microbatch": microbatch}
+        rows.append(row | {"total": found.total} | dataclasses.asdict(found))
+        print(f"base {base:5} remat {remat:6} K={k:<3} microbatch {microbatch:<3} "
+              f"{found.total / 2**30:6.1f} GiB (temporary {found.temporary / 2**30:.1f}), "
+              f"compiled in {found.compile_seconds:.0f} s", flush=True)  # fmt: skip
     return rows
 
 

@@ -19,7 +19,7 @@ from absl import flags
 from benchmarks import workload
 from benchmarks.memory import one_device
 from sdpo_jax.errors import run_command
-from sdpo_jax.models.decoder import DecoderConfig
+from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.weights import read_json
 from sdpo_jax.runtime import set_up_jax

@@ -66,17 +66,18 @@ def score_table(result: dict) -> str:
 
 
 def memory_table(result: dict) -> str:
-    """GiB on one device by microbatch; columns are remat and K."""
+    """GiB on one device; columns are microbatches."""
     found = {
-        (row["microbatch"], row["remat"], row["k"]): row["total"]
+        (row["base_dtype"], row["remat"], row["k"], row["microbatch"]): row["total"]
         for row in result["memory"]["llama2_7b"]
     }
-    columns = list(dict.fromkeys(key[1:] for key in found))
+    microbatches = sorted({key[-1] for key in found})
     rows = [
-        [str(microbatch), *(f"{found[microbatch, *column] / GIB:.1f}" for column in columns)]
-        for microbatch in sorted({key[0] for key in found})
-    ]
-    return markdown(["microbatch", *(f"`{r}`, K = {k}" for r, k in columns)], rows)
+        [f"`{base}`", f"`{remat}`", str(k),
+         *(f"{found[base, remat, k, m] / GIB:.1f}" for m in microbatches)]
+        for base, remat, k in dict.fromkeys(key[:-1] for key in found)
+    ]  # fmt: skip
+    return markdown(["base", "remat", "K", *(f"microbatch {m}" for m in microbatches)], rows)
 
 
 def tables(file: Path) -> list[str]:

@@ -8,7 +8,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import accelerator, kernels, large, loader, score, start, step, tables
+from benchmarks import (
+    accelerator,
+    kernels,
+    large,
+    load,
+    loader,
+    quantised,
+    score,
+    start,
+    step,
+    tables,
+)  # fmt: skip
 from benchmarks.flops import matrix_flops
 from benchmarks.workload import equal_examples
 from sdpo_jax.data.loader import choose_shapes, collate
@@ -57,6 +68,22 @@ def test_the_loader_benchmark_counts_tokens_and_what_of_them_is_real(model_folde
     found = loader.benchmark(model_folder, dataset_folder, 64, 3)
     assert found["tokenising_tokens_per_second"] > 0 and found["batching_tokens_per_second"] > 0
     assert 0.9 < found["real_tokens_of_fed"] <= 1
+
+
+def test_fewer_bits_are_compared_with_float32(model_folder, dataset_folder):
+    rows = quantised.benchmark(model_folder, dataset_folder, 8, ("bf16", "int8"))["rows"]
+    assert rows["int8"]["base_bytes"] < rows["bf16"]["base_bytes"]
+    for row in rows.values():
+        assert 0 < row["logits_rms"] < 0.1 * row["logits_std"]
+
+
+def test_the_memory_of_loading_is_told_in_files(model_folder, monkeypatch):
+    small = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128,
+             "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+    monkeypatch.setattr(load, "SIZES", load.SIZES | small)
+    found = load.benchmark(model_folder, 0.5, files=2)
+    assert found["arrays_bytes"] > found["largest_file_bytes"] > 0
+    assert found["convert"]["peak_bytes"] > 0 and found["load"]["peak_bytes"] > 0
 
 
 def test_the_large_step_runs_at_toy_size():

@@ -12,7 +12,8 @@ from sdpo_jax.data.loader import Shape, collate
 from sdpo_jax.data.tokens import Example
 from sdpo_jax.evaluation import decode
 from sdpo_jax.models.attention import attend
-from sdpo_jax.models.decoder import Decoder, DecoderConfig
+from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.objectives.logprobs import causal_mask, padded_logp
 

@@ -170,10 +170,11 @@ def _read_base(path: Path, abstract: nnx.State, config: DecoderConfig, stored: s
     for name, array in read_weights(path, unflatten_dict(target, sep="/")):
         if name in shapes:
             made[name] = array.astype(shapes[name].dtype)
-            continue
-        names = [_part(name, "codes"), _part(name, "scale")]
-        codes, scale = _quantised(array, shapes[names[0]], [placed[n] for n in names])
-        made |= {names[0]: codes, names[1]: scale}
+        else:
+            names = [_part(name, "codes"), _part(name, "scale")]
+            codes, scale = _quantised(array, shapes[names[0]], [placed[n] for n in names])
+            made |= {names[0]: codes, names[1]: scale}
+        del array  # before the next is read
     base = jax.tree.map(lambda leaf: leaf, abstract)
     nnx.replace_by_pure_dict(base, unflatten_dict(made, sep="/"))
     return base

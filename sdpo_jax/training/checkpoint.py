@@ -17,16 +17,30 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sdpo_jax.errors import InputError
 
+PIECE = 64 * 2**20  # bytes of an array that are encoded at once, and of a file
+
 
 def write_weights(path: Path, tree: Any) -> None:
-    """Writes a tree of arrays into the new folder `path`; returns when all is on disk.
+    """Writes a tree of numpy arrays into the new folder `path`; returns when all is on disk.
 
     Raises InputError where the disk refuses (full, read-only, over quota).
     """
     check_room(Path(path).parent, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+    # Orbax would copy every array first, against changes meanwhile, and encode each in one piece.
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # it warns without one
+    )
+    args = ocp.args.PyTreeSave(
+        tree,
+        jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE), tree),
+        ocdbt_target_data_file_size=PIECE,
+    )
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(Path(path).absolute(), tree)
+        with ocp.Checkpointer(
+            ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+        ) as checkpointer:
+            checkpointer.save(Path(path).absolute(), args=args)
     except (ValueError, OSError) as error:  # tensorstore tells a full disk as a ValueError
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise InputError(
@@ -208,9 +222,21 @@ class Checkpoints:
             raise CheckpointGone(f"{self._manager.directory}/{step}: {error}") from error
 
     def restore_raw(self, step: int) -> Any:
-        """The adapter of `step` as host arrays in nested dicts, for a reader without the model."""
-        args = ocp.args.Composite(lora=ocp.args.StandardRestore())
-        stored = flatten_dict(self._manager.restore(step, args=args).lora)
+        """The adapter of `step` as host arrays in nested dicts, for a reader without the model.
+
+        It need not have the devices that wrote it. Raises CheckpointGone if it vanished meanwhile.
+        """
+        try:
+            # With a place named, or Orbax would look for the devices of training.
+            host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+            shapes = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host),
+                self._manager.item_metadata(step).lora.tree,
+            )
+            args = ocp.args.Composite(lora=ocp.args.StandardRestore(shapes))
+            stored = flatten_dict(self._manager.restore(step, args=args).lora)
+        except (OSError, KeyError, ValueError) as error:
+            raise CheckpointGone(f"{self._manager.directory}/{step}: {error}") from error
         # A variable is stored as {"value": array}.
         return unflatten_dict({path[:-1]: np.asarray(array) for path, array in stored.items()})
 

@@ -58,15 +58,18 @@ def placement(mesh: Mesh):
     """Function from an abstract variable to its sharding, by its `.letters` and `RULES`.
 
     A stacked variable has L (not sharded) before its letters; a dimension that its axis does not
-    divide stays whole.
+    divide stays whole. Where a variable has a `.unit`, so many rows of a kernel stay together.
     """
 
     def place(variable) -> NamedSharding:
         shape = variable.shape
         letters = variable.letters.rjust(len(shape), "L")
         axes = [RULES.get(letter) for letter in letters]
+        units = [1] * len(shape)
+        units[-2:-1] = [getattr(variable, "unit", 1)][: len(units[-2:-1])]
         fits = [
-            a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True)
+            a if a and n % (mesh.shape[a] * unit) == 0 else None
+            for a, n, unit in zip(axes, shape, units, strict=True)
         ]
         return NamedSharding(mesh, PartitionSpec(*fits))
 

@@ -43,16 +43,17 @@ def test_two_blocks_of_keys_are_one_softmax_with_its_gradients():
     assert_close(found, value_and_gradients(lambda *a: plain(*a, mask), q, k, v))
 
 
+@pytest.mark.parametrize("window", [None, 1, 3, 5])
 @pytest.mark.parametrize("block", [2, 4, 100])
-def test_causal_blocks_of_any_size_are_the_whole(block, monkeypatch):
+def test_causal_blocks_of_any_size_are_the_whole(block, window, monkeypatch):
     monkeypatch.setattr(attention, "CAUSAL_BLOCK", block)
     q, k, v = draw(0, B, T, N, H), draw(1, B, T, G, H), draw(2, B, T, G, H)
     mask = jnp.ones((B, T), bool)
 
     def causal(q, k, v):
-        return attention.attend_causal(q, k, v, mask, jnp.float32)
+        return attention.attend_causal(q, k, v, mask, jnp.float32, window)
 
-    whole = attention.causal_mask(mask)
+    whole = attention.causal_mask(mask, window)
     found = value_and_gradients(causal, q, k, v)
     assert_close(found, value_and_gradients(lambda *a: plain(*a, whole), q, k, v))
 

@@ -71,8 +71,20 @@ DAMAGE = {
     ),
     "a wrong shape": (
         lambda f: edit(f, lambda t: t.update({A0: np.ones((3, 16), np.float32)})),
-        "found shapes|expected rank 2",
+        r"q/a of layer 0 is \[16, 3\], expected \[16, 2\]",
     ),
+    "another width": (
+        lambda f: edit(f, lambda t: [
+            t.update({key: np.ones((24, 2), np.float32)}) for key in t if "k_proj.lora_B" in key
+        ]),
+        r"3 tensors .*k/b of layer 0 is \[2, 24\], expected \[2, 8\]",
+    ),
+    "one dimension": (
+        lambda f: edit(f, lambda t: t.update({A0: np.ones(3, np.float32)})),
+        r"q/a of layer 0 is \[3\]",
+    ),
+    "pissa": (set_key("init_lora_weights", "pissa"), "init_lora_weights is 'pissa'"),
+    "alora": (set_key("alora_invocation_tokens", [1]), "alora_invocation_tokens is"),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import TINY, random_batch, tiny_model
 from flax import nnx
 
+from sdpo_jax import sharding
 from sdpo_jax.errors import InputError
 from sdpo_jax.models.quantize import BLOCK, NF4, Quantised, dense, quantise
 from sdpo_jax.objectives.logprobs import shared_prefix_logp
@@ -104,3 +105,27 @@ def test_no_dense_stack_of_kernels_is_kept_for_the_backward_pass(kind):
 
     text = jax.jit(jax.grad(loss)).lower(model.lora, model.base).compile().as_text()
     assert f"f32[{WIDE.L},{WIDE.D},{WIDE.F}]" not in text
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_base_on_a_mesh_gives_the_same_log_probs(kind):
+    model, batch = tiny_model(WIDE, base_dtype=kind), random_batch(8, 3, rows=4)
+    mesh = sharding.make_mesh(2, 2, 2)
+    place = sharding.placement(mesh)
+    placed = jax.tree.map(
+        lambda variable: variable.replace(jax.device_put(variable[...], place(variable))),
+        (model.lora, model.base),
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+
+    @jax.jit
+    def logp(lora, base, batch):
+        return shared_prefix_logp(nnx.merge(model.graphdef, lora, base), batch)
+
+    down = nnx.to_pure_dict(placed[1])["layers"]["down"]
+    for part in ("codes", "scale"):
+        fits = kind == "nf4" or part == "codes"  # int8 has one row of scales
+        assert down[part].sharding.spec[1] == ("tensor" if fits else None)
+    split = {k: jax.device_put(x, sharding.batch_sharding(mesh)) for k, x in batch.items()}
+    found = logp(*placed, split)
+    np.testing.assert_allclose(found, logp(model.lora, model.base, batch), atol=1e-4)

@@ -55,9 +55,10 @@ class LoraConfig:
             targets = ["qkv", *(name for name in targets if name not in APART)]
         if "gate" not in projections:
             targets = [name for name in targets if name != "gate"]
-        if unknown := [name for name in targets if name not in projections]:
+        unknown = [name for name in targets if name not in projections]
+        if unknown or (self.targets and not targets):
             raise InputError(
-                f"lora.targets: found {', '.join(unknown)}, this model has "
+                f"lora.targets: found {', '.join(unknown or self.targets)}, this model has "
                 f"{', '.join(projections)}: set --config.lora.targets"
             )
         return dataclasses.replace(self, targets=tuple(targets))
@@ -135,7 +136,9 @@ class Linear(nnx.Module):
         )
         if options.base_dtype in QUANTISED:
             codes = quantise(kernel, options.base_dtype)
-            self.codes = Frozen(codes.codes, letters=letters)
+            rows = codes.codes.shape[0] // codes.scale.shape[0]  # that share a scale
+            unit = rows if options.base_dtype == "nf4" else 1
+            self.codes = Frozen(codes.codes, letters=letters, unit=unit)
             self.scale = Frozen(codes.scale, letters=letters)
         else:
             self.kernel = Frozen(kernel, letters=letters)

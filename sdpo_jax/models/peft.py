@@ -3,18 +3,21 @@
 PEFT holds A as [R, in] and B as [out, R], one pair a layer, under the base model's module names.
 """
 
+import functools
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from sdpo_jax.errors import InputError
 from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.weights import modules, read_json
 
@@ -25,7 +28,12 @@ PLAIN = {
     "peft_type": ("LORA",), "bias": ("none",), "use_rslora": (False, None),
     "use_dora": (False, None), "lora_bias": (False, None), "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []), "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
-    "layers_to_transform": (None, []),
+    "layers_to_transform": (None, []), "layer_replication": (None, []),
+    "target_parameters": (None, []), "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []), "use_qalora": (False, None),
+    "use_bdlora": (False, None), "arrow_config": (None, {}), "kasa_config": (None, {}),
+    # Other initialisations (PiSSA, OLoRA, LoftQ, …) take a part out of the base.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
 
 
@@ -36,7 +44,7 @@ def adapted_modules(config: DecoderConfig) -> dict[str, str]:
 
 
 def write_adapter(folder: Path, tree: dict[str, Any], lora: LoraConfig, config: DecoderConfig,
-                  base: str) -> None:  # fmt: skip
+                  base: str, revision: str | None = None) -> None:  # fmt: skip
     """Writes both files into `folder`, which exists.
 
     Args:
@@ -45,6 +53,7 @@ def write_adapter(folder: Path, tree: dict[str, Any], lora: LoraConfig, config: 
       lora: rank, alpha and dropout.
       config: of the decoder.
       base: what loads the base model in transformers, a path or a name on the Hub.
+      revision: of that name.
     """
     flat = flatten_dict(tree["layers"], sep="/")
     used = {name: m for name, m in adapted_modules(config).items() if f"{name}/a" in flat}
@@ -62,6 +71,7 @@ def write_adapter(folder: Path, tree: dict[str, Any], lora: LoraConfig, config: 
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": alpha,
         "lora_dropout": lora.dropout,
@@ -94,19 +104,27 @@ def read_adapter(folder: Path, lora: LoraConfig, config: DecoderConfig) -> dict[
                 found[f"layers/{name}/{part}"] = [tensors[key].T for key in keys]
     if expected != set(tensors):
         _refuse_keys(folder, tensors, expected, config)
-    shapes = {path: {array.shape for array in arrays} for path, arrays in found.items()}
-    wrong = [f"{path} {sorted(s)}" for path, s in shapes.items() if not _fits(path, s, lora.rank)]
+    shapes = adapter_shapes(lora, config)
+    wrong = [
+        f"{path} of layer {layer} is {list(array.shape)}, expected {list(shapes[path][1:])}"
+        for path, arrays in found.items()
+        for layer, array in enumerate(arrays)
+        if array.shape != shapes[path][1:]
+    ]
     if wrong:
         raise InputError(
-            f"{folder}/{TENSORS}: found shapes {', '.join(wrong)}, expected rank {lora.rank} in all"
+            f"{folder}/{TENSORS}: {len(wrong)} tensors have another shape, here turned as ours "
+            f"({wrong[0]}): is it the adapter of another model?"
         )
     stacked = {path: np.stack(arrays).astype(np.float32) for path, arrays in found.items()}
     return unflatten_dict(stacked, sep="/")
 
 
-def _fits(path: str, shapes: set, rank: int) -> bool:
-    (shape,) = shapes if len(shapes) == 1 else ((0, 0),)
-    return shape[1 if path.endswith("/a") else 0] == rank
+def adapter_shapes(lora: LoraConfig, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Path ("layers/q/a") -> [L, in, R] or [L, R, out]."""
+    make = functools.partial(Decoder, config, lora)
+    adapter = nnx.state(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), nnx.LoRAParam)
+    return {k: x.shape for k, x in flatten_dict(nnx.to_pure_dict(adapter), sep="/").items()}
 
 
 def _check_plain(folder: Path, lora: LoraConfig) -> None:

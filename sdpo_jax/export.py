@@ -3,8 +3,8 @@
     python -m sdpo_jax.export --workdir=runs/lastfm/run --stage=sdpo --format=peft --output=DIR
     python -m sdpo_jax.export --workdir=runs/lastfm/run --stage=sdpo --format=merged --output=DIR
 
-`peft` loads in peft, transformers and vLLM on top of the base model; `merged` is a whole model in
-bfloat16. Both get the tokenizer and a model card.
+`peft` loads in peft and transformers on top of the base model; `merged` is a whole model in
+bfloat16, which also `--stage=base` can be. Both get the tokenizer and a model card.
 """
 
 import json
@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_dtypes
@@ -20,17 +19,19 @@ import numpy as np
 from absl import flags
 from flax.traverse_util import unflatten_dict
 from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from sdpo_jax.errors import InputError, run_command
 from sdpo_jax.evaluation.card import model_card
 from sdpo_jax.evaluation.stages import choose_step, raw_adapter
+from sdpo_jax.hub import name_and_revision
 from sdpo_jax.model_folder import read_meta
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.peft import write_adapter
 from sdpo_jax.models.weights import TOKENIZER_FILES, abstract_base, read_json, slots
-from sdpo_jax.training.checkpoint import read_weights
+from sdpo_jax.training.checkpoint import CheckpointGone, check_room, read_weights
 from sdpo_jax.workdir import read_run, same
 
 FORMATS = ("peft", "merged")
@@ -45,32 +46,35 @@ def export(workdir: str | Path, stage: str, form: str, output: str | Path,
     the model is not there, and where `output` has something in it.
     """
     run, output = read_run(Path(workdir)), Path(output).absolute()
-    if stage not in run.config.stages:
-        raise InputError(f"--stage: found {stage!r}, expected {', '.join(run.config.stages)}")
+    known = (*run.config.stages, *(["base"] if form == "merged" else []))
+    if stage not in known:
+        raise InputError(f"--stage: found {stage!r}, expected {', '.join(known)}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output: found something in {output}, expected a new folder")
     step = choose_step(run, stage, step)
     model = Path(run.config.model)
     same(run, "model", model, read_meta(model)["sha256"])
-    tree = raw_adapter(run, stage, step)
+    card = model_card(run, stage, step, form)
     config = DecoderConfig.from_hf(read_json(model / "config.json"), str(model / "config.json"))
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
+        tree = {"layers": {}} if stage == "base" else raw_adapter(run, stage, step)
         partial.mkdir(parents=True)
         for name in TOKENIZER_FILES:
             if (model / name).exists():
                 shutil.copy(model / name, partial)
-        lora, name = LoraConfig.of(run.config.lora), read_meta(model)["source"]
+        lora = LoraConfig.of(run.config.lora)
         if form == "peft":
-            write_adapter(partial, tree, lora, config, name)
+            source = name_and_revision(read_meta(model)["source"])
+            write_adapter(partial, tree, lora, config, *source)
         else:
             write_merged(partial, model, tree, lora, config)
-        (partial / "README.md").write_text(model_card(run, stage, step, form), encoding="utf-8")
+        (partial / "README.md").write_text(card, encoding="utf-8")
         os.replace(partial, output)
-    except OSError as error:
-        raise InputError(
-            f"{output}: {error.strerror or error}: free space or give another --output"
-        ) from error
+    except CheckpointGone as error:
+        raise InputError(f"{error}: found no readable checkpoint: give another --step") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{output}: {error}: free space or give another --output") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return output
@@ -92,6 +96,7 @@ def write_merged(folder: Path, model: Path, tree: dict, lora: LoraConfig,
     content["dtype"] = "bfloat16"
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     plan = shard_plan(config)
+    check_room(folder, plan.metadata["total_size"])
     shard_of = plan.tensor_to_filename
     waiting: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in merged_tensors(model, tree, lora, config):
@@ -144,15 +149,22 @@ def merged_tensors(model: Path, tree: dict, lora: LoraConfig, config: DecoderCon
                 tensor = tensor + lora.scale * (np.asarray(a) @ np.asarray(b))
             tensor = tensor.T if slot.transposed else tensor
             yield name, np.ascontiguousarray(tensor.astype(ml_dtypes.bfloat16))
+        del stack, host  # before the next is read
 
 
 def report(output: Path, form: str) -> str:
+    """What was written, and how it is loaded."""
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    use: dict[str, Any] = {
-        "peft": f"peft.AutoPeftModelForCausalLM.from_pretrained({str(output)!r})",
-        "merged": f"vllm serve {output}",
-    }
-    return f"{output}: {form}, {size / 1e6:,.1f} MB, with a model card\nnext: {use[form]}"
+    told = f"{output}: {form}, {size / 1e6:,.1f} MB, with a model card that has the prompt"
+    if form == "merged":
+        return f"{told}\nnext: vllm serve {output}"
+    base = read_json(output / "adapter_config.json")["base_model_name_or_path"]
+    if base.endswith(".gguf"):
+        return (
+            f"{told}\nits base is a .gguf file, which peft cannot load: export the base as well, "
+            "with --stage=base --format=merged, and name that folder in adapter_config.json"
+        )
+    return f"{told}\nnext: peft.AutoPeftModelForCausalLM.from_pretrained({str(output)!r})"
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,6 +1,10 @@
 """What export writes is what was trained, whole or not at all."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +16,14 @@ from safetensors.numpy import load_file
 from tiny_run import CONFIG, LORA, adapters, finish, make_run, model_of, save
 
 from sdpo_jax import export as exporting
+from sdpo_jax import sharding
 from sdpo_jax.convert import convert
 from sdpo_jax.errors import InputError
 from sdpo_jax.export import export
 from sdpo_jax.model_folder import load_model
 from sdpo_jax.models.peft import read_adapter
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +94,47 @@ def test_the_card_tells_data_protocol_and_metrics(run, tmp_path):
     (run / "eval").mkdir()
     (run / "eval" / "sft-3-greedy.json").write_text(json.dumps(summary))
     card = (export(run, "sft", "peft", tmp_path / "out") / "README.md").read_text()
-    assert card.startswith("---\nbase_model:") and "library_name: peft" in card
+    assert card.startswith("---\nlibrary_name: peft") and "[HistoryHere]" in card
     for words in ("drawn for a test", "| test | greedy | 0.2500 [0.1000, 0.5000] | 1.0000 | 11 |"):
         assert words in card
+
+
+def test_a_run_of_eight_devices_is_exported_with_one(run, tmp_path):
+    """The adapter was saved from eight devices here; the process that exports has one."""
+    mesh = sharding.make_mesh(2, 2, 2)
+    place = sharding.placement(mesh)
+    spread = jax.tree.map(
+        lambda variable: variable.replace(jax.device_put(variable[...], place(variable))),
+        adapters(model_of(run), 3),
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+    save(run, "sdpo", 2, spread)
+    finish(run, "sdpo", 2)
+    done = subprocess.run(
+        [sys.executable, "-m", "sdpo_jax.export", f"--workdir={run}", "--stage=sdpo",
+         f"--output={tmp_path / 'out'}"],
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = flat(adapters(model_of(run), 3))
+    found = flatten_dict(read_adapter(tmp_path / "out", LORA, model_of(run).config), sep="/")
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_the_base_alone_is_merged_from_nothing(run, tmp_path):
+    folder = export(run, "base", "merged", tmp_path / "out")
+    convert(str(folder), str(tmp_path / "again"))
+    found = flat(load_model(tmp_path / "again", LORA, dtype=jnp.float32).base)
+    for name, array in flat(model_of(run).base).items():
+        np.testing.assert_allclose(found[name], array, rtol=2**-7, atol=1e-6)
 
 
 def test_what_cannot_be_exported_is_told_and_nothing_is_left(run, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     for stage, output, words in (
-        ("sdpo", "out", "train the stage first"),
         ("base", "out", "--stage: found 'base'"),
         ("sft", "full", "found something in"),
     ):

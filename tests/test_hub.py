@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from tiny import hf_folder
 
-from sdpo_jax.hub import is_hub_name
+from sdpo_jax.errors import InputError
+from sdpo_jax.hub import hub_folder, is_hub_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,3 +55,12 @@ def test_a_folder_that_is_there_is_no_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert not is_hub_name("org/name")
+
+
+def test_a_download_that_breaks_is_one_line(monkeypatch):
+    def breaks(*args, **kwargs):
+        raise RuntimeError("the connection was cut")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", breaks)
+    with pytest.raises(InputError, match=r"org/name.*the connection was cut"):
+        hub_folder("org/name@main")

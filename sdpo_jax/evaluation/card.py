@@ -5,37 +5,54 @@ from types import SimpleNamespace
 
 from huggingface_hub import ModelCardData
 
+from sdpo_jax.data import prompts
+from sdpo_jax.data.prepared import fingerprint
 from sdpo_jax.data.prepared import read_meta as read_dataset_meta
 from sdpo_jax.evaluation.results import read_results
+from sdpo_jax.hub import is_hub_name, name_and_revision
 from sdpo_jax.model_folder import read_meta
-from sdpo_jax.workdir import stage_result
+from sdpo_jax.workdir import same, stage_result
+
+METHODS = {
+    "base": "the base model, not trained here",
+    "sft": "SFT with sdpo_jax",
+    "sdpo": "S-DPO (softmax DPO, arXiv 2406.09215) with sdpo_jax",
+}
 
 
 def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
     """Markdown with the Hub's header; `form` is "peft" or "merged"."""
     c, meta = run.config, read_meta(Path(run.config.model))
     data = read_dataset_meta(Path(c.dataset))
+    templates = prompts.templates_of(data["domain"], c.prompt_file)
+    base, _ = name_and_revision(meta["source"])
     header = ModelCardData(
-        base_model=meta["source"],
+        base_model=base if is_hub_name(base) else None,
         library_name="peft" if form == "peft" else "transformers",
         pipeline_tag="text-generation",
         tags=["recommendation", "S-DPO", "lora"],
     )
-    method = "S-DPO (softmax DPO, arXiv 2406.09215)" if stage == "sdpo" else "SFT"
+    same(run, "dataset", c.dataset, fingerprint(Path(c.dataset)))
+    same(run, "prompts", c.prompt_file or "built-in", prompts.fingerprint(templates))
     lines = [
         f"---\n{header.to_yaml()}\n---",
-        f"# {Path(c.dataset).parent.name or 'Recommender'}: {method}",
+        f"# {data.get('dataset', data['domain'])}: {METHODS[stage]}",
         f"A {meta['family']} model of {meta['parameters']:,} parameters that answers with one of "
-        f"the titles it is shown, trained with sdpo_jax.",
+        f"the titles it is shown. Its base: {meta['source']}.",
         "## Training",
         _table(
-            ("stage", f"{stage}, step {step}{_examples(run, stage)}"),
+            ("stage", f"{METHODS[stage]}, step {step}{_examples(run, stage)}"),
             ("negatives, beta", f"{c.num_negatives}, {c.beta}" if stage == "sdpo" else "–"),
+            ("started from", c.lora.init_from or "a fresh adapter"),
             ("LoRA", f"rank {c.lora.rank}, alpha {c.lora.alpha:g}, {', '.join(c.lora.targets)}"),
             ("global batch", c.batch_size),
             ("dtype of products, base", f"{c.dtype}, {c.base_dtype}"),
             ("seed", c.seed),
         ),
+        "## Prompt",
+        "History and candidates take the places in brackets, one title a line; the answer is a "
+        f"title and EOS.{_one_of(len(templates))}",
+        f"```\n{templates[0]}\n```",
         "## Data",
         _table(
             ("domain", data["domain"]),
@@ -47,6 +64,10 @@ def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
         _results(run, stage, step),
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _one_of(count: int) -> str:
+    return f" This is the first of {count} wordings, drawn by example." if count > 1 else ""
 
 
 def _table(*rows: tuple[str, object]) -> str:

@@ -1,4 +1,7 @@
-"""Every key of a run with the paper's value; a data set's file changes only what differs."""
+"""Every key of a run; a data set's file changes only what differs.
+
+[paper] marks the values of the paper and its code.
+"""
 
 import ml_collections
 
@@ -8,45 +11,47 @@ def get_config() -> ml_collections.ConfigDict:
     config.dataset = "runs/data"  # folder written by sdpo_jax.prepare
     config.model = "runs/llama2-7b"  # folder written by sdpo_jax.convert
     config.seed = 0  # of templates, negatives, example order, adapter and dropout
-    config.stages = ("sft", "sdpo")
+    config.stages = ("sft", "sdpo")  # or one of them
     config.prompt_file = ""  # templates in the authors' format; "" = the built-in ones
-    config.max_length = 512  # tokens of prompt and answer; a longer prompt keeps its end
+    config.max_length = 512  # [paper] tokens of prompt and answer; a longer prompt keeps its end
 
-    config.batch_size = 128  # examples a step over all devices; accumulation follows from it
+    config.batch_size = 128  # [paper] examples a step over all devices; accumulation follows
     config.microbatch = 4  # examples a device takes at once
-    config.num_negatives = 3  # K; 1 is DPO
-    config.beta = 1.0
+    config.num_negatives = 3  # [paper] K; 1 is DPO
+    config.beta = 1.0  # [paper] of the rewards
     config.batch_layout = "shared_prefix"  # or "padded": K+1 full rows, the oracle
     config.dtype = "bfloat16"  # of the base and of matrix products; or "float32"
     config.base_dtype = "same"  # how the frozen base is held: bf16, int8, nf4; same = in dtype
-    config.remat = "full"  # computed again backwards: none, cheap, full, least (memory)
+    # What the backward pass computes again, to save memory: none; cheap: what is element-wise;
+    # full: each layer; least: each layer, its MLP in eight pieces.
+    config.remat = "full"
 
     config.sft = ml_collections.ConfigDict()
-    config.sft.epochs = 5
+    config.sft.epochs = 5  # [paper]
     config.sft.max_steps = 0  # 0 = all epochs
-    config.sft.learning_rate = 1e-4
+    config.sft.learning_rate = 1e-4  # at its peak; the paper names only stage 2's
     config.sdpo = ml_collections.ConfigDict()
-    config.sdpo.epochs = 3
-    config.sdpo.max_steps = 0
-    config.sdpo.learning_rate = 1e-5
-    config.warmup = 0.05  # share of the steps
-    config.clip = 0.3  # global gradient norm
-    config.weight_decay = 0.0
+    config.sdpo.epochs = 3  # [paper]
+    config.sdpo.max_steps = 0  # 0 = all epochs
+    config.sdpo.learning_rate = 1e-5  # [paper] at its peak
+    config.warmup = 0.05  # [paper] share of the steps
+    config.clip = 0.3  # [paper] global gradient norm
+    config.weight_decay = 0.0  # of AdamW
 
     config.lora = ml_collections.ConfigDict()
-    config.lora.rank = 8
-    config.lora.alpha = 32.0
-    config.lora.dropout = 0.1
+    config.lora.rank = 8  # [paper]
+    config.lora.alpha = 32.0  # [paper] the adapter counts alpha / rank
+    config.lora.dropout = 0.1  # [paper] on the adapter's input
     # GPT-NeoX has q, k and v as one, adapted where all three are named, and no gate.
     config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
     config.lora.init_from = ""  # a PEFT folder to go on from; "" = a fresh adapter
 
     config.mesh = ml_collections.ConfigDict()
-    config.mesh.data = -1  # one axis may be -1: the rest of the devices
-    config.mesh.fsdp = 1
-    config.mesh.tensor = 1
+    config.mesh.data = -1  # examples apart; one axis may be -1: the rest of the devices
+    config.mesh.fsdp = 1  # examples apart, and the base cut in as many parts
+    config.mesh.tensor = 1  # the base cut within heads and MLP
 
-    config.validation_split = "val"
+    config.validation_split = "val"  # its loss chooses the best step
     config.validation_windows = 0  # that many, evenly spread over the split; 0 = all
     config.log_every = 1  # steps
     config.eval_every = 50  # steps between validations; a checkpoint is written with each

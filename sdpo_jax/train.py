@@ -18,8 +18,9 @@ from ml_collections import config_flags
 from sdpo_jax import sharding, workdir
 from sdpo_jax.data import loader, prompts
 from sdpo_jax.data.prepared import read_dataset
-from sdpo_jax.data.tokens import Encoder
+from sdpo_jax.data.tokens import Encoder, check_titles
 from sdpo_jax.errors import InputError, run_command
+from sdpo_jax.evaluation.decode import MAX_NEW_TOKENS
 from sdpo_jax.model_folder import Model, load_model, load_tokenizer
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import REMAT
@@ -59,7 +60,7 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
     check_length(config, model.config)
     lora = first_adapter(config, model)
     encoder = Encoder(dataset, model.tokenizer, templates, config.seed, config.max_length)
-    encoder.check_titles()
+    check_titles(dataset.titles, model.tokenizer)
     inference = Inference(model, config.batch_layout, mesh, config.microbatch)
     stages = [
         Stage(name, config, run, model, encoder, mesh, inference, stop) for name in config.stages
@@ -211,10 +212,11 @@ def check_batch(config, shards: int) -> None:
 
 def check_length(config, decoder: DecoderConfig) -> None:
     """RoPE of kind `dynamic` changes with the longest text of a batch beyond the model's length."""
-    if decoder.rope.kind == "dynamic" and config.max_length > decoder.rope.positions:
+    room = decoder.rope.positions - MAX_NEW_TOKENS  # evaluation generates after a prompt
+    if decoder.rope.kind == "dynamic" and config.max_length > room:
         raise InputError(
             f"config.max_length is {config.max_length}, this model's dynamic RoPE is the same for "
-            f"all texts up to {decoder.rope.positions}: set --config.max_length to at most that"
+            f"all texts up to {decoder.rope.positions} tokens: set --config.max_length={room}"
         )
 
 
@@ -254,7 +256,8 @@ def announce(config, run: Path, model, encoder: Encoder) -> None:
             f"config.max_length={config.max_length} and lose their beginning"
         )
     if config.stages[0] == "sdpo":
-        print("this run has no SFT stage: S-DPO starts from the base model and refers to it")
+        start = config.lora.init_from or "the base model"
+        print(f"this run has no SFT stage: S-DPO starts from {start} and refers to it")
     window = encoder.window("train", 0)
     print(f"\n--- train example 0 ---\n{encoder.prompt_text('train', 0)}"
           f"{encoder.dataset.titles[window.target]}<eos>\n---\n")  # fmt: skip

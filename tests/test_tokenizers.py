@@ -8,7 +8,7 @@ from conftest import tiny_dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from sdpo_jax.data.prepared import Dataset
-from sdpo_jax.data.tokens import Encoder
+from sdpo_jax.data.tokens import Encoder, check_titles
 from sdpo_jax.errors import InputError
 from sdpo_jax.model_folder import load_tokenizer
 
@@ -77,7 +77,7 @@ def encoder(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_titles_come_back_and_end_in_eos_without_bos(encoder, kind):
     made = encoder(kind)
-    made.check_titles()
+    check_titles(made.dataset.titles, made.tokenizer)
     for item, title in TITLES.items():
         ids = made.answer(item)
         assert ids[-1] == made.tokenizer.eos_token_id and 1 not in ids
@@ -112,15 +112,14 @@ def test_prompt_and_answer_are_joined_as_ids_never_as_text(encoder):
 ])  # fmt: skip
 def test_a_title_of_nothing_or_of_special_tokens_is_told(encoder, title, words):
     with pytest.raises(InputError, match=words) as error:
-        encoder("byte-level", {7: title}).check_titles()
+        check_titles({7: title}, encoder("byte-level").tokenizer)
     assert "item 7" in str(error.value)
 
 
 def test_a_title_that_the_tokenizer_changes_is_told(encoder, tmp_path):
-    made = encoder("byte-level", {7: "Amélie"})
+    encoder("byte-level")
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    made = Encoder(made.dataset, load_tokenizer(tmp_path), ["{history}"], 0, 512)
-    with pytest.raises(InputError, match="item 7: 'Amélie' comes back as 'Amelie'"):
-        made.check_titles()
+    with pytest.raises(InputError, match=r"1 titles .*item 1: 'Amélie' comes back as 'Amelie'"):
+        check_titles({0: "Heat", 1: "Amélie"}, load_tokenizer(tmp_path))

@@ -1,7 +1,7 @@
 """From windows to token ids: prompt and answers are tokenised apart, so sharing is always legal."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -27,6 +27,38 @@ class Example:
     def tokens(self) -> int:
         """How many tokens are fed in all."""
         return len(self.prompt) + self.packed
+
+
+def title_ids(item: int, title: str, tokenizer) -> np.ndarray:
+    """Token ids of a title, no special tokens, then EOS.
+
+    Raises InputError when the title encodes to nothing or to special tokens.
+    """
+    ids = tokenizer(title, add_special_tokens=False).input_ids
+    if not ids or set(ids) & set(tokenizer.all_special_ids):
+        raise InputError(
+            f"item {item}: title {title!r} encodes to {ids}, expected one or more ordinary "
+            "tokens: correct the title in items.jsonl"
+        )
+    return np.array([*ids, tokenizer.eos_token_id], np.int32)
+
+
+def check_titles(titles: Mapping[int, str], tokenizer) -> None:
+    """Raises InputError unless every title gives tokens, and they the title back.
+
+    A title that comes back changed could never be found in what the model generates.
+    """
+    changed = []
+    for item, title in titles.items():
+        ids = title_ids(item, title, tokenizer)[:-1]
+        back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if back.strip() != title.strip():
+            changed.append(f"item {item}: {title!r} comes back as {back!r}")
+    if changed:
+        raise InputError(
+            f"{len(changed)} titles are changed by the model's tokenizer ({changed[0]}): "
+            "correct them in items.jsonl, or use another model"
+        )
 
 
 class Encoder:
@@ -60,36 +92,10 @@ class Encoder:
         )
 
     def answer(self, item: int) -> np.ndarray:
-        """Token ids of an item's title, no special tokens, then EOS.
-
-        Raises InputError when the title encodes to nothing or to special tokens.
-        """
+        """`title_ids` of an item, computed once."""
         if item not in self._answers:
-            title = self.dataset.titles[item]
-            ids = self.tokenizer(title, add_special_tokens=False).input_ids
-            if not ids or set(ids) & set(self.tokenizer.all_special_ids):
-                raise InputError(
-                    f"item {item}: title {title!r} encodes to {ids}, expected one or more ordinary "
-                    "tokens: correct the title in items.jsonl"
-                )
-            self._answers[item] = np.array([*ids, self.tokenizer.eos_token_id], np.int32)
+            self._answers[item] = title_ids(item, self.dataset.titles[item], self.tokenizer)
         return self._answers[item]
-
-    def check_titles(self) -> None:
-        """Raises InputError unless every title gives tokens, and they the title back.
-
-        A title that comes back changed could never be found in what the model generates.
-        """
-        changed = []
-        for item, title in self.dataset.titles.items():
-            back = self.tokenizer.decode(self.answer(item)[:-1], clean_up_tokenization_spaces=False)
-            if back.strip() != title.strip():
-                changed.append(f"item {item}: {title!r} comes back as {back!r}")
-        if changed:
-            raise InputError(
-                f"{len(changed)} titles are changed by the model's tokenizer ({changed[0]}): "
-                "correct them in items.jsonl, or use another model"
-            )
 
     def examples(self, split: str, rows: Sequence[int], items: Sequence[Sequence[int]]):
         """Examples of `rows`, the answers of each being the titles of `items[i]`, in that order."""

@@ -56,7 +56,7 @@ def measure(part: Sequence[str], model: str) -> dict:
         if done.returncode:
             raise InputError(
                 f"benchmarks.{module} {' '.join(arguments)}: found exit status {done.returncode}, "
-                "expected 0: see what it said above; the same command goes on from here"
+                "expected 0: see what it said above"
             )
         return read_json(output)
 
@@ -65,14 +65,21 @@ def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     file = workload.result_file()
     result = read_json(file) if file.exists() else {}
+    failed = []
     for name, part in parts(args.dataset, args.others, args.repeats).items():
         if name in result:
             print(f"{name}: is in {file}; remove it there to measure anew")
             continue
         print(f"\n{name}", flush=True)
-        result[name] = measure(part, args.model)
+        try:
+            result[name] = measure(part, args.model)
+        except InputError as error:
+            failed.append(f"{name} ({error})")
+            continue
         workload.write_result(result, str(file))
     print(f"written to {file}; next: python -m benchmarks.tables --result={file}")
+    if failed:
+        raise InputError(f"not measured: {'; '.join(failed)}: the same command tries them again")
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_an_adapter_trained_by_peft_gives_the_same_loss_here(pairs, name, tmp_pa
     side = OfficialSide(peft.get_peft_model(base, config), checkpointing=False)
     examples = random_examples(np.random.default_rng(3), 3, C, P=20, A=7, V=64)
     rows = padded_rows(examples)
-    optimizer = torch.optim.AdamW(side.parameters, lr=0.02)
+    optimizer = torch.optim.AdamW(side.parameters, lr=0.002)
     for _ in range(5):
         loss_B = side.loss(rows)
         optimizer.zero_grad()
@@ -142,7 +142,7 @@ def test_an_adapter_trained_by_peft_gives_the_same_loss_here(pairs, name, tmp_pa
     side.model.save_pretrained(tmp_path)
     with torch.no_grad():
         theirs = side.loss(rows).numpy()
-    assert theirs.mean() < np.log(C) - 0.01, "the adapter has learnt nothing"
+    assert 0.1 < theirs.mean() < np.log(C) - 0.01, "the adapter has learnt too little or all"
 
     tree = read_adapter(tmp_path, LORA, model.config)
     lora = jax.tree.map(lambda leaf: leaf, model.lora)

@@ -7,8 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from flax.traverse_util import unflatten_dict
+
 from sdpo_jax.errors import InputError
 
+# Keys that runs of an earlier version lack, with the values that mean what those runs did.
+ADDED = {"base_dtype": "same", "lora.init_from": ""}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
@@ -42,7 +46,7 @@ def open_run(workdir: Path, config: dict[str, Any], fingerprints: dict[str, str]
             raise InputError(f"{workdir}: {error.strerror}: choose another --workdir") from error
         return
     stored = _read(path)
-    before = _flat(stored["config"]) | _flat(stored["fingerprints"], "fingerprint of ")
+    before = ADDED | _flat(stored["config"]) | _flat(stored["fingerprints"], "fingerprint of ")
     now = _flat(config) | _flat(fingerprints, "fingerprint of ")
     changed = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
@@ -68,8 +72,11 @@ def read_run(workdir: Path) -> SimpleNamespace:
             "sdpo_jax.train --config=configs/quickstart.py --workdir=DIR"
         )
     stored = _read(path)
+    flat = ADDED | _flat(stored["config"])
     return SimpleNamespace(
-        path=Path(workdir), config=_namespace(stored["config"]), fingerprints=stored["fingerprints"]
+        path=Path(workdir),
+        config=_namespace(unflatten_dict(flat, sep=".")),
+        fingerprints=stored["fingerprints"],
     )
 
 

@@ -65,8 +65,7 @@ def placement(mesh: Mesh):
         shape = variable.shape
         letters = variable.letters.rjust(len(shape), "L")
         axes = [RULES.get(letter) for letter in letters]
-        units = [1] * len(shape)
-        units[-2:-1] = [getattr(variable, "unit", 1)][: len(units[-2:-1])]
+        units = [*[1] * (len(shape) - 2), getattr(variable, "unit", 1), 1][-len(shape) :]
         fits = [
             a if a and n % (mesh.shape[a] * unit) == 0 else None
             for a, n, unit in zip(axes, shape, units, strict=True)

@@ -24,7 +24,7 @@ def test_the_head_width_follows_from_width_and_heads():
     ("rope_parameters", {"partial_rotary_factor": 0.5}), ("hidden_act", "gelu"),
     ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}), ("model_type", "gpt2"),
     ("rope_parameters", {"full_attention": {"rope_type": "default"}}),
-    ("rope_scaling", {"type": "linear"}),
+    ("rope_scaling", {"type": "linear"}), ("rope_scaling", "linear"),
 ])  # fmt: skip
 def test_a_wrong_size_or_an_unknown_feature_is_refused(key, value):
     with pytest.raises(InputError, match=r"config\.json"):
@@ -94,3 +94,9 @@ def test_the_published_models_are_read_as_they_are():
     assert DecoderConfig.from_hf(mistral, "").window == 4096
     read = DecoderConfig.from_hf(json.loads(json.dumps(pythia)), "")
     assert (read.H, read.rotated, read.projections) == (80, 20, ("qkv", "o", "up", "down"))
+
+
+@pytest.mark.parametrize("window", [0, -1, "4096", 2.5])
+def test_a_window_that_is_no_count_is_refused(window):
+    with pytest.raises(InputError, match="sliding_window="):
+        DecoderConfig.from_hf(GOOD | {"model_type": "mistral", "sliding_window": window}, "")

@@ -90,11 +90,14 @@ class DecoderConfig:
             sizes = _sizes(config, family)
             rope = _rope(config, where)
             switches = FAMILIES[family](config, where)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise InputError(
                 f"{where}: sizes missing or wrong ({error!r}): is this a full model?"
             ) from None
-        wrong = [f"{k}={v!r}" for k, v in sizes.items() if type(v) is not int or v < 1]
+        counts = sizes | (
+            {"sliding_window": w} if (w := switches.get("window")) is not None else {}
+        )
+        wrong = [f"{k}={v!r}" for k, v in counts.items() if type(v) is not int or v < 1]
         read = cls(**sizes, family=family, rope=rope, **switches) if not wrong else None
         if read is None or read.N % read.G or read.rotated % 2 or not read.rotated:
             raise InputError(

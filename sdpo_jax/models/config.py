@@ -94,9 +94,8 @@ class DecoderConfig:
             raise InputError(
                 f"{where}: sizes missing or wrong ({error!r}): is this a full model?"
             ) from None
-        counts = sizes | (
-            {"sliding_window": w} if (w := switches.get("window")) is not None else {}
-        )
+        window = switches.get("window")
+        counts = sizes if window is None else sizes | {"sliding_window": window}
         wrong = [f"{k}={v!r}" for k, v in counts.items() if type(v) is not int or v < 1]
         read = cls(**sizes, family=family, rope=rope, **switches) if not wrong else None
         if read is None or read.N % read.G or read.rotated % 2 or not read.rotated:

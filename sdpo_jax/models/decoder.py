@@ -16,7 +16,7 @@ from flax import nnx
 
 from sdpo_jax.models import llama, neox
 from sdpo_jax.models.config import DecoderConfig
-from sdpo_jax.models.lora import Frozen, LinearOptions, LoraConfig
+from sdpo_jax.models.lora import Frozen, LinearOptions, LoraConfig, fold_in
 from sdpo_jax.models.product import product
 from sdpo_jax.models.rope import rotary
 
@@ -38,18 +38,18 @@ PIECES = 8  # of a row's tokens, whose number is a multiple of 8 (`sdpo_jax.data
 Attention = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
-def at_once(mlp, x_BTD: jax.Array, dropout_key) -> jax.Array:
-    return mlp(x_BTD, dropout_key)
+def at_once(mlp, x_BTD: jax.Array, dropout_keys_R) -> jax.Array:
+    return mlp(x_BTD, dropout_keys_R)
 
 
-def piece_by_piece(mlp, x_BTD: jax.Array, dropout_key) -> jax.Array:
+def piece_by_piece(mlp, x_BTD: jax.Array, dropout_keys_R) -> jax.Array:
     """The same for up to PIECES equal runs of tokens, one after the other, forth and back."""
     B, T, D = x_BTD.shape
     pieces = math.gcd(T, PIECES)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def piece(x_BTD, i):
-        return mlp(x_BTD, None if dropout_key is None else jax.random.fold_in(dropout_key, i))
+        return mlp(x_BTD, fold_in(dropout_keys_R, i))
 
     x_XBTD = x_BTD.reshape(B, pieces, T // pieces, D).swapaxes(0, 1)
     out_XBTD = jax.lax.map(lambda xs: piece(*xs), (x_XBTD, jnp.arange(pieces)))
@@ -79,7 +79,9 @@ class Decoder(nnx.Module):
         if not config.tied:
             self.head = Frozen(table(config.D, config.V), letters="DV")
 
-    def __call__(self, tokens_BT, positions_BT, attention: Attention, cache=None, dropout_key=None):
+    def __call__(
+        self, tokens_BT, positions_BT, attention: Attention, cache=None, dropout_keys_R=None
+    ):
         """Hidden states after the final norm, [B, T, D], and what `attention` kept, stacked over L.
 
         Args:
@@ -87,7 +89,7 @@ class Decoder(nnx.Module):
           positions_BT: int32 positions for RoPE.
           attention: see `Attention`; it holds the masks.
           cache: pytree with leading axis L handed to `attention` layer by layer, or None.
-          dropout_key: key of LoRA's dropout, or None for none.
+          dropout_keys_R: keys of LoRA's dropout, one a row of tokens, or None for none.
         """
         angles = rotary(positions_BT, self.config)
         mlp = piece_by_piece if self.remat == "least" else at_once
@@ -95,8 +97,8 @@ class Decoder(nnx.Module):
 
         def body(x_BTD, scanned):
             state, cache, i = scanned
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-            return nnx.merge(graphdef, state)(x_BTD, angles, attention, mlp, cache, key)
+            keys_R = fold_in(dropout_keys_R, i)
+            return nnx.merge(graphdef, state)(x_BTD, angles, attention, mlp, cache, keys_R)
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)

@@ -19,6 +19,8 @@ answer token and on no other: the last prompt token predicts the first token of 
 EOS is a target, never an input.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -145,8 +147,11 @@ class Rows:
         return x_RX.reshape(*self.grid, *x_RT.shape[2:])
 
 
-def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_key=None) -> jax.Array:
-    """Sequence log-probs `logp_BC` in nats, each prompt computed once."""
+def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_keys_R=None) -> jax.Array:
+    """Sequence log-probs `logp_BC` in nats, each prompt computed once.
+
+    `dropout_keys_R`: one key a row of `slot_RT`, or None for no dropout.
+    """
     window = decoder.config.window
     packed = PackedAnswers(batch, window)
     mask_BP = batch["prompt_mask_BP"]
@@ -161,12 +166,12 @@ def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_key=None) -> jax.
 
     tokens_RT = rows.pack(jnp.concatenate([batch["prompt_BP"], packed.tokens_BS], 1))
     positions_RT = rows.pack(jnp.concatenate([prompt_positions(mask_BP), packed.positions_BS], 1))
-    hidden_RTD, _ = decoder(tokens_RT, positions_RT, attention, None, dropout_key)
+    hidden_RTD, _ = decoder(tokens_RT, positions_RT, attention, None, dropout_keys_R)
     hidden_BXD = rows.spread(hidden_RTD)
     return packed.logp(decoder, hidden_BXD[:, P - 1], hidden_BXD[:, P:], batch)
 
 
-def padded_hidden(decoder: Decoder, batch: Batch, dropout_key=None):
+def padded_hidden(decoder: Decoder, batch: Batch, dropout_keys_R=None):
     """C full rows a prompt, R = B*C: their hidden states, and the answers with their mask.
 
     Returns hidden_RTD, answers_RA, answers_mask_RA; the last A of the T = P+A-1 places predict the
@@ -183,13 +188,16 @@ def padded_hidden(decoder: Decoder, batch: Batch, dropout_key=None):
     def attention(q, k, v, cache):
         return attend_causal(q, k, v, mask_RT, decoder.dtype, decoder.config.window), None
 
-    hidden_RTD, _ = decoder(tokens_RT, prompt_positions(mask_RT), attention, None, dropout_key)
+    if dropout_keys_R is not None:
+        split = functools.partial(jax.random.split, num=B * C // len(dropout_keys_R))
+        dropout_keys_R = jax.vmap(split)(dropout_keys_R).reshape(-1)
+    hidden_RTD, _ = decoder(tokens_RT, prompt_positions(mask_RT), attention, None, dropout_keys_R)
     return hidden_RTD, answers_RA, answers_mask_RA
 
 
-def padded_logp(decoder: Decoder, batch: Batch, dropout_key=None) -> jax.Array:
+def padded_logp(decoder: Decoder, batch: Batch, dropout_keys_R=None) -> jax.Array:
     """The same `logp_BC` from C full rows a prompt: K+1 times the prompt's work, and the oracle."""
-    hidden_RTD, answers_RA, answers_mask_RA = padded_hidden(decoder, batch, dropout_key)
+    hidden_RTD, answers_RA, answers_mask_RA = padded_hidden(decoder, batch, dropout_keys_R)
     A = answers_RA.shape[1]
     place_RA = jnp.broadcast_to(jnp.arange(A), answers_RA.shape)
     logp_RA = _token_logp(decoder.logits(hidden_RTD[:, -A:]), place_RA, answers_RA)

@@ -49,10 +49,10 @@ def sdpo_objective(logp_BC: jax.Array, batch: Batch, *, beta: float):
 
 
 def make_logp(graphdef: nnx.GraphDef, layout: str):
-    """`logp(lora, base, batch, dropout_key=None) -> logp_BC`, float32 nats."""
+    """`logp(lora, base, batch, dropout_keys_R=None) -> logp_BC`, float32 nats."""
 
-    def logp(lora, base, batch, dropout_key=None):
-        return LAYOUTS[layout](nnx.merge(graphdef, lora, base), batch, dropout_key)
+    def logp(lora, base, batch, dropout_keys_R=None):
+        return LAYOUTS[layout](nnx.merge(graphdef, lora, base), batch, dropout_keys_R)
 
     return logp
 
@@ -65,17 +65,19 @@ def make_train_step(logp, objective: Objective, optimizer: optax.GradientTransfo
     the mean over all its examples however it is cut into microbatches and devices.
     """
 
-    def loss(lora, base, batch, key):
-        loss_B, metrics = objective(logp(lora, base, batch, key), batch)
+    def loss(lora, base, batch, keys_R):
+        loss_B, metrics = objective(logp(lora, base, batch, keys_R), batch)
         metrics = {"loss": loss_B, **metrics}
         return loss_B.mean(), {name: value.mean() for name, value in metrics.items()}
 
     def microbatch_gradient(state: TrainState, base, batch, index):
-        key = dropout_key
-        if key is not None:
-            key = jax.random.fold_in(jax.random.fold_in(key, state.step), index)
+        R, keys_R = batch["slot_RT"].shape[0], None
+        if dropout_key is not None:
+            # By the row's number in the global batch, so that devices do not change the draw.
+            key, rows = jax.random.fold_in(dropout_key, state.step), index * R + jnp.arange(R)
+            keys_R = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
-            state.lora, base, batch, key
+            state.lora, base, batch, keys_R
         )
         return gradient, metrics
 

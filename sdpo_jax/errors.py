@@ -23,6 +23,8 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
     """
 
     def guarded(argv: Sequence[str]) -> None:
+        for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding still shows titles
+            stream.reconfigure(errors="backslashreplace")
         if not flags.FLAGS["verbosity"].present:
             # absl shows INFO by default, and Orbax writes thirty such lines a checkpoint.
             logging.set_verbosity(logging.WARNING)

@@ -9,6 +9,8 @@ width · V vocabulary · R LoRA rank · M microbatch.
 """
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sdpo_jax.errors import InputError
@@ -43,6 +45,30 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 def data_shards(mesh: Mesh) -> int:
     """Over how many shards the examples of a batch lie."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def local_shards(mesh: Mesh) -> list[int]:
+    """The data shards of which this process has devices: the part of a batch that it must make."""
+    owners = mesh.devices.reshape(data_shards(mesh), -1)
+    here = jax.process_index()
+    return [i for i, part in enumerate(owners) if any(d.process_index == here for d in part)]
+
+
+def put(batch: dict[str, np.ndarray], placed: NamedSharding) -> dict[str, jax.Array]:
+    """Each process's rows of a batch, onto the devices of all."""
+    return {name: jax.make_array_from_process_local_data(placed, x) for name, x in batch.items()}
+
+
+def put_whole(x: np.ndarray, placed: NamedSharding) -> jax.Array:
+    """An array that every process holds whole."""
+    return jax.make_array_from_callback(x.shape, placed, x.__getitem__)
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """The whole array on every host, wherever its shards lie; all processes must ask."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

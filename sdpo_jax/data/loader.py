@@ -140,6 +140,7 @@ def batches(
     start: int = 0,
     rows: int = 1,
     limit: int = MAX_SHAPES,
+    own: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Collated batches from number `start` on, made ahead of time by grain's threads.
 
@@ -149,10 +150,17 @@ def batches(
       start: the first batch's number, for going on after a restart.
       rows: in how many rows of tokens a batch lies.
       limit: how many distinct shapes there may be.
+      own: the rows that this process makes; None: all. Shapes follow from the whole batch.
     """
     shapes = choose_shapes(examples, rows, limit)
-    source = grain.MapDataset.range(start, len(examples)).map(
-        lambda i: collate(examples[i], shapes[i], rows) | (extra[i] if extra else {})
-    )
+    chosen = range(rows) if own is None else own
+
+    def make(i: int) -> dict[str, np.ndarray]:
+        size = len(examples[i]) // rows
+        places = [row * size + place for row in chosen for place in range(size)]
+        batch = collate([examples[i][place] for place in places], shapes[i], len(chosen))
+        return batch | {name: x[places] for name, x in (extra[i] if extra else {}).items()}
+
+    source = grain.MapDataset.range(start, len(examples)).map(make)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     return iter(source.to_iter_dataset(options))

@@ -15,13 +15,14 @@ import jax
 import numpy as np
 
 from sdpo_jax.data.tokens import Example
+from sdpo_jax.sharding import fetch
 
 
 def fingerprint(base: str, lora: Any, examples: Sequence[Example], settings: Mapping) -> str:
     """SHA-256 over base, adapter, tokens and the settings that change log-probs."""
     digest = hashlib.sha256(json.dumps([base, dict(settings)], sort_keys=True).encode())
     for leaf in jax.tree.leaves(lora):
-        digest.update(np.asarray(leaf).tobytes())
+        digest.update(fetch(leaf).tobytes())
     for example in examples:
         for ids in (example.prompt, *example.answers):
             digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# N processes on this machine that are one training, each with its share of the GPUs, or of CPU.
+#
+#   launch/local.sh N --config=configs/quickstart.py:smoke --workdir=runs/smoke
+#
+# On one machine a single process with all GPUs (launch/gpu.sh) is as fast; this is the way to try
+# a run of many hosts before there are any. Ctrl-C and SIGTERM save and stop all. When one process
+# dies, the others are ended GRACE seconds later: the same command goes on from the last checkpoint.
+#
+#   PYTHON       the interpreter (python)
+#   CPU_DEVICES  simulated devices of each process, on a machine without GPUs (1)
+#   GRACE        seconds (10)
+set -euo pipefail
+
+if [[ ! ${1:-} =~ ^[1-9][0-9]*$ ]]; then
+  echo "error: launch/local.sh: found '${1:-}', expected the number of processes: launch/local.sh N --config=…" >&2
+  exit 2
+fi
+processes=$1
+shift
+python=${PYTHON:-python}
+port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+if ((gpus > 0 && gpus % processes)); then
+  echo "error: launch/local.sh: $gpus GPUs do not divide among $processes processes" >&2
+  exit 2
+fi
+
+pids=()
+stopping=0
+trap 'stopping=1; kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
+
+for ((i = 0; i < processes; i++)); do
+  if ((gpus > 0)); then
+    each=$((gpus / processes))
+    CUDA_VISIBLE_DEVICES=$(seq -s, $((i * each)) $(((i + 1) * each - 1)))
+    export CUDA_VISIBLE_DEVICES
+  else
+    export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="${CPU_DEVICES:-1}"
+  fi
+  "$python" -m sdpo_jax.train --coordinator="localhost:$port" --processes="$processes" \
+    --process="$i" "$@" &
+  pids+=($!)
+done
+
+status=0
+while [[ -n $(jobs -pr) ]]; do
+  code=0
+  wait -n || code=$?
+  # A trapped signal ends the wait, but no process.
+  if ((code == 0 || status != 0 || stopping && code > 128)); then
+    continue
+  fi
+  status=$code
+  if ((!stopping && code != 75)); then
+    for ((waited = 0; waited < ${GRACE:-10}; waited++)); do
+      [[ -z $(jobs -pr) ]] || sleep 1
+    done
+    kill -KILL "${pids[@]}" 2>/dev/null || true
+  fi
+done
+exit "$status"

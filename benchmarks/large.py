@@ -25,6 +25,7 @@ from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import REMAT
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.runtime import set_up_jax
+from sdpo_jax.training import throughput
 from sdpo_jax.training.memory import abstract_model
 from sdpo_jax.training.optimizer import make_optimizer
 from sdpo_jax.training.step import (
@@ -39,8 +40,6 @@ SIZES = {
     "7b": (LLAMA2_7B, workload.PROMPT),
     "toy": (DecoderConfig(V=97, L=3, D=16, N=4, G=4, H=4, F=24), 12),
 }
-# Dense bfloat16 FLOP/s, from the vendors' data sheets.
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def random_state(abstract, seed: int):
@@ -85,8 +84,8 @@ def time_step(size: str, remat: str, k: int, batch: int, microbatch: int, repeat
     median = statistics.median(seconds[1:])
     device = jax.devices()[0]
     parameters = sum(x.size for x in jax.tree.leaves(base))
-    flops = 4 * parameters * sum(example.tokens for example in examples)
-    peak = next((v for name, v in PEAK.items() if name in device.device_kind), None)
+    flops = throughput.model_flops(parameters, sum(example.tokens for example in examples))
+    peak = throughput.peak_flops(device, "bfloat16")
     return {
         "size": size, "remat": remat, "k": k, "batch": batch, "microbatch": microbatch,
         "seconds": median, "examples_per_second": batch / median,

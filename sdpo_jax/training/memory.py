@@ -47,10 +47,32 @@ class StepMemory:
         return self.base + self.state + self.batch + self.temporary
 
 
-def step_memory(config: DecoderConfig, lora: LoraConfig, examples: Sequence[Example], *, dtype,
-                remat: str, layout: str, mesh: Mesh,
-                base_dtype: str = "same") -> StepMemory:  # fmt: skip
-    """Compiles the step of one microbatch and reads what it needs.
+@dataclasses.dataclass(frozen=True)
+class LoweredStep:
+    """A step before its compilation; bytes are those on one device."""
+
+    step: jax.stages.Lowered
+    base: int
+    state: int
+    batch: int
+
+
+def step_memory(*args, **settings) -> StepMemory:
+    """Compiles the step of one microbatch and reads what it needs; arguments as `lower_step`."""
+    lowered = lower_step(*args, **settings)
+    started = time.perf_counter()
+    return memory_of(lowered, lowered.step.compile(), time.perf_counter() - started)
+
+
+def memory_of(lowered: LoweredStep, compiled: jax.stages.Compiled, seconds: float) -> StepMemory:
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    return StepMemory(lowered.base, lowered.state, lowered.batch, temporary, seconds)
+
+
+def lower_step(config: DecoderConfig, lora: LoraConfig, examples: Sequence[Example], *, dtype,
+               remat: str, layout: str, mesh: Mesh,
+               base_dtype: str = "same") -> LoweredStep:  # fmt: skip
+    """The step of one microbatch, traced on abstract arrays.
 
     Args:
       config: of the decoder.
@@ -82,16 +104,7 @@ def step_memory(config: DecoderConfig, lora: LoraConfig, examples: Sequence[Exam
     step = make_train_step(make_logp(graphdef, layout), objective, optimizer, placed, mesh)
     batch = abstract_batch(examples, mesh)
     lowered = step.lower(state, base, batch)
-    started = time.perf_counter()
-    compiled = lowered.compile()
-    seconds = time.perf_counter() - started
-    return StepMemory(
-        base=base_bytes,
-        state=_bytes_a_device(state),
-        batch=_bytes_a_device(batch),
-        temporary=compiled.memory_analysis().temp_size_in_bytes,
-        compile_seconds=seconds,
-    )
+    return LoweredStep(lowered, base_bytes, _bytes_a_device(state), _bytes_a_device(batch))
 
 
 def abstract_batch(examples: Sequence[Example], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,21 +1,42 @@
 """What a person sees of a stage, and what goes to the curves."""
 
+import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from sdpo_jax.training import throughput
 from sdpo_jax.training.metrics import MetricsWriter
+
+
+class NotANumber(Exception):
+    """The loss or the gradient of `step` is NaN or infinite."""
+
+    def __init__(self, step: int, values: Mapping[str, float]):
+        self.step = step
+        self.found = ", ".join(f"{name} {value}" for name, value in values.items())
+        super().__init__(f"step {step}: {self.found}")
+
+
+def bar(total: int, done: int, name: str, **settings: Any) -> tqdm:
+    """A bar of examples that process 0 shows."""
+    return tqdm(
+        total=total, initial=done, unit="ex", desc=name, mininterval=1,
+        disable=jax.process_index() > 0, **settings,
+    )  # fmt: skip
 
 
 def progress_bar(batches: Iterable, name: str, total: int, done: int, batch_size: int) -> Iterator:
     """Yields `batches` and shows examples, rate and ETA; `done` of `total` examples came before."""
-    with tqdm(total=total, initial=done, unit="ex", desc=name, mininterval=1) as bar:
+    with bar(total, done, name) as shown:
         for batch in batches:
             yield batch
-            bar.update(min(batch_size, total - bar.n))
+            shown.update(min(batch_size, total - shown.n))
 
 
 def summary(values: Mapping[str, float], prefix: str = "") -> str:
@@ -43,22 +64,35 @@ class Progress:
       batch_size: examples a step.
       log_every: steps whose metrics are averaged into one line.
       schedule: step -> learning rate.
+      parameters: of the model, for its FLOPs.
+      dtype: of products, which decides on the device's peak.
     """
 
     def __init__(self, folder: Path, stage: str, first: int, steps: int, batch_size: int,
-                 log_every: int, schedule: Callable):  # fmt: skip
+                 log_every: int, schedule: Callable, parameters: int, dtype: str):  # fmt: skip
         self._stage, self._done, self._steps = stage, first, steps
         self._batch_size, self._log_every, self._schedule = batch_size, log_every, schedule
-        self._pending: list[dict[str, jax.Array]] = []
-        self._writer = MetricsWriter(folder, stage, first)
-        self._bar = tqdm(
-            total=steps * batch_size, initial=first * batch_size, unit="ex", desc=stage,
-            mininterval=1, smoothing=0.1,
-        )  # fmt: skip
+        self._parameters, self._peak = parameters, throughput.peak_flops(jax.devices()[0], dtype)
+        self._pending: list[dict[str, Any]] = []
+        self._tokens, self._waited, self._since = 0, 0.0, time.perf_counter()
+        self._writer = MetricsWriter(folder, stage, first) if jax.process_index() == 0 else None
+        self._bar = bar(steps * batch_size, first * batch_size, stage, smoothing=0.1)
 
-    def step(self, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of one more step, which may still be running."""
+    def waited_for(self, batches: Iterator) -> Iterator:
+        """Passes `batches` on and counts the seconds that whoever takes them waits."""
+        while True:
+            started = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - started
+            yield batch
+
+    def step(self, metrics: dict[str, jax.Array], tokens: int) -> None:
+        """Takes the metrics of one more step, which may still be running, and its real tokens."""
         self._done += 1
+        self._tokens += tokens
         self._pending.append(metrics)
         if len(self._pending) > 1:
             # One step stays queued, so the device never waits and the bar tells the truth.
@@ -67,13 +101,45 @@ class Progress:
         if self._done % self._log_every == 0 or self._done == self._steps:
             self._log()
 
+    def settle(self) -> None:
+        """Waits for the steps taken; raises NotANumber for the first that went wrong."""
+        self._pending = jax.device_get(self._pending)
+        for step, values in enumerate(self._pending, self._done - len(self._pending) + 1):
+            broken = {k: float(values[k]) for k in ("loss", "grad_norm")
+                      if not np.isfinite(values[k])}  # fmt: skip
+            if broken:
+                raise NotANumber(step, broken)
+
     def _log(self) -> None:
-        values = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(self._pending))
-        self._pending = []
+        self.settle()
+        values = jax.tree.map(lambda *x: float(np.mean(x)), *self._pending)
         values["learning_rate"] = float(self._schedule(self._done - 1))
         values["examples_per_second"] = self._bar.format_dict["rate"] or 0.0
+        values |= self._throughput()
+        self._pending = []
         self._bar.set_postfix_str(summary(values), refresh=False)
         self._write(values)
+
+    def _throughput(self) -> dict[str, float]:
+        """Of the steps since the last line; MFU where the device's peak is known."""
+        seconds, devices = time.perf_counter() - self._since, jax.device_count()
+        values = {
+            "tokens_per_second_per_device": self._tokens / seconds / devices,
+            "input_wait_seconds": self._waited,
+            "peak_memory_gib": throughput.peak_bytes(jax.local_devices()[0]) / 2**30,
+        }
+        if self._peak:
+            flops = throughput.model_flops(self._parameters, self._tokens)
+            values["mfu"] = flops / seconds / devices / self._peak
+        self._tokens, self._waited, self._since = 0, 0.0, time.perf_counter()
+        return values
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile is not counted in the throughput of steps."""
+        started = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - started
 
     def validation(self, values: Mapping[str, float]) -> None:
         """Takes the means over the validation windows after the last step taken."""
@@ -82,8 +148,10 @@ class Progress:
         self._write(values)
 
     def _write(self, values: Mapping[str, float]) -> None:
-        self._writer.write(self._done, self._done * self._batch_size, values)
+        if self._writer:
+            self._writer.write(self._done, self._done * self._batch_size, values)
 
     def close(self) -> None:
         self._bar.close()
-        self._writer.close()
+        if self._writer:
+            self._writer.close()

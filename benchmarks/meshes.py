@@ -1,0 +1,161 @@
+"""What a step of Llama2-7B shape holds on each device of a mesh, and what it sends to others.
+
+    python -m benchmarks.meshes --devices=8,64,256 --output=FILE.json
+
+The step is compiled on abstract arrays for as many simulated devices; nothing is run. A collective
+is counted as often as the loops around it turn; its bytes are those of its result on one device.
+"""
+
+import collections
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from benchmarks import workload
+from benchmarks.memory import LLAMA2_7B
+from sdpo_jax import sharding
+from sdpo_jax.errors import InputError, run_command
+from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.models.weights import read_json
+from sdpo_jax.training.memory import lower_step, memory_of
+
+# data, fsdp, tensor
+MESHES = {
+    4: ((4, 1, 1), (1, 4, 1)),
+    8: ((8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4)),
+    64: ((1, 64, 1), (8, 8, 1), (4, 8, 2)),
+    256: ((1, 256, 1), (32, 8, 1), (16, 8, 2)),
+}
+SIZES = {
+    "7b": (LLAMA2_7B, workload.PROMPT),
+    "70b": (DecoderConfig(V=32000, L=80, D=8192, N=64, G=8, H=128, F=28672), workload.PROMPT),
+    "toy": (DecoderConfig(V=96, L=3, D=64, N=8, G=8, H=8, F=96), 12),
+}
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_CALL = re.compile(r"(?:to_apply|body|calls|true_computation|false_computation)=%?([\w.\-]+)")
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+def collectives(text: str) -> list[dict]:
+    """Of a compiled program: kind, bytes, turns, and whether it lies in a loop, of each."""
+    bodies = _computations(text)
+    return list(_walk(bodies, next(name for name in bodies if name.startswith("ENTRY ")), 1, 0))
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    bodies: dict[str, list[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+            name = (head[1] or "") + head[2]
+            bodies[name] = []
+        elif name and line.startswith(" "):
+            bodies[name].append(line)
+    return bodies
+
+
+def _walk(bodies: dict[str, list[str]], name: str, turns: int, depth: int) -> Iterator[dict]:
+    for line in bodies.get(name, ()):
+        kind = next((k for k in KINDS if f" {k}(" in line or f" {k}-start(" in line), None)
+        if kind:
+            result = line.partition(" = ")[2].partition(f" {kind}")[0]
+            yield {"kind": kind, "bytes": _bytes(result), "turns": turns, "depth": depth,
+                   "of": _origin(line)}  # fmt: skip
+        elif called := _CALL.search(line):
+            loop = " while(" in line
+            inner = turns * int(found[1]) if loop and (found := _TURNS.search(line)) else turns
+            yield from _walk(bodies, called[1], inner, depth + loop)
+
+
+def _bytes(result: str) -> int:
+    total = 0
+    for dtype, sizes in _SHAPE.findall(result):
+        count = 1
+        for size in filter(None, sizes.split(",")):
+            count *= int(size)
+        total += count * _BYTES.get(dtype, 4)
+    return total
+
+
+def _origin(line: str) -> str:
+    found = re.search(r'op_name="([^"]*)"', line)
+    return found[1] if found else ""
+
+
+def compile_mesh(shape: Sequence[int], size: str, microbatch: int, remat: str) -> dict:
+    """One row: bytes a device, and collectives by kind, in the layers' loop and outside."""
+    config, prompt = SIZES[size]
+    mesh = sharding.make_mesh(*shape)
+    examples = workload.equal_examples(microbatch * sharding.data_shards(mesh), 3, prompt)
+    lowered = lower_step(
+        config, LoraConfig(), examples, dtype="bfloat16", remat=remat, layout="shared_prefix",
+        mesh=mesh,
+    )  # fmt: skip
+    started = time.perf_counter()
+    compiled = lowered.step.compile()
+    seconds = time.perf_counter() - started
+    found: dict[str, dict] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
+    for one in collectives(compiled.as_text()):
+        key = f"{one['kind']} {'in the layers' if one['depth'] else 'once'}"
+        found[key]["count"] += one["turns"]
+        found[key]["bytes"] += one["turns"] * one["bytes"]
+    memory = memory_of(lowered, compiled, seconds)
+    return {
+        "mesh": list(shape), "microbatch": microbatch, "remat": remat, "total": memory.total,
+        "base": memory.base, "temporary": memory.temporary, "compile_seconds": seconds,
+        "collectives": dict(found),
+    }  # fmt: skip
+
+
+def on_devices(count: int, size: str, microbatch: int, remat: str) -> list[dict]:
+    """Rows of all meshes of `count` devices, from a process that has so many."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "rows.json"
+        command = [
+            sys.executable, "-m", "benchmarks.meshes", f"--devices={count}", f"--size={size}",
+            f"--microbatch={microbatch}", f"--remat={remat}", f"--output={output}", "--here",
+        ]  # fmt: skip
+        settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)}
+        done = subprocess.run(command, env=os.environ | settings, check=False)
+        if done.returncode:
+            raise InputError(f"{count} devices: the process ended with {done.returncode}")
+        return read_json(output)["rows"]
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    jax.config.update("jax_enable_compilation_cache", False)
+    rows = []
+    for count in map(int, args.devices):
+        if not args.here:
+            rows += on_devices(count, args.size, args.microbatch, args.remat)
+            continue
+        for shape in MESHES[count]:
+            row = compile_mesh(shape, args.size, args.microbatch, args.remat)
+            rows.append(row)
+            gib = {key: f"{row[key] / 2**30:.2f}" for key in ("base", "temporary", "total")}
+            print(f"mesh {shape}, GiB a device: {gib}", flush=True)
+            for name, of in sorted(row["collectives"].items()):
+                print(f"    {name:36} {of['count']:5}  {of['bytes'] / 2**20:10.1f} MiB", flush=True)
+    workload.write_result({**workload.environment(), "rows": rows}, args.output)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("devices", ["8", "64", "256"], "how many")
+    flags.DEFINE_enum("size", "7b", list(SIZES), "of the model")
+    flags.DEFINE_integer("microbatch", 4, "examples a device", lower_bound=1)
+    flags.DEFINE_string("remat", "full", "what the backward pass computes again")
+    flags.DEFINE_bool("here", False, "this process has the devices")
+    flags.DEFINE_string("output", "", "JSON file; default: printed")
+    run_command(main)

@@ -51,11 +51,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh.fsdp = 1  # examples apart, and the base cut in as many parts
     config.mesh.tensor = 1  # the base cut within heads and MLP
 
-    config.validation_split = "val"  # its loss chooses the best step
+    config.distributed = ml_collections.ConfigDict()  # of a run of several processes
+    config.distributed.start_seconds = 300  # how long each waits for the others
+    config.distributed.heartbeat_seconds = 100  # after so long without a sign of one, all end
+
+    config.validation_split = "val"  # on which the best step is chosen
+    # Or a decoder, greedy, trie or score: its HR@1 in `evaluate --follow --split=<the one above>`,
+    # a job beside this one, for which each stage then waits at its end.
+    config.best_by = "loss"
     config.validation_windows = 0  # that many, evenly spread over the split; 0 = all
     config.log_every = 1  # steps
     config.eval_every = 50  # steps between validations; a checkpoint is written with each
     config.checkpoint_every = 50  # steps
+    config.profile_steps = 0  # steps of each stage traced by jax.profiler into workdir/profile
     return config
 
 

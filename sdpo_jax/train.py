@@ -3,10 +3,13 @@
 python -m sdpo_jax.train --config=configs/lastfm.py --workdir=runs/lastfm/run
 
 Any key of the config can be given as --config.key=value. The same command goes on where it was
-stopped.
+stopped. Several processes that run it are one training: see launch/.
 """
 
+import contextlib
 import hashlib
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.data.tokens import Encoder, check_titles
 from sdpo_jax.errors import InputError, run_command
 from sdpo_jax.evaluation.decode import MAX_NEW_TOKENS
+from sdpo_jax.evaluation.results import DECODERS
 from sdpo_jax.model_folder import Model, load_model, load_tokenizer
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import REMAT
@@ -29,9 +33,9 @@ from sdpo_jax.models.peft import TENSORS, read_adapter
 from sdpo_jax.models.quantize import BASE_DTYPES
 from sdpo_jax.models.weights import read_json
 from sdpo_jax.objectives.logprobs import LAYOUTS
-from sdpo_jax.runtime import set_up_jax
+from sdpo_jax.runtime import Interrupted, StopSignal, first_process, join_processes, set_up_jax
 from sdpo_jax.training import memory
-from sdpo_jax.training.stage import Inference, Interrupted, Stage, StopSignal, encode
+from sdpo_jax.training.stage import Inference, Stage, encode
 
 STAGES = ("sft", "sdpo")
 DTYPES = ("float32", "bfloat16")
@@ -72,10 +76,17 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
         "model": model.meta["sha256"],
         "prompts": prompts.fingerprint(templates),
     }
-    workdir.open_run(run, config.to_dict(), fingerprints)
-    announce(config, run, model, encoder)
-    for stage in stages:
-        lora = stage.run(lora)
+    with contextlib.ExitStack() as held:
+
+        def open_run() -> None:
+            workdir.check_run(run, config.to_dict(), fingerprints)  # before a lock is written
+            held.enter_context(workdir.locked(run))
+            workdir.open_run(run, config.to_dict(), fingerprints)
+
+        first_process(open_run)
+        announce(config, run, model, encoder)
+        for stage in stages:
+            lora = stage.run(lora)
     print(
         f"next: python -m sdpo_jax.evaluate --workdir={run} "
         f"--stage=base,{','.join(config.stages)} --decoder=greedy,score\n"
@@ -126,7 +137,9 @@ def first_adapter(config, model: Model):
     folder = Path(config.lora.init_from)
     tree = read_adapter(folder, LoraConfig.of(config.lora), model.config)
     placed = jax.tree.map(
-        lambda found, fresh: jax.device_put(found, fresh.sharding), tree, to_pure_dict(model.lora)
+        lambda found, fresh: sharding.put_whole(found, fresh.sharding),
+        tree,
+        to_pure_dict(model.lora),
     )
     lora = jax.tree.map(lambda leaf: leaf, model.lora)
     replace_by_pure_dict(lora, placed)
@@ -147,6 +160,7 @@ def check(config) -> None:
         ("remat", REMAT),
         ("dtype", DTYPES),
         ("base_dtype", BASE_DTYPES),
+        ("best_by", ("loss", *DECODERS)),
     ):
         if config[key] not in known:
             raise InputError(f"config.{key} is {config[key]!r}, expected one of {', '.join(known)}")
@@ -158,11 +172,13 @@ def check(config) -> None:
             )
     positive = ["batch_size", "microbatch", "num_negatives", "beta", "max_length", "log_every",
                 "eval_every", "checkpoint_every", "clip", "lora.rank", "lora.alpha",
-                "sft.epochs", "sdpo.epochs", "sft.learning_rate", "sdpo.learning_rate"]  # fmt: skip
+                "sft.epochs", "sdpo.epochs", "sft.learning_rate", "sdpo.learning_rate",
+                "distributed.start_seconds", "distributed.heartbeat_seconds"]  # fmt: skip
     for key in positive:
         if not value_of(config, key) > 0:
             raise InputError(f"config.{key} is {value_of(config, key)}, expected more than 0")
-    for key in ("sft.max_steps", "sdpo.max_steps", "validation_windows", "seed", "weight_decay"):
+    for key in ("sft.max_steps", "sdpo.max_steps", "validation_windows", "seed", "weight_decay",
+                "profile_steps"):  # fmt: skip
         if not value_of(config, key) >= 0:
             raise InputError(f"config.{key} is {value_of(config, key)}, expected 0 or more")
     for key in ("warmup", "lora.dropout"):
@@ -246,7 +262,8 @@ def announce(config, run: Path, model, encoder: Encoder) -> None:
     targets = LoraConfig.of(config.lora).on(model.config.projections).targets
     print(config)
     print(
-        f"{jax.device_count()} {jax.devices()[0].platform} device(s); {model.meta['family']} base "
+        f"{jax.device_count()} {jax.devices()[0].device_kind} device(s) in {jax.process_count()} "
+        f"process(es), {jax.local_device_count()} of them in this; {model.meta['family']} base "
         f"of {model.meta['parameters']:,} parameters (frozen, {held(config)}), LoRA {count:,} on "
         f"{', '.join(targets)}; run in {run}"
     )
@@ -278,15 +295,23 @@ def main(argv: Sequence[str]) -> None:
     if args.explain:
         explain(args.config, experiment)
         return
+    join_processes(
+        args.coordinator, args.processes, args.process, **args.config.distributed.to_dict()
+    )
     try:
         train(args.config, run, StopSignal(), experiment)
     except Interrupted:
         print(f"stopped and saved in {run}: the same command goes on from there")
+        sys.exit(os.EX_TEMPFAIL)  # for schedulers: not finished, try again
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "config file, with :argument", lock_config=True)
     flags.DEFINE_string("workdir", None, "folder of the run (default: runs/<config's name>/run)")
+    flags.DEFINE_string("coordinator", "", "host:port of process 0 in a run of several; auto: JAX "
+                        "asks the cluster; steps of Slurm and Open MPI need no flag")  # fmt: skip
+    flags.DEFINE_integer("processes", None, "how many processes the run has", lower_bound=1)
+    flags.DEFINE_integer("process", None, "the number of this one, from 0", lower_bound=0)
     flags.DEFINE_bool("explain", False, "only say what a step needs of a device's memory")
     flags.mark_flag_as_required("config")
     run_command(main)

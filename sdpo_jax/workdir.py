@@ -1,7 +1,10 @@
 """One workdir is one run: its config, what it was made from, and which stages are finished."""
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +15,10 @@ from flax.traverse_util import unflatten_dict
 from sdpo_jax.errors import InputError
 
 # Keys that runs of an earlier version lack, with the values that mean what those runs did.
-ADDED = {"base_dtype": "same", "lora.init_from": ""}
+ADDED = {"base_dtype": "same", "lora.init_from": "", "best_by": "loss"}
+# Keys that may change when a run goes on: the numbers that it computes do not depend on them.
+FREE = ("mesh.", "distributed.", "profile_steps")
+LOCK = ".lock"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
@@ -28,36 +34,69 @@ def open_run(workdir: Path, config: dict[str, Any], fingerprints: dict[str, str]
     """Starts a run in `workdir`, or checks that what is there is this very run.
 
     Raises:
-      InputError: the workdir holds a run with another config, data set or model, naming the keys.
+      InputError: what `check_run` raises, or the folder cannot be written.
     """
+    check_run(workdir, config, fingerprints)
     path = workdir / "config.json"
-    config = json.loads(json.dumps(config))  # tuples become lists, as they are when read back
     if not path.exists():
-        if workdir.exists() and any(workdir.iterdir()):
-            raise InputError(
-                f"{workdir}: not empty and without config.json, so not a run: choose another "
-                "--workdir"
-            )
         versions = {name: version(name) for name in PACKAGES}
         content = {"config": config, "fingerprints": fingerprints, "versions": versions}
         try:
             write_json(path, content)
         except OSError as error:
-            raise InputError(f"{workdir}: {error.strerror}: choose another --workdir") from error
+            raise _not_writable(workdir, error) from error
+
+
+def check_run(workdir: Path, config: dict[str, Any], fingerprints: dict[str, str]) -> None:
+    """Raises InputError where `workdir` holds anything but this run, naming the keys."""
+    path = workdir / "config.json"
+    if not path.exists():
+        if workdir.exists() and set(os.listdir(workdir)) - {LOCK}:
+            raise InputError(
+                f"{workdir}: not empty and without config.json, so not a run: choose another "
+                "--workdir"
+            )
         return
+    config = json.loads(json.dumps(config))  # tuples become lists, as they are when read back
     stored = _read(path)
     before = ADDED | _flat(stored["config"]) | _flat(stored["fingerprints"], "fingerprint of ")
     now = _flat(config) | _flat(fingerprints, "fingerprint of ")
     changed = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(before | now)
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and not key.startswith(FREE)
     ]
     if changed:
         raise InputError(
             f"{workdir}: holds a run with another config ({'; '.join(changed)}): give the old "
             "values to go on, or another --workdir to start anew"
         )
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other trainers out of `workdir`; the system ends the lock with the process.
+
+    Raises InputError where another holds it, or the folder cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / LOCK, "w", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise _not_writable(workdir, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{workdir}: another process is training in it: wait for its end, or choose "
+                "another --workdir"
+            ) from error
+        yield
+
+
+def _not_writable(workdir: Path, error: OSError) -> InputError:
+    return InputError(f"{workdir}: {error.strerror}: choose another --workdir")
 
 
 def read_run(workdir: Path) -> SimpleNamespace:

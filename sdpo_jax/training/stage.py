@@ -6,7 +6,6 @@ reference's log-probs.
 
 import functools
 import itertools
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,10 +19,11 @@ from sdpo_jax import sharding
 from sdpo_jax.data import loader
 from sdpo_jax.data.tokens import Encoder, Example, training_items
 from sdpo_jax.errors import InputError
-from sdpo_jax.training import reference
+from sdpo_jax.runtime import Interrupted, StopSignal, first_process
+from sdpo_jax.training import reference, selection
 from sdpo_jax.training.checkpoint import Checkpoints
 from sdpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from sdpo_jax.training.progress import Progress, progress_bar
+from sdpo_jax.training.progress import NotANumber, Progress, progress_bar
 from sdpo_jax.training.step import (
     Objective,
     TrainState,
@@ -34,30 +34,11 @@ from sdpo_jax.training.step import (
     sft_objective,
     state_shardings,
 )  # fmt: skip
-from sdpo_jax.workdir import stage_result, write_stage_result
+from sdpo_jax.training.throughput import traced
+from sdpo_jax.workdir import stage_result, write_json, write_stage_result
 
 COMPILATION_IN_STEPS = 8  # roughly what a compilation costs; short runs use fewer shapes
 SAVE_SECONDS = 300.0  # between two copies on disk of a reference pass in progress
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM came, and all that was done is on disk."""
-
-
-class StopSignal:
-    """Notes SIGINT and SIGTERM, so that the loop can end between two steps."""
-
-    def __init__(self):
-        self.received = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame):
-        self.received = True
-
-    def check(self) -> None:
-        if self.received:
-            raise Interrupted
 
 
 class Inference:
@@ -92,18 +73,20 @@ class Inference:
         out = np.full(shape, np.nan, np.float32) if known_NC is None else known_NC
         first = sum(1 for _ in itertools.takewhile(lambda part: np.isfinite(out[part]).all(), cut))
         batches = loader.batches(
-            [[examples[i] for i in part] for part in cut], start=first, rows=self.rows, limit=1
-        )
+            [[examples[i] for i in part] for part in cut], start=first, rows=self.rows, limit=1,
+            own=sharding.local_shards(self.mesh),
+        )  # fmt: skip
         todo = zip(cut[first:], batches, strict=True)
         if name:
             todo = progress_bar(todo, name, len(examples), first * self.batch_size, self.batch_size)
-        placed, saved = sharding.batch_sharding(self.mesh), time.time()
+        placed, saved = sharding.batch_sharding(self.mesh), time.monotonic()
         for part, batch in todo:
-            if stop.received or time.time() - saved > SAVE_SECONDS:
+            if stop.ask() or time.monotonic() - saved > SAVE_SECONDS:
                 save(out)
-                saved = time.time()
+                saved = time.monotonic()
             stop.check()
-            out[part] = jax.device_get(self._logp(lora, self.base, put(batch, placed)))
+            batch = sharding.put(batch, placed)
+            out[part] = jax.device_get(self._logp(lora, self.base, batch))
         return out
 
 
@@ -111,14 +94,6 @@ def dealt(examples, keys: Sequence[int], rows: int) -> list[int]:
     """`keys` in an order in which `rows` equal runs of their examples have nearly equal lengths."""
     order = loader.deal([examples[k].tokens for k in keys], rows)
     return [keys[i] for i in order]
-
-
-def put(batch: dict[str, np.ndarray], placed: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """Host arrays, equal on every process, onto their devices."""
-    return {
-        name: jax.make_array_from_callback(x.shape, placed, x.__getitem__)
-        for name, x in batch.items()
-    }
 
 
 def plan(config, stage: str, rows: int) -> list[int]:
@@ -193,21 +168,26 @@ class Stage:
         }
         return of_row, {"reference_logp_BC": found[1]}
 
-    def batches(self, references: dict[int, dict], start: int) -> Iterator[dict[str, np.ndarray]]:
-        """Global batches [number of microbatches, M, ...] from step `start` on."""
+    @functools.cached_property
+    def cut(self) -> list[list[int]]:
+        """The rows of `train` that each step takes, in order of its rows of tokens."""
         size = self.config.batch_size
-        rows = size // self.config.microbatch
         lengths = {row: len(example.prompt) for row, example in self.train_examples.items()}
         grouped = loader.grouped_batches(self.order, lengths, size, self.config.seed)
-        cut = [dealt(self.train_examples, part, rows) for part in grouped]
+        rows = size // self.config.microbatch
+        return [dealt(self.train_examples, part, rows) for part in grouped]
+
+    def batches(self, references: dict[int, dict], start: int) -> Iterator[dict[str, np.ndarray]]:
+        """Batches [number of microbatches, this process's part of M, ...] from step `start` on."""
         extra = [
             {k: np.stack([references[row][k] for row in part]) for k in references[part[0]]}
-            for part in cut
+            for part in self.cut
         ]
         limit = max(1, min(loader.MAX_SHAPES, self.steps // COMPILATION_IN_STEPS))
-        examples = [[self.train_examples[row] for row in part] for part in cut]
-        count = size // self.inference.batch_size
-        for batch in loader.batches(examples, extra, start, rows, limit):
+        examples = [[self.train_examples[row] for row in part] for part in self.cut]
+        count, shards = self.config.batch_size // self.inference.batch_size, self.inference.rows
+        own = [i * shards + j for i in range(count) for j in sharding.local_shards(self.mesh)]
+        for batch in loader.batches(examples, extra, start, count * shards, limit, own):
             yield {k: x.reshape(count, -1, *x.shape[1:]) for k, x in batch.items()}
 
     def validate(self, state: TrainState, references: dict) -> dict[str, float]:
@@ -228,7 +208,7 @@ class Stage:
         result = stage_result(self.workdir, self.name)
         if result is None:
             result = self.train(lora)
-            write_stage_result(self.workdir, self.name, result)
+            first_process(lambda: write_stage_result(self.workdir, self.name, result))
         checkpoints = Checkpoints(self.workdir / self.name)
         lora = checkpoints.restore_lora(result["best_step"], lora)
         checkpoints.close()
@@ -248,7 +228,7 @@ class Stage:
 
         Raises Interrupted after a signal, with the state saved.
         """
-        c, started = self.config, time.time()
+        c, started = self.config, time.monotonic()
         train_references, validation_references = self.references(lora)
         learning_rate = c[self.name].learning_rate
         optimizer = make_optimizer(
@@ -257,25 +237,29 @@ class Stage:
         step = self.compiled_step(lora, optimizer)
         state = init_state(lora, optimizer, self.mesh)
         before = 0.0
-        checkpoints = Checkpoints(self.workdir / self.name)
-        if saved := checkpoints.steps():
-            state, position = checkpoints.restore(saved[-1], state)
+        checkpoints = Checkpoints(self.workdir / self.name, judged=self.judged())
+        if checkpoints.steps():
+            state, position = checkpoints.restore_newest(state)
             before = position["seconds"]
         first = int(state.step)
         progress = Progress(
             self.workdir / "metrics", self.name, first, self.steps, c.batch_size, c.log_every,
             learning_rate_schedule(learning_rate, self.steps, c.warmup),
+            self.model.meta["parameters"], c.dtype,
         )  # fmt: skip
 
         def due(step: int) -> bool:
             return step == self.steps or step % c.eval_every == 0
 
         def save(loss: float | None = None) -> None:
-            checkpoints.save(state, {"seconds": before + time.time() - started}, loss)
+            progress.settle()
+            checkpoints.save(state, {"seconds": before + time.monotonic() - started}, loss)
 
         def validate_and_save() -> None:
             try:
-                values = self.validate(state, validation_references)
+                progress.settle()
+                with progress.paused():
+                    values = self.validate(state, validation_references)
             except Interrupted:
                 save()  # the next run validates this step first
                 raise
@@ -292,17 +276,22 @@ class Stage:
         try:
             if due(first) and first not in checkpoints.losses():
                 validate_and_save()
-            for done, batch in enumerate(self.batches(train_references, first), first + 1):
-                state, metrics = step(state, self.model.base, put(batch, placed))
-                progress.step(metrics)
+            batches = progress.waited_for(self.batches(train_references, first))
+            batches = traced(batches, self.workdir / "profile" / self.name, c.profile_steps)
+            for done, batch in enumerate(batches, first + 1):
+                state, metrics = step(state, self.model.base, sharding.put(batch, placed))
+                progress.step(metrics, self.tokens(done))
+                stop = self.stop.ask()
                 if due(done):
                     validate_and_save()
-                elif self.stop.received or done % c.checkpoint_every == 0:
+                elif stop or done % c.checkpoint_every == 0:
                     save()
                 if done < self.steps:
                     self.stop.check()
             checkpoints.wait()
-            losses, best = checkpoints.losses(), checkpoints.best_step()
+            losses, best = checkpoints.losses(), self.best_step(checkpoints)
+        except NotANumber as error:
+            self.refuse(error)
         finally:
             progress.close()
             checkpoints.close()
@@ -312,8 +301,52 @@ class Stage:
             "best_step": best,
             "validation_loss": losses[best],
             "examples": len(self.order),
-            "seconds": round(before + time.time() - started, 1),
+            "seconds": round(before + time.monotonic() - started, 1),
         }
+
+    def judged(self) -> Callable[[], dict[int, float]] | None:
+        """What gives step -> HR@1 so far, where not the loss decides on the best step."""
+        by = self.config.best_by
+        if by == "loss":
+            return None
+        split = self.config.validation_split
+        return functools.partial(selection.hit_ratios, self.workdir, self.name, by, split)
+
+    def best_step(self, checkpoints: Checkpoints) -> int:
+        """The step to go on from; waits for the judge where there is one."""
+        judged, losses = self.judged(), checkpoints.losses()
+        if judged is None:
+            return min(losses, key=losses.__getitem__)
+        print(
+            f"{self.name}: waiting until all of its checkpoints are judged by python -m "
+            f"sdpo_jax.evaluate --workdir={self.workdir} --follow "
+            f"--split={self.config.validation_split} --decoder={self.config.best_by}"
+        )
+
+        def ask() -> None:
+            if jax.process_count() == 1:  # several must ask equally often; all is saved by now
+                self.stop.ask()
+                self.stop.check()
+
+        first_process(lambda: selection.wait_for_judge(judged, list(losses), ask))
+        return selection.best_of({step: judged()[step] for step in losses})
+
+    def tokens(self, step: int) -> int:
+        """How many real tokens `step` takes, the first being 1."""
+        return sum(self.train_examples[row].tokens for row in self.cut[step - 1])
+
+    def refuse(self, error: NotANumber) -> None:
+        """Writes which windows a broken step took; raises InputError."""
+        file = self.workdir / "stages" / f"{self.name}-broken-step.json"
+        rows = self.cut[error.step - 1]
+        content = {"stage": self.name, "step": error.step, "found": error.found,
+                   "lines": [row + 1 for row in rows]}  # fmt: skip
+        first_process(lambda: write_json(file, content))
+        raise InputError(
+            f"{self.name} {error}, expected numbers: the lines of train.jsonl that it took are in "
+            f"{file}, the checkpoints before it are kept; start in another --workdir with a lower "
+            f"--config.{self.name}.learning_rate"
+        ) from error
 
     def compiled_step(self, lora: nnx.State, optimizer):
         c = self.config

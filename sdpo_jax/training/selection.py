@@ -1,0 +1,55 @@
+"""Which checkpoint of a stage is the best: by its validation loss, or as a separate job judges it.
+
+With `config.best_by` naming a decoder, the hits of
+
+    python -m sdpo_jax.evaluate --workdir=DIR --follow --split=<validation_split> --decoder=<it>
+
+decide. Checkpoints that the job has yet to see are kept for it.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+POLL_SECONDS = 2.0
+
+
+def hit_ratios(workdir: Path, stage: str, decoder: str, split: str) -> dict[int, float]:
+    """Step -> HR@1 of the evaluations of a stage on `split` that are written."""
+    found = {}
+    for path in Path(workdir, "eval").glob(f"{stage}-*-{decoder}*.json"):
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            if summary["split"] == split and summary["decoder"] == decoder:
+                found[summary["step"]] = summary["hit_ratio_at_1"]
+        except (OSError, ValueError, KeyError):  # moved meanwhile: it is there the next time
+            continue
+    return found
+
+
+def best_of(scores: Mapping[int, float]) -> int:
+    """The step with the highest score, the first of equals."""
+    return max(sorted(scores), key=scores.__getitem__)
+
+
+class KeepForJudge:
+    """Orbax preservation policy: what is not judged yet, and the best of what is."""
+
+    def __init__(self, judged: Callable[[], Mapping[int, float]]):
+        self._judged = judged
+
+    def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
+        scores = {step: score for step, score in self._judged().items()
+                  if step in {checkpoint.step for checkpoint in checkpoints}}  # fmt: skip
+        best = best_of(scores) if scores else None
+        return [c.step not in scores or c.step == best for c in checkpoints]
+
+
+def wait_for_judge(
+    judged: Callable[[], Mapping[int, float]], steps: Sequence[int], ask: Callable[[], None]
+) -> None:
+    """Returns when every one of `steps` is judged; `ask` is called meanwhile and may raise."""
+    while set(steps) - set(judged()):
+        ask()
+        time.sleep(POLL_SECONDS)

@@ -8,7 +8,7 @@ CONFIG ?= configs/quickstart.py
 WINDOWS ?= 200
 OTHERS ?=
 
-.PHONY: setup quickstart long bench parity test clean
+.PHONY: setup quickstart long bench parity stress test clean
 
 setup: .venv/ready
 
@@ -47,6 +47,10 @@ parity: .venv-bench/ready
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -e '.[quickstart,bench,parity]'
 	@touch $@
+
+# A tiny training killed 200 times at random moments; half an hour on two cores.
+stress: setup
+	PYTHONPATH=. $(BIN)/python tests/stress.py --kills=200
 
 test: setup
 	$(BIN)/ruff check .

@@ -17,12 +17,12 @@ import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import hf_folder
+from tiny import hf_folder, tiny_dataset
 
 from configs import movielens
 from sdpo_jax.convert import convert
 from sdpo_jax.data.loader import Shape, collate, round_up
-from sdpo_jax.data.prepared import Dataset, Window, write_dataset
+from sdpo_jax.data.prepared import write_dataset
 from sdpo_jax.data.tokens import Example
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
@@ -93,24 +93,6 @@ def model_folder(tmp_path_factory) -> Path:
     return folder / "model"
 
 
-def tiny_dataset() -> Dataset:
-    """48 titles; a user's taste is a residue modulo 4, so there is something to learn."""
-    rng = np.random.default_rng(0)
-    titles = {i: f"{'abcdefghijklmnop'[i // 3]}{i % 3}" for i in range(48)}
-
-    def window(user):
-        liked = [i for i in titles if i % 4 == user % 4]
-        *history, target = (int(i) for i in rng.choice(liked, 4, replace=False))
-        rest = [i for i in titles if i % 4 != user % 4]
-        candidates = [target, *(int(i) for i in rng.choice(rest, 19, replace=False))]
-        shown = tuple(candidates[i] for i in rng.permutation(20))
-        return Window(user, tuple(history), shown, target)
-
-    sizes = {"train": 64, "val": 12, "test": 12}
-    splits = {name: [window(u) for u in range(n)] for name, n in sizes.items()}
-    return Dataset("movie", titles, splits, {"protocol": "tiny", "seed": 0})
-
-
 @pytest.fixture(scope="session")
 def dataset_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "tiny"
@@ -121,6 +103,10 @@ def dataset_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def config(dataset_folder, model_folder) -> ml_collections.ConfigDict:
     """One step of each stage in this process, on its eight devices."""
+    return tiny_config(dataset_folder, model_folder)
+
+
+def tiny_config(dataset_folder: Path, model_folder: Path) -> ml_collections.ConfigDict:
     config = movielens.get_config()
     config.dataset, config.model, config.dtype = str(dataset_folder), str(model_folder), "float32"
     config.batch_size, config.microbatch, config.mesh.data = 8, 1, 8

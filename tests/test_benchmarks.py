@@ -14,6 +14,7 @@ from benchmarks import (
     large,
     load,
     loader,
+    meshes,
     quantised,
     score,
     start,
@@ -143,3 +144,13 @@ def test_one_call_trains_and_evaluates_and_times_on_an_accelerator(model_folder,
     (trained,) = found["training"]
     assert set(trained["stages"]) == {"sft", "sdpo"} and len(trained["eval"]) == 6
     assert found["large"]["steps"] and found["attention"]["kernels"]
+
+
+def test_a_mesh_sends_what_it_must_and_no_weights_where_each_device_has_all():
+    def sent(*shape: int) -> dict[str, dict]:
+        return meshes.compile_mesh(shape, "toy", 1, "full")["collectives"]
+
+    apart = sent(8, 1, 1)  # only the adapter's gradients are summed
+    assert {name.split()[0] for name in apart} == {"all-reduce"}
+    cut = sent(1, 8, 1)  # kernels come together forward and backward
+    assert cut["all-gather in the layers"]["count"] >= 2 * 7 * 3

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import random_examples, tiny_dataset
+from conftest import random_examples
+from tiny import tiny_dataset
 
 from sdpo_jax.data import loader
 from sdpo_jax.data.prompts import TEMPLATES

@@ -8,11 +8,12 @@ import pytest
 from jax.sharding import Mesh
 
 from sdpo_jax.data.tokens import Example
+from sdpo_jax.runtime import Interrupted, StopSignal
 from sdpo_jax.sharding import AXES
 from sdpo_jax.training import reference
-from sdpo_jax.training.stage import Inference, Interrupted, StopSignal
+from sdpo_jax.training.stage import Inference
 
-LORA = {"a": np.ones((2, 3), np.float32)}
+LORA = {"a": jax.numpy.ones((2, 3))}
 SETTINGS = {"dtype": "float32", "batch_layout": "shared_prefix"}
 
 
@@ -63,6 +64,7 @@ def test_an_interrupted_pass_goes_on_where_it_stopped():
         return -batch["prompt_mask_BP"].sum(-1, keepdims=True).astype(np.float32)
 
     stop = SimpleNamespace(received=False)
+    stop.ask = lambda: stop.received
     stop.check = lambda: StopSignal.check(stop)
     inference = Inference.__new__(Inference)
     inference.base, inference.batch_size = None, 2

@@ -145,6 +145,32 @@ def test_eight_devices_give_what_one_gives(shape):
     np.testing.assert_allclose(many_metrics["loss"], metrics["loss"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_twenty_steps_with_dropout_lose_the_same_on_any_mesh(shape):
+    batch = random_batch(B=8, C=3, rows=8)
+    model, key = tiny_model(dropout=0.1), jax.random.key(3)
+    found = losses(model, batch, mesh_of(shape), 8 // (shape[0] * shape[1]), key)
+    expected = losses(model, batch, mesh_of(), 8, key)
+    assert abs(expected[-1] - expected[0]) > 0.05
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def losses(model, batch, mesh, count: int, dropout_key) -> list[float]:
+    """Of twenty steps on the same batch, cut into `count` microbatches."""
+    lora, base = placed(model, mesh)
+    state = init_state(lora, OPTIMIZER, mesh)
+    step = make_train_step(
+        make_logp(model.graphdef, "shared_prefix"), SDPO, OPTIMIZER,
+        state_shardings(lora, OPTIMIZER, mesh), mesh, dropout_key,
+    )  # fmt: skip
+    batches = jax.device_put(microbatches(batch, count), sharding.batch_sharding(mesh, 1))
+    found = []
+    for _ in range(20):
+        state, metrics = step(state, base, batches)
+        found.append(float(metrics["loss"]))
+    return found
+
+
 def test_shardings_stay_where_they_were_pinned():
     mesh = mesh_of((2, 2, 2))
     lora, base = placed(tiny_model(), mesh)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import tiny_dataset
+from tiny import tiny_dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from sdpo_jax.data.prepared import Dataset

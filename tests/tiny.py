@@ -1,10 +1,13 @@
-"""Model folders of the golden models, small enough to train in a test."""
+"""Model folders of the golden models and a data set, small enough to train on in a test."""
 
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from sdpo_jax.data.prepared import Dataset, Window
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/logits.npz"))
@@ -38,3 +41,21 @@ def edit_config(folder: Path, **changes) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def tiny_dataset() -> Dataset:
+    """48 titles; a user's taste is a residue modulo 4, so there is something to learn."""
+    rng = np.random.default_rng(0)
+    titles = {i: f"{'abcdefghijklmnop'[i // 3]}{i % 3}" for i in range(48)}
+
+    def window(user):
+        liked = [i for i in titles if i % 4 == user % 4]
+        *history, target = (int(i) for i in rng.choice(liked, 4, replace=False))
+        rest = [i for i in titles if i % 4 != user % 4]
+        candidates = [target, *(int(i) for i in rng.choice(rest, 19, replace=False))]
+        shown = tuple(candidates[i] for i in rng.permutation(20))
+        return Window(user, tuple(history), shown, target)
+
+    sizes = {"train": 64, "val": 12, "test": 12}
+    splits = {name: [window(u) for u in range(n)] for name, n in sizes.items()}
+    return Dataset("movie", titles, splits, {"protocol": "tiny", "seed": 0})

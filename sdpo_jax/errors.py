@@ -1,6 +1,7 @@
 """Errors a person can cause, and the wrapper that turns them into one line and exit status 2."""
 
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,17 @@ class InputError(Exception):
     """
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 4
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
+
+
+def shown(value: object) -> str:
+    """A value out of a file, as messages tell it: its `repr`, cut where it is long or deep."""
+    return _SHORT.repr(value)
+
+
 def run_command(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` under absl; an `InputError` ends in one line on stderr and exit status 2.
 
@@ -23,6 +35,8 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
     """
 
     def guarded(argv: Sequence[str]) -> None:
+        # A path or a title may hold what the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
         if not flags.FLAGS["verbosity"].present:
             # absl shows INFO by default, and Orbax writes thirty such lines a checkpoint.
             logging.set_verbosity(logging.WARNING)
@@ -37,8 +51,13 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def fail(error: object) -> None:
-    """Prints `error` on one line and exits with status 2."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    """Prints `error` on one line and exits with status 2.
+
+    What is not printable, as a terminal's control sequences in a file's name, is escaped.
+    """
+    line = " ".join(str(error).split())
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(f"error: {''.join(escaped)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -47,7 +66,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         return flags.FLAGS(argv)
     except (
         flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError,
-        SyntaxError, InputError,
+        SyntaxError, RecursionError, MemoryError, InputError,
     ) as error:  # fmt: skip
         fail(_told(error))
         raise
@@ -59,6 +78,8 @@ def _told(error: Exception) -> str:
     if isinstance(error, flags.UnrecognizedFlagError):
         hint = f": a config's key is --config.{error.flagname}" if "config" in flags.FLAGS else ""
         return f"--{error.flagname}: unknown option{hint}; see --help"
+    if isinstance(error, RecursionError | MemoryError):
+        return "found a value that is nested too deeply on the command line, expected a plain one"
     if missing := re.search(r"Flag --(\w+) must have a value other than None", text):
         return f"--{missing[1]}: found nothing, expected a value: see --help"
     if error.args and isinstance(error.args[0], KeyError):  # ml_collections wraps it

@@ -22,6 +22,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 
 from sdpo_jax.errors import InputError, run_command
+from sdpo_jax.files import is_free, read_json
 from sdpo_jax.hub import hub_folder, is_hub_name
 from sdpo_jax.model_folder import file_sizes, load_tokenizer, read_meta
 from sdpo_jax.models.config import DecoderConfig
@@ -113,7 +114,7 @@ def source_digest(model: Path) -> str:
     """SHA-256 over the names and bytes of every file that is read."""
     files = [model] if model.is_file() else [
         model / "config.json", *safetensors_files(model),
-        *(model / name for name in TOKENIZER_FILES if (model / name).exists()),
+        *(model / name for name in TOKENIZER_FILES if os.path.lexists(model / name)),
     ]  # fmt: skip
     digest = hashlib.sha256(LAYOUT.encode())
     for path in files:
@@ -127,16 +128,14 @@ def source_digest(model: Path) -> str:
 
 def already_converted(output: Path, digest: str) -> bool:
     """True for the same source; InputError for anything else but a missing or empty folder."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if is_free(output):
         return False
-    try:
-        if json.loads((output / "model.json").read_text())["source_sha256"] == digest:
-            return True
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(
-            f"--output={output}: found something that convert did not write, expected no such "
-            "folder: give another --output"
-        ) from None
+    expected = "so something that convert did not write: give another --output"
+    meta = read_json(output / "model.json", expected)
+    if not isinstance(meta, dict) or "source_sha256" not in meta:
+        raise InputError(f"{output}/model.json: found no source_sha256, {expected}")
+    if meta["source_sha256"] == digest:
+        return True
     raise InputError(
         f"--output={output}: found another model in it: give another --output, or remove it first"
     )
@@ -148,11 +147,11 @@ def _model_path(model: str | None) -> Path:
     if is_hub_name(model):
         return hub_folder(model)
     path = Path(model).absolute()
-    if path.is_file() and path.suffix == ".gguf":
+    if os.path.isfile(path) and path.suffix == ".gguf":
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise InputError(f"--model={model}: found a file, expected a folder or a .gguf file")
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputError(
             f"--model={model}: no such folder or file, nor a name on the Hub as org/name"
         )
@@ -165,10 +164,12 @@ def _check_tokenizer(source: Source, folder: Path, config: DecoderConfig) -> Non
     tokenizer = load_tokenizer(folder, where=source.where)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{source.where}: the tokenizer has no EOS token: answers end in one")
-    if len(tokenizer) > config.V:
+    # Not their number: a vocabulary may have gaps, and JAX reads beyond a table in silence.
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= config.V:
         raise InputError(
-            f"{source.where}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary "
-            f"{config.V}: these files do not belong together"
+            f"{source.where}: the tokenizer's largest token is {largest}, the model has "
+            f"{config.V} of them: these files do not belong together"
         )
 
 

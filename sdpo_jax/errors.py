@@ -1,6 +1,7 @@
 """Errors a person can cause, and the wrapper that turns them into one line and exit status 2."""
 
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,17 @@ class InputError(Exception):
     The message is one line: what and where (file:line or key), what was found, what was
     expected, what to do.
     """
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 4
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
+
+
+def shown(value: object) -> str:
+    """A value out of a file, as messages tell it: its `repr`, cut where it is long or deep."""
+    return _SHORT.repr(value)
 
 
 def run_command(main: Callable[[Sequence[str]], None]) -> None:
@@ -39,8 +51,13 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def fail(error: object) -> None:
-    """Prints `error` on one line and exits with status 2."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    """Prints `error` on one line and exits with status 2.
+
+    What is not printable, as a terminal's control sequences in a file's name, is escaped.
+    """
+    line = " ".join(str(error).split())
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(f"error: {''.join(escaped)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -49,7 +66,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         return flags.FLAGS(argv)
     except (
         flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError,
-        SyntaxError, InputError,
+        SyntaxError, RecursionError, MemoryError, InputError,
     ) as error:  # fmt: skip
         fail(_told(error))
         raise
@@ -61,6 +78,8 @@ def _told(error: Exception) -> str:
     if isinstance(error, flags.UnrecognizedFlagError):
         hint = f": a config's key is --config.{error.flagname}" if "config" in flags.FLAGS else ""
         return f"--{error.flagname}: unknown option{hint}; see --help"
+    if isinstance(error, RecursionError | MemoryError):
+        return "found a value that is nested too deeply on the command line, expected a plain one"
     if missing := re.search(r"Flag --(\w+) must have a value other than None", text):
         return f"--{missing[1]}: found nothing, expected a value: see --help"
     if error.args and isinstance(error.args[0], KeyError):  # ml_collections wraps it

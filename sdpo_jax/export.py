@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from sdpo_jax.errors import InputError, run_command
 from sdpo_jax.evaluation.card import model_card
 from sdpo_jax.evaluation.stages import choose_step, raw_adapter
+from sdpo_jax.files import is_free
 from sdpo_jax.hub import name_and_revision
 from sdpo_jax.model_folder import read_meta
 from sdpo_jax.models.config import DecoderConfig
@@ -49,7 +50,7 @@ def export(workdir: str | Path, stage: str, form: str, output: str | Path,
     known = (*run.config.stages, *(["base"] if form == "merged" else []))
     if stage not in known:
         raise InputError(f"--stage: found {stage!r}, expected {', '.join(known)}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not is_free(output):
         raise InputError(f"--output: found something in {output}, expected a new folder")
     step = choose_step(run, stage, step)
     model = Path(run.config.model)

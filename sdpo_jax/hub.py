@@ -1,5 +1,6 @@
 """Models by their name on the Hugging Face Hub, kept in the Hub's own cache."""
 
+import os
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ UNWANTED = ["*/*", "consolidated*"]  # the same weights once more, in other layo
 
 def is_hub_name(model: str | Path) -> bool:
     """`org/name` or `org/name@revision`, where no such path is here."""
-    return NAME.fullmatch(str(model)) is not None and not Path(model).exists()
+    return NAME.fullmatch(str(model)) is not None and not os.path.exists(model)
 
 
 def name_and_revision(source: str) -> tuple[str, str | None]:

@@ -12,6 +12,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sdpo_jax.errors import InputError
+from sdpo_jax.files import COUNT, OBJECT, TEXT, check_keys, one_of
 from sdpo_jax.models import weights
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
@@ -23,6 +24,10 @@ from sdpo_jax.training.checkpoint import read_weights
 # Else transformers prints that it found no PyTorch, which is not needed.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+META = {
+    "source": TEXT, "family": TEXT, "parameters": COUNT, "sha256": TEXT, "files": OBJECT,
+    "dtype": one_of(*weights.DTYPES.values()),
+}  # fmt: skip
 Placement = Callable[[nnx.Variable], jax.sharding.Sharding]
 
 
@@ -92,20 +97,14 @@ def read_meta(path: Path) -> dict[str, Any]:
 
     Raises InputError where it or a weight file that it lists is missing or cut.
     """
-    if not (path / "model.json").is_file():
-        found = "no such folder" if not path.exists() else "found no model.json"
+    if not os.path.isfile(path / "model.json"):
+        found = "found no model.json" if os.path.exists(path) else "no such folder"
         raise InputError(
             f"{path}: {found}, expected a converted model: run "
             f"`python -m sdpo_jax.convert --model=PATH --output={path}`"
         )
     meta = read_json(path / "model.json")
-    missing = [
-        key for key in ("family", "dtype", "parameters", "sha256", "files") if key not in meta
-    ]
-    if missing:
-        raise InputError(
-            f"{path}/model.json: {', '.join(missing)} missing: convert the model again"
-        )
+    check_keys(path / "model.json", meta, META, "convert the model again")
     found = file_sizes(path / "weights")
     for name, size in meta["files"].items():
         if found.get(name) != size:

@@ -10,7 +10,6 @@ every title must survive that model's tokenizer; training checks this too. Runni
 nothing.
 """
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +18,10 @@ from absl import flags
 
 from sdpo_jax.data import candidates as draw
 from sdpo_jax.data import sequences, sources
-from sdpo_jax.data.prepared import Dataset, Window, fingerprint, write_dataset
+from sdpo_jax.data.prepared import Dataset, Window, fingerprint, is_title, write_dataset
 from sdpo_jax.data.tokens import check_titles
-from sdpo_jax.errors import InputError, run_command
+from sdpo_jax.errors import InputError, run_command, shown
+from sdpo_jax.files import is_free, read_json
 from sdpo_jax.model_folder import load_tokenizer
 
 # Users (sequences), items, interactions: Table 3 of arXiv 2406.09215.
@@ -80,6 +80,12 @@ def prepare(
         return old
     splits = {name: _draw(windows, titles, candidates, seed, name)
               for name, windows in splits.items()}  # fmt: skip
+    sizes = {len(window.candidates) for windows in splits.values() for window in windows}
+    if len(sizes) > 1 or min(sizes) < 2:
+        raise InputError(
+            f"{source}: found lists of {sorted(sizes)} candidates, expected as many in all splits "
+            "and at least 2: correct --source, or draw them with --candidates=independent"
+        )
     write_dataset(output, Dataset(DOMAIN[dataset], titles, splits, meta))
     return meta
 
@@ -108,6 +114,12 @@ def _read(dataset: str, source: str | None):
                 f"{source or dataset}: found no window with 3 items of history in {name}, "
                 "expected at least one: give a source with more users and interactions"
             )
+    for item, title in titles.items():
+        if not is_title(title):
+            raise InputError(
+                f"{source or dataset}: found title {shown(title)} of item {item}, expected one "
+                "line of text: correct --source"
+            )
     return titles, splits, kept, raw, files
 
 
@@ -123,18 +135,13 @@ def _draw(
 
 def _existing(output: Path) -> dict | None:
     """dataset.json of a folder prepared before; None when there is nothing yet."""
-    try:
-        if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-            return None
-        old = json.loads((output / "dataset.json").read_text(encoding="utf-8"))
-        if isinstance(old, dict):
-            return old
-    except (OSError, ValueError):
-        pass
-    raise InputError(
-        f"{output}: found something that is no prepared data set, expected a new or empty "
-        "folder: choose another --output"
-    )
+    if is_free(output):
+        return None
+    expected = "so no prepared data set, expected a new or empty folder: choose another --output"
+    old = read_json(output / "dataset.json", expected)
+    if not isinstance(old, dict):
+        raise InputError(f"{output}/dataset.json: found a {type(old).__name__}, {expected}")
+    return old
 
 
 def _check_same(output: Path, old: dict, new: dict) -> None:
@@ -142,7 +149,7 @@ def _check_same(output: Path, old: dict, new: dict) -> None:
     if differs:
         key = differs[0]
         raise InputError(
-            f"{output}/dataset.json: found {key} {old.get(key)!r:.60}, expected {new[key]!r:.60} "
+            f"{output}/dataset.json: found {key} {shown(old.get(key))}, expected {shown(new[key])} "
             f"({', '.join(differs)} differ): choose another --output"
         )
     if old.get("fingerprint") != fingerprint(output):

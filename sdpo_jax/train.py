@@ -19,26 +19,21 @@ from flax.nnx import replace_by_pure_dict, to_pure_dict
 from ml_collections import config_flags
 
 from sdpo_jax import sharding, workdir
+from sdpo_jax.config import check
 from sdpo_jax.data import loader, prompts
 from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.data.tokens import Encoder, check_titles
 from sdpo_jax.errors import InputError, run_command
 from sdpo_jax.evaluation.decode import MAX_NEW_TOKENS
-from sdpo_jax.evaluation.results import DECODERS
 from sdpo_jax.model_folder import Model, load_model, load_tokenizer
 from sdpo_jax.models.config import DecoderConfig
-from sdpo_jax.models.decoder import REMAT
-from sdpo_jax.models.lora import PROJECTIONS, LoraConfig
+from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.peft import TENSORS, read_adapter
-from sdpo_jax.models.quantize import BASE_DTYPES
 from sdpo_jax.models.weights import read_json
-from sdpo_jax.objectives.logprobs import LAYOUTS
 from sdpo_jax.runtime import Interrupted, StopSignal, first_process, join_processes, set_up_jax
 from sdpo_jax.training import memory
 from sdpo_jax.training.stage import Inference, Stage, encode
 
-STAGES = ("sft", "sdpo")
-DTYPES = ("float32", "bfloat16")
 EXPLAINED_WINDOWS = 512  # spread over the training split, of which --explain takes the longest
 
 
@@ -153,39 +148,6 @@ def adapter_fingerprint(config) -> dict[str, str]:
     return {"adapter": hashlib.sha256(content).hexdigest()}
 
 
-def check(config) -> None:
-    """Refuses wrong values before anything is read or written."""
-    for key, known in (
-        ("batch_layout", LAYOUTS),
-        ("remat", REMAT),
-        ("dtype", DTYPES),
-        ("base_dtype", BASE_DTYPES),
-        ("best_by", ("loss", *DECODERS)),
-    ):
-        if config[key] not in known:
-            raise InputError(f"config.{key} is {config[key]!r}, expected one of {', '.join(known)}")
-    for key, known in (("stages", STAGES), ("lora.targets", PROJECTIONS)):
-        value = list(value_of(config, key))
-        if not value or set(value) - set(known) or value != sorted(set(value), key=known.index):
-            raise InputError(
-                f"config.{key} is {value}, expected some of {', '.join(known)}, in this order"
-            )
-    positive = ["batch_size", "microbatch", "num_negatives", "beta", "max_length", "log_every",
-                "eval_every", "checkpoint_every", "clip", "lora.rank", "lora.alpha",
-                "sft.epochs", "sdpo.epochs", "sft.learning_rate", "sdpo.learning_rate",
-                "distributed.start_seconds", "distributed.heartbeat_seconds"]  # fmt: skip
-    for key in positive:
-        if not value_of(config, key) > 0:
-            raise InputError(f"config.{key} is {value_of(config, key)}, expected more than 0")
-    for key in ("sft.max_steps", "sdpo.max_steps", "validation_windows", "seed", "weight_decay",
-                "profile_steps"):  # fmt: skip
-        if not value_of(config, key) >= 0:
-            raise InputError(f"config.{key} is {value_of(config, key)}, expected 0 or more")
-    for key in ("warmup", "lora.dropout"):
-        if not 0 <= value_of(config, key) < 1:
-            raise InputError(f"config.{key} is {value_of(config, key)}, expected 0 <= it < 1")
-
-
 def check_folders(config, experiment: str) -> None:
     """Says in one line which commands make what is missing."""
     name = {"lastfm": "lastfm", "movielens": "movielens", "quickstart": "movielens"}.get(
@@ -202,17 +164,10 @@ def check_folders(config, experiment: str) -> None:
             (Path(config.dataset, "dataset.json"), prepare),
             (Path(config.model, "model.json"), convert),
         )
-        if not file.is_file()
+        if not os.path.isfile(file)
     ]
     if missing:
         raise InputError(f"nothing to train on yet: first run {' and '.join(missing)}")
-
-
-def value_of(config, key: str):
-    """`config.a.b` for the key "a.b"."""
-    for part in key.split("."):
-        config = config[part]
-    return config
 
 
 def check_batch(config, shards: int) -> None:

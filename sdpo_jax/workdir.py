@@ -12,13 +12,26 @@ from typing import Any
 
 from flax.traverse_util import unflatten_dict
 
+from sdpo_jax.config import KINDS
 from sdpo_jax.errors import InputError
+from sdpo_jax.files import COUNT, NUMBER, OBJECT, TEXT, check_keys, read_json
 
 # Keys that runs of an earlier version lack, with the values that mean what those runs did.
 ADDED = {"base_dtype": "same", "lora.init_from": "", "best_by": "loss"}
 # Keys that may change when a run goes on: the numbers that it computes do not depend on them.
 FREE = ("mesh.", "distributed.", "profile_steps")
 LOCK = ".lock"
+# Keys of a stored config without which a run cannot be evaluated, reported or exported.
+READ = (
+    "dataset", "model", "seed", "stages", "prompt_file", "max_length", "batch_size",
+    "num_negatives", "beta", "validation_split", "dtype", "base_dtype", "lora.rank", "lora.alpha",
+    "lora.dropout", "lora.targets", "lora.init_from", "mesh.fsdp", "mesh.tensor",
+)  # fmt: skip
+RESULT = {
+    "stage": TEXT, "steps": COUNT, "best_step": COUNT, "seconds": NUMBER, "examples": COUNT,
+    "validation_loss": NUMBER,
+}  # fmt: skip
+RESTORE = "restore it or choose another --workdir"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
@@ -105,23 +118,29 @@ def read_run(workdir: Path) -> SimpleNamespace:
     Raises InputError when `workdir` holds no run.
     """
     path = Path(workdir) / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         raise InputError(
             f"{workdir}: found no config.json, expected a run: start one with python -m "
             "sdpo_jax.train --config=configs/quickstart.py --workdir=DIR"
         )
     stored = _read(path)
     flat = ADDED | _flat(stored["config"])
+    check_keys(path, flat, {k if k in READ else f"{k}?": KINDS[k] for k in KINDS}, RESTORE)
+    check_keys(path, stored["fingerprints"], dict.fromkeys(stored["fingerprints"], TEXT), RESTORE)
+    try:
+        config = _namespace(unflatten_dict(flat, sep="."))
+    except TypeError as error:  # of a key that is both a value and an object
+        raise InputError(f"{path}: config: found {error}, expected keys: {RESTORE}") from error
     return SimpleNamespace(
         path=Path(workdir),
-        config=_namespace(unflatten_dict(flat, sep=".")),
+        config=config,
         fingerprints=stored["fingerprints"],
     )
 
 
 def same(run: SimpleNamespace, kind: str, path: Path | str, found: str) -> None:
     """Raises InputError unless `found` is the run's fingerprint of a dataset, model or prompts."""
-    expected = run.fingerprints[kind]
+    expected = run.fingerprints.get(kind, "none")
     if found != expected:
         raise InputError(
             f"{path}: found fingerprint {found[:12]}…, expected {expected[:12]}… as in "
@@ -132,20 +151,22 @@ def same(run: SimpleNamespace, kind: str, path: Path | str, found: str) -> None:
 def stage_result(workdir: Path, stage: str) -> dict[str, Any] | None:
     """What a finished stage left (steps, best_step, validation_loss, seconds …), else None."""
     path = Path(workdir) / "stages" / f"{stage}.json"
-    return _read(path) if path.exists() else None
+    if not os.path.lexists(path):
+        return None
+    result = read_json(path, f"expected what a finished stage left: {RESTORE}")
+    check_keys(path, result, RESULT, RESTORE)
+    return result
 
 
 def write_stage_result(workdir: Path, stage: str, result: dict[str, Any]) -> None:
     write_json(workdir / "stages" / f"{stage}.json", result)
 
 
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{path}: not JSON ({error}): restore it or choose another --workdir"
-        ) from error
+def _read(path: Path) -> dict[str, Any]:
+    """The config.json of a run."""
+    stored = read_json(path, f"expected that of a run: {RESTORE}")
+    check_keys(path, stored, {"config": OBJECT, "fingerprints": OBJECT}, RESTORE)
+    return stored
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -86,6 +86,12 @@ def random_batch(B: int, C: int, seed: int = 0, rows: int = 1) -> dict[str, np.n
 
 
 @pytest.fixture(scope="session")
+def case(tmp_path_factory) -> Path:
+    """Where the copy of each case of a damaged folder lies; see damage.py."""
+    return tmp_path_factory.mktemp("case") / "folder"
+
+
+@pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
     """A converted model of 24k parameters with a tokenizer of one token a letter."""
     folder = tmp_path_factory.mktemp("model")

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import runs
+import trainers
 from tiny import hf_folder, tiny_dataset
 
 from sdpo_jax.convert import convert
@@ -52,7 +52,7 @@ def phase(run: Path, lines: int) -> str:
 def kill_once(flags: list[str], run: Path, draw: random.Random) -> bool:
     """Starts the run and kills it at a drawn moment; False where it ended before."""
     lines = len(read_metrics(run / "metrics"))
-    process = runs.start(flags)
+    process = trainers.start(flags)
     deadline = time.monotonic() + draw.uniform(0, 8)
     early = draw.random() < EARLY
     while process.poll() is None and (early or len(read_metrics(run / "metrics")) == lines):
@@ -62,7 +62,7 @@ def kill_once(flags: list[str], run: Path, draw: random.Random) -> bool:
     if not early:
         time.sleep(draw.uniform(0, LATEST))
     if process.poll() is not None:
-        runs.end(process)
+        trainers.end(process)
         return False
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -74,10 +74,10 @@ def stress(folder: Path, kills: int, seed: int, dataset: Path, model: Path) -> R
     report, draw = Report(), random.Random(seed)
 
     def flags(run: Path) -> list[str]:
-        return runs.config_flags(run, dataset, model, STEPS, checkpoint_every=1)
+        return trainers.config_flags(run, dataset, model, STEPS, checkpoint_every=1)
 
     unbroken = folder / "unbroken"
-    runs.end(runs.start(flags(unbroken)))
+    trainers.end(trainers.start(flags(unbroken)))
     while report.kills.total() < kills:
         run, killed = folder / f"run-{report.finished}", True
         while killed and report.kills.total() < kills:
@@ -85,9 +85,9 @@ def stress(folder: Path, kills: int, seed: int, dataset: Path, model: Path) -> R
             if killed := kill_once(flags(run), run, draw):
                 report.kills[phase(run, lines)] += 1
                 print(report, flush=True)
-        runs.end(runs.start(flags(run)))
+        trainers.end(trainers.start(flags(run)))
         report.finished += 1
-        report.differences += runs.differences(run, unbroken, STEPS)
+        report.differences += trainers.differences(run, unbroken, STEPS)
         shutil.rmtree(run)
     return report
 

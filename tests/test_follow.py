@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 
-import runs
+import trainers
 
 STEPS = 12
 
@@ -15,23 +15,23 @@ def test_an_evaluation_beside_a_training_that_dies_sees_each_step_once_and_choos
     dataset_folder, model_folder, tmp_path
 ):
     run = tmp_path / "run"
-    flags = runs.config_flags(
+    flags = trainers.config_flags(
         run, dataset_folder, model_folder, STEPS, stages="('sft',)", best_by="score"
     )
-    trainer = runs.start(flags)
-    runs.wait_for_step(trainer, run, "sft", 2)
+    trainer = trainers.start(flags)
+    trainers.wait_for_step(trainer, run, "sft", 2)
     follower = subprocess.Popen(
         [sys.executable, "-m", "sdpo_jax.evaluate", f"--workdir={run}", "--follow", "--split=val",
-         "--decoder=score"], cwd=runs.ROOT, env=runs.environment(devices=2), text=True,
+         "--decoder=score"], cwd=trainers.ROOT, env=trainers.environment(devices=2), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
-    runs.wait_for_step(trainer, run, "sft", 5)
+    trainers.wait_for_step(trainer, run, "sft", 5)
     os.killpg(trainer.pid, signal.SIGKILL)
     trainer.communicate()
-    told = runs.end(runs.start(flags))
+    told = trainers.end(trainers.start(flags))
     assert "waiting until all of its checkpoints are judged" in told
 
-    seen = [line for line in runs.end(follower).splitlines() if line.startswith("sft step")]
+    seen = [line for line in trainers.end(follower).splitlines() if line.startswith("sft step")]
     done = [line.split(",")[0] for line in seen if ", score, val: " in line]
     assert len(done) == len(set(done))
     assert {"sft step 0", "sft step 6", f"sft step {STEPS}"} <= set(done)
@@ -41,5 +41,7 @@ def test_an_evaluation_beside_a_training_that_dies_sees_each_step_once_and_choos
         summary["step"]: summary["hit_ratio_at_1"]
         for summary in (json.loads(f.read_text()) for f in (run / "eval").glob("*.json"))
     }
-    validated = [m["step"] for m in runs.read_metrics(run / "metrics") if "validation/loss" in m]
+    validated = [
+        m["step"] for m in trainers.read_metrics(run / "metrics") if "validation/loss" in m
+    ]
     assert judged[result["best_step"]] == max(judged[step] for step in validated)

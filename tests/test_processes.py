@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
+import trainers
 
 from sdpo_jax import runtime
 from sdpo_jax.errors import InputError
@@ -23,7 +23,7 @@ MESH = {
 @pytest.fixture(scope="module")
 def flags(dataset_folder, model_folder):
     def make(run: Path, **changes) -> list[str]:
-        return runs.config_flags(
+        return trainers.config_flags(
             run, dataset_folder, model_folder, STEPS["sdpo"], **(MESH | changes)
         )
 
@@ -34,13 +34,13 @@ def flags(dataset_folder, model_folder):
 def alone(flags, tmp_path_factory) -> Path:
     """The same training by one process with one device."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    runs.end(runs.start(flags(run)))
+    trainers.end(trainers.start(flags(run)))
     return run
 
 
 def assert_same_curves(run: Path, other: Path) -> None:
     for stage in ("sft", "sdpo"):
-        found, expected = runs.curve(run, stage), runs.curve(other, stage)
+        found, expected = trainers.curve(run, stage), trainers.curve(other, stage)
         assert len(expected) == STEPS[stage]
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -48,7 +48,7 @@ def assert_same_curves(run: Path, other: Path) -> None:
 def test_two_processes_with_four_devices_each_lose_what_one_device_loses(alone, flags, tmp_path):
     run = tmp_path / "run"
     mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
-    output = runs.end(runs.start(flags(run, **mesh), processes=2, CPU_DEVICES="4"))
+    output = trainers.end(trainers.start(flags(run, **mesh), processes=2, CPU_DEVICES="4"))
     assert "8 cpu device(s) in 2 process(es)" in output
     assert output.count("--- train example 0 ---") == 1  # process 0 alone speaks
     assert_same_curves(run, alone)
@@ -57,18 +57,18 @@ def test_two_processes_with_four_devices_each_lose_what_one_device_loses(alone, 
 def test_a_run_goes_on_after_a_dead_peer_and_a_signal_on_another_mesh(alone, flags, tmp_path):
     run = tmp_path / "run"
     spread = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 1}
-    process = runs.start(flags(run, **spread), processes=2, CPU_DEVICES="2")
-    runs.wait_for_step(process, run, "sft", 3)
+    process = trainers.start(flags(run, **spread), processes=2, CPU_DEVICES="2")
+    trainers.wait_for_step(process, run, "sft", 3)
     os.kill(children(process)[1], signal.SIGKILL)
-    runs.end(process, expected=128 + signal.SIGKILL)
+    trainers.end(process, expected=128 + signal.SIGKILL)
 
-    process = runs.start(flags(run, **spread), processes=2, CPU_DEVICES="2")
-    runs.wait_for_step(process, run, "sdpo", 3)
+    process = trainers.start(flags(run, **spread), processes=2, CPU_DEVICES="2")
+    trainers.wait_for_step(process, run, "sdpo", 3)
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on" in runs.end(process, expected=os.EX_TEMPFAIL)
-    assert len(runs.curve(run, "sdpo")) < STEPS["sdpo"]
+    assert "the same command goes on" in trainers.end(process, expected=os.EX_TEMPFAIL)
+    assert len(trainers.curve(run, "sdpo")) < STEPS["sdpo"]
 
-    runs.end(runs.start(flags(run), devices=2))
+    trainers.end(trainers.start(flags(run), devices=2))
     assert_same_curves(run, alone)
 
 
@@ -88,12 +88,12 @@ def test_two_tasks_of_a_slurm_step_find_each_other(flags, tmp_path):
     }  # fmt: skip
     changes = {"sft.max_steps": 2, "stages": "('sft',)"}
     tasks = [
-        runs.start(flags(run, **changes), SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **step)
+        trainers.start(flags(run, **changes), SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **step)
         for i in range(2)
     ]
-    outputs = [runs.end(task) for task in tasks]
+    outputs = [trainers.end(task) for task in tasks]
     assert "2 cpu device(s) in 2 process(es), 1 of them in this" in outputs[0]
-    assert len(runs.curve(run, "sft")) == 2
+    assert len(trainers.curve(run, "sft")) == 2
 
 
 @pytest.mark.parametrize(

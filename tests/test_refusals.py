@@ -112,7 +112,7 @@ def test_a_workdir_with_other_things_in_it_is_left_alone(config, tmp_path):
 
 def test_a_workdir_with_a_broken_config_is_refused(config, tmp_path):
     (tmp_path / "config.json").write_text("{")
-    assert "not JSON" in refused(config, tmp_path)
+    assert "no valid JSON" in refused(config, tmp_path)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:

@@ -163,7 +163,7 @@ def test_nothing_evaluated_and_broken_files_are_refused(run, tmp_path):
     with pytest.raises(InputError, match=r"no config\.json"):
         report(tmp_path / "nowhere")
     (run / "eval" / "sft-20-score.jsonl").write_text("{")
-    with pytest.raises(InputError, match=r"sft-20-score\.jsonl: found .*evaluate again"):
+    with pytest.raises(InputError, match=r"sft-20-score\.jsonl:1: found .*evaluate again"):
         report(run)
     (run / "eval" / "sft-20-score.json").write_text("[]")
     with pytest.raises(InputError, match=r"sft-20-score\.json: found"):

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import ml_collections
 import numpy as np
 import pytest
-import runs
 import stress
+import trainers
 from conftest import tiny_config
-from runs import NEVER
+from trainers import NEVER
 
 from sdpo_jax.errors import InputError
 from sdpo_jax.train import train
@@ -155,13 +155,13 @@ def test_a_loss_that_is_no_number_stops_at_its_step_and_names_the_lines(config, 
 
 def test_a_second_trainer_on_a_workdir_is_refused(dataset_folder, model_folder, tmp_path):
     run = tmp_path / "run"
-    flags = runs.config_flags(run, dataset_folder, model_folder, steps=200, stages="('sft',)")
-    first = runs.start([*flags, "--config.sft.epochs=100"])
-    runs.wait_for_step(first, run, "sft", 1)
-    refused = runs.end(runs.start([*flags, "--config.sft.epochs=100"]), expected=2)
+    flags = trainers.config_flags(run, dataset_folder, model_folder, steps=200, stages="('sft',)")
+    first = trainers.start([*flags, "--config.sft.epochs=100"])
+    trainers.wait_for_step(first, run, "sft", 1)
+    refused = trainers.end(trainers.start([*flags, "--config.sft.epochs=100"]), expected=2)
     assert "another process is training in it" in refused.splitlines()[-1]
     first.send_signal(signal.SIGTERM)
-    runs.end(first, expected=os.EX_TEMPFAIL)
+    trainers.end(first, expected=os.EX_TEMPFAIL)
 
 
 def test_a_dozen_kills_at_random_moments_change_no_bit(dataset_folder, model_folder, tmp_path):
@@ -236,7 +236,7 @@ def test_a_terminal_of_another_locale_shows_titles_and_changes_nothing(
                    "TZ": "Asia/Kathmandu"}),
     ):  # fmt: skip
         run = tmp_path / name
-        flags = runs.config_flags(run, dataset_folder, model_folder, 3, prompt_file=template)
-        runs.end(runs.start(flags, **settings))
+        flags = trainers.config_flags(run, dataset_folder, model_folder, 3, prompt_file=template)
+        trainers.end(trainers.start(flags, **settings))
         made[name] = run
-    assert runs.differences(made["other"], made["plain"], 3) == 0
+    assert trainers.differences(made["other"], made["plain"], 3) == 0

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
-from runs import NEVER
+import trainers
+from trainers import NEVER
 
 from sdpo_jax.errors import InputError
 from sdpo_jax.runtime import Interrupted
@@ -23,7 +23,7 @@ STEPS = 12
 @pytest.fixture(scope="module")
 def flags(dataset_folder, model_folder):
     def make(run: Path, **changes) -> list[str]:
-        return runs.config_flags(run, dataset_folder, model_folder, STEPS, **changes)
+        return trainers.config_flags(run, dataset_folder, model_folder, STEPS, **changes)
 
     return make
 
@@ -31,7 +31,7 @@ def flags(dataset_folder, model_folder):
 @pytest.fixture(scope="module")
 def unbroken(flags, tmp_path_factory):
     run = tmp_path_factory.mktemp("unbroken") / "run"
-    return run, runs.end(runs.start(flags(run)))
+    return run, trainers.end(trainers.start(flags(run)))
 
 
 def test_one_command_runs_both_stages_and_learns(unbroken):
@@ -51,7 +51,7 @@ def test_one_command_runs_both_stages_and_learns(unbroken):
 
 def test_the_metrics_tell_every_step_once_and_what_it_takes(unbroken):
     run, _ = unbroken
-    assert len(runs.curve(run, "sft")) == len(runs.curve(run, "sdpo")) == STEPS
+    assert len(trainers.curve(run, "sft")) == len(trainers.curve(run, "sdpo")) == STEPS
     line = read_metrics(run / "metrics")[-2]
     assert line["tokens_per_second_per_device"] > 0
     assert line["input_wait_seconds"] >= 0
@@ -61,17 +61,17 @@ def test_the_metrics_tell_every_step_once_and_what_it_takes(unbroken):
 
 def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_weights(flags, unbroken, tmp_path):
     run = tmp_path / "run"
-    process = runs.start(flags(run, checkpoint_every=1000))
-    runs.wait_for_step(process, run, "sft", 3)
+    process = trainers.start(flags(run, checkpoint_every=1000))
+    trainers.wait_for_step(process, run, "sft", 3)
     process.send_signal(signal.SIGTERM)
-    output = runs.end(process, expected=os.EX_TEMPFAIL)
+    output = trainers.end(process, expected=os.EX_TEMPFAIL)
     assert "the same command goes on" in output
     assert "Traceback" not in output
     stopped = Checkpoints(run / "sft", read_only=True)
     assert 3 <= stopped.steps()[-1] < STEPS
     stopped.close()
-    runs.end(runs.start(flags(run, checkpoint_every=1000)))
-    assert runs.differences(run, unbroken[0], STEPS) == 0
+    trainers.end(trainers.start(flags(run, checkpoint_every=1000)))
+    assert trainers.differences(run, unbroken[0], STEPS) == 0
 
 
 def test_steps_are_traced_on_request(config, tmp_path):
@@ -113,13 +113,13 @@ def test_a_validation_loss_that_is_no_number_stops_the_run_unsaved(config, tmp_p
 def test_a_finished_run_started_again_changes_nothing(flags, unbroken):
     run, _ = unbroken
     before = {p: p.stat().st_mtime_ns for p in (run / "sdpo").rglob("*") if p.is_file()}
-    output = runs.end(runs.start(flags(run)))
+    output = trainers.end(trainers.start(flags(run)))
     assert output.count("(the best)") == 2
     assert before == {p: p.stat().st_mtime_ns for p in (run / "sdpo").rglob("*") if p.is_file()}
 
 
 def test_another_config_on_the_same_workdir_is_refused_with_the_keys(flags, unbroken):
-    output = runs.end(runs.start(flags(unbroken[0], beta=0.5, batch_size=8)), expected=2)
+    output = trainers.end(trainers.start(flags(unbroken[0], beta=0.5, batch_size=8)), expected=2)
     assert "beta was 1.0, now 0.5" in output
     assert "batch_size was 4, now 8" in output
 

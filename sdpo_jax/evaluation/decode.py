@@ -17,6 +17,7 @@ from sdpo_jax.models.attention import attend, attend_causal, near
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.objectives.logprobs import Batch, PackedAnswers, prompt_positions
 
+DECODERS = ("greedy", "trie", "score")
 MAX_NEW_TOKENS = 20  # the authors' evaluate_batch.py
 
 

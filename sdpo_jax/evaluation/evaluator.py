@@ -1,6 +1,7 @@
 """A run's model, windows and compiled decoders, set up once for many adapters."""
 
 import collections
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -160,7 +161,7 @@ class Evaluator:
 
 def _read_split(run: SimpleNamespace, split: str) -> Dataset:
     folder = Path(run.config.dataset)
-    known = [name for name in SPLITS if (folder / f"{name}.jsonl").exists()]
+    known = [name for name in SPLITS if os.path.lexists(folder / f"{name}.jsonl")]
     if known and split not in known:
         raise InputError(
             f"--split: found {split}, expected one that {folder} has: {', '.join(known)}"

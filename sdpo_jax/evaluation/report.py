@@ -8,6 +8,7 @@ from typing import Any
 
 from sdpo_jax.errors import InputError
 from sdpo_jax.evaluation import metrics
+from sdpo_jax.evaluation.markdown import plain
 from sdpo_jax.evaluation.results import DECODERS, read_predictions, read_results
 from sdpo_jax.training.metrics import read_metrics
 from sdpo_jax.workdir import stage_result
@@ -103,7 +104,8 @@ def _cells(run: SimpleNamespace, row: Row, decoders: Sequence[str]) -> list[str]
     cells.append("/".join(sorted({str(s["n"]) for s in row.by_decoder.values()})))
     result = stage_result(run.path, row.stage)
     cells.append(f"{result['seconds']:.0f}" if result else "–")
-    return [*cells, "/".join(f"{s['seconds']:.0f}" for s in _in_order(row, decoders))]
+    seconds = (s.get("seconds") for s in _in_order(row, decoders))
+    return [*cells, "/".join("–" if s is None else f"{s:.0f}" for s in seconds)]
 
 
 def _chance(run: SimpleNamespace, rows: Sequence[Row], decoders: Sequence[str]) -> list[str]:
@@ -151,14 +153,14 @@ def render(run: SimpleNamespace, split: str, rows: Sequence[Row], picture: str |
     summary = next(iter(rows[0].by_decoder.values()))
     cells = table(run, rows)
     parts = [
-        f"# {run.path}",
-        f"Model {run.config.model}, data {run.config.dataset}, split {split}, seed "
+        f"# {plain(run.path)}",
+        f"Model {plain(run.config.model)}, data {plain(run.config.dataset)}, split {split}, seed "
         f"{run.config.seed}.",
-        f"Protocol: {summary.get('protocol')}.",
+        f"Protocol: {plain(summary.get('protocol'))}.",
         "\n".join(markdown(cells)),
         "HR@1 greedy and valid are the paper's: the generation names exactly one candidate. "
         "HR@5, NDCG@10 and MRR rank the candidates by log-probability. Reward accuracy is on the "
-        f"{run.config.validation_split} split. Intervals are Wilson's and take windows as "
+        f"{plain(run.config.validation_split)} split. Intervals are Wilson's and take windows as "
         "independent. Evaluation seconds are per decoder, in the order of the columns.",
     ]
     compared = differences(rows)

@@ -10,11 +10,29 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdpo_jax import files
+from sdpo_jax.config import STAGES
+from sdpo_jax.data.prepared import SPLITS
 from sdpo_jax.errors import InputError
 from sdpo_jax.evaluation import metrics
+from sdpo_jax.evaluation.decode import DECODERS
+from sdpo_jax.files import COUNT, NUMBER, POSITIVE, SHARE, check_keys, one_of
 from sdpo_jax.workdir import write_json
 
-DECODERS = ("greedy", "trie", "score")
+# Stage, step, decoder and split are also parts of names of files.
+SUMMARY = {
+    "stage": one_of("base", *STAGES), "step": COUNT, "decoder": one_of(*DECODERS),
+    "split": one_of(*SPLITS), "n": POSITIVE, "hit_ratio_at_1": SHARE, "seconds?": NUMBER,
+    "hit_ratio_at_1_ci95?": (
+        "two numbers", lambda value: files.list_of(NUMBER)[1](value) and len(value) == 2
+    ),
+    "candidates?": POSITIVE,
+    **dict.fromkeys(
+        ("valid_ratio?", "hit_ratio_at_5?", "ndcg_at_5?", "ndcg_at_10?", "mrr?"), SHARE
+    ),
+}  # fmt: skip
+PREDICTION = {"row": COUNT, "hit": ("true or false", lambda value: type(value) is bool)}
+AGAIN = "remove it and evaluate again"
 Prediction = dict[str, Any]
 
 
@@ -46,7 +64,7 @@ def find(folder: Path, stage: str, step: int, decoder: str, split: str) -> dict[
     """The summary of an earlier evaluation, whichever of the two names it has."""
     path = result_path(folder, stage, step, decoder)
     for candidate in (path, path.with_stem(f"{path.stem}-{split}")):
-        if candidate.exists() and (summary := _read(candidate))["split"] == split:
+        if os.path.lexists(candidate) and (summary := _read(candidate))["split"] == split:
             return summary
     return None
 
@@ -76,7 +94,7 @@ def write_result(folder: Path, summary: dict[str, Any], predictions: Iterable[Pr
 def _make_room(path: Path, split: str) -> None:
     for file in (path, path.with_suffix(".jsonl")):
         file.with_stem(f"{path.stem}-{split}").unlink(missing_ok=True)
-    if path.exists() and (other := _read(path)["split"]) != split:
+    if os.path.lexists(path) and (other := _read(path)["split"]) != split:
         for file in filter(Path.exists, (path.with_suffix(".jsonl"), path)):
             os.replace(file, file.with_stem(f"{path.stem}-{other}"))
 
@@ -91,25 +109,21 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 def read_predictions(summary: dict[str, Any]) -> list[Prediction]:
     """The predictions beside a summary of `read_results`, in order of rows."""
     path = summary["path"].with_suffix(".jsonl")
-    try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        return sorted(map(json.loads, lines), key=lambda prediction: prediction["row"])
-    except (OSError, ValueError, KeyError) as error:
-        raise _broken(path, error) from error
+    lines = files.read_text(path, f"expected the predictions of an evaluation: {AGAIN}")
+    found = []
+    for number, line in enumerate(lines.removesuffix("\n").split("\n"), 1):
+        try:
+            prediction = files.parse_json(line)
+        except ValueError as error:
+            raise InputError(
+                f"{path}:{number}: found no valid JSON ({error}), expected a prediction: {AGAIN}"
+            ) from error
+        check_keys(f"{path}:{number}", prediction, PREDICTION, AGAIN)
+        found.append(prediction)
+    return sorted(found, key=lambda prediction: prediction["row"])
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("stage", "step", "decoder", "split", "n", "hit_ratio_at_1"):
-            summary[key]
-        return summary
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _broken(path, error) from error
-
-
-def _broken(path: Path, error: Exception) -> InputError:
-    return InputError(
-        f"{path}: found {error!r}, expected a file of sdpo_jax.evaluate: remove it and evaluate "
-        "again"
-    )
+    summary = files.read_json(path, f"expected a file of sdpo_jax.evaluate: {AGAIN}")
+    check_keys(path, summary, SUMMARY, AGAIN)
+    return summary

@@ -98,6 +98,11 @@ def choose_step(run: SimpleNamespace, stage: str, wanted: int | None) -> int:
     if stage == "base":
         return 0
     if result := stage_result(run.path, stage):
+        if result["best_step"] not in found:
+            raise InputError(
+                f"{run.path}/stages/{stage}.json: found best_step {result['best_step']}, expected "
+                f"a step that is there: {', '.join(map(str, found))}: give one with --step"
+            )
         return result["best_step"]
     with _open(run, stage) as checkpoints:
         return checkpoints.best_step()

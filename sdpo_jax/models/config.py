@@ -5,11 +5,14 @@ Shape letters are declared in `sdpo_jax.sharding`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from sdpo_jax.errors import InputError
+from sdpo_jax.errors import InputError, shown
 
+# More than any model has; a damaged file must not make tables of names or shapes beyond memory.
+MOST_LAYERS, MOST = 2**10, 2**20
+MOST_OF_ROPE = 1e12
 # What a kind of RoPE reads beside theta.
 ROPE_KEYS = {
     "default": (),
@@ -82,29 +85,51 @@ class DecoderConfig:
           InputError: an unknown family, a missing key, or a feature that no decoder here computes.
         """
         family = config.get("model_type")
-        if family not in FAMILIES:
+        if type(family) is not str or family not in FAMILIES:
             raise InputError(
-                f"{where}: model_type is {family!r}, expected one of {', '.join(FAMILIES)}"
+                f"{where}: model_type is {shown(family)}, expected one of {', '.join(FAMILIES)}"
             )
         try:
             sizes = _sizes(config, family)
             rope = _rope(config, where)
             switches = FAMILIES[family](config, where)
-        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise InputError(
                 f"{where}: sizes missing or wrong ({error!r}): is this a full model?"
             ) from None
-        window = switches.get("window")
-        counts = sizes if window is None else sizes | {"sliding_window": window}
-        wrong = [f"{k}={v!r}" for k, v in counts.items() if type(v) is not int or v < 1]
+        wrong = list(_wrong(sizes | switches))
         read = cls(**sizes, family=family, rope=rope, **switches) if not wrong else None
-        if read is None or read.N % read.G or read.rotated % 2 or not read.rotated:
+        if read is None or read.N % read.G or read.N * read.H > MOST or not _turns(read):
             raise InputError(
-                f"{where}: sizes {', '.join(wrong) or sizes} do not make a decoder: expected whole "
-                "numbers above 0, heads a multiple of key/value heads, an even width that RoPE "
-                "turns"
+                f"{where}: {', '.join(wrong) or sizes} do not make a decoder: expected sizes that "
+                f"are whole numbers above 0, at most {MOST:,} ({MOST_LAYERS:,} layers), switches "
+                "that are true or false, an epsilon from 0 to 1, heads a multiple of key/value "
+                "heads, an even width that RoPE turns"
             )
         return read
+
+
+def _wrong(values: dict[str, Any]) -> Iterator[str]:
+    """`name=value` of every value that is not of its field's type, or larger than any model's."""
+    for field in dataclasses.fields(DecoderConfig):
+        if field.name not in values:
+            continue
+        value, kind = values[field.name], type(values[field.name])
+        if field.type is bool:
+            right = value is None or kind is bool
+        elif field.name == "norm_eps":
+            right = kind in (int, float) and 0 <= value < 1
+        elif field.name == "gelu" or (field.name == "window" and value is None):
+            right = True
+        else:
+            right = kind is int and 0 < value <= (MOST_LAYERS if field.name == "L" else MOST)
+        if not right:
+            yield f"{'sliding_window' if field.name == 'window' else field.name}={shown(value)}"
+
+
+def _turns(config: DecoderConfig) -> bool:
+    """Whether RoPE turns a part of a head that has halves."""
+    return 0 < config.rotated <= config.H and config.rotated % 2 == 0
 
 
 def _sizes(config: dict[str, Any], family: str) -> dict[str, Any]:
@@ -129,8 +154,8 @@ def _rope(config: dict[str, Any], where: str) -> Rope:
     kind = found.get("rope_type", found.get("type", "default"))
     if kind not in ROPE_KEYS or any(isinstance(value, dict) for value in found.values()):
         raise InputError(
-            f"{where}: rope_type is {kind!r} in {found}, expected one of {', '.join(ROPE_KEYS)}, "
-            "the same for all layers"
+            f"{where}: rope_type is {shown(kind)} in {shown(found)}, expected one of "
+            f"{', '.join(ROPE_KEYS)}, the same for all layers"
         )
     neox = config["model_type"] == "gpt_neox"
     fraction = found.get(
@@ -143,16 +168,26 @@ def _rope(config: dict[str, Any], where: str) -> Rope:
     positions = config.get("max_position_embeddings", Rope.positions)
     if kind == "llama3":
         positions = found.get("original_max_position_embeddings", positions)
-    return Rope(
+    rope = Rope(
         float(found.get("rope_theta", theta)), kind, float(fraction), positions=int(positions),
         **{key: float(found[key]) for key in ROPE_KEYS[kind]},
     )  # fmt: skip
+    numbers = {k: v for k, v in dataclasses.asdict(rope).items() if k != "kind"}
+    wrong = [f"{key}={value}" for key, value in numbers.items() if not 0 < value < MOST_OF_ROPE]
+    if rope.low_freq_factor >= rope.high_freq_factor:
+        wrong.append(f"low_freq_factor={rope.low_freq_factor}")
+    if wrong:
+        raise InputError(
+            f"{where}: RoPE has {', '.join(wrong)}, expected numbers above 0, low_freq_factor "
+            "below high_freq_factor"
+        )
+    return rope
 
 
 def _expect(where: str, **pairs: tuple[Any, Any]) -> None:
     for key, (found, expected) in pairs.items():
         if found != expected:
-            raise InputError(f"{where}: {key} is {found!r}, this decoder computes {expected!r}")
+            raise InputError(f"{where}: {key} is {shown(found)}, this decoder computes {expected}")
 
 
 def _rms_and_swiglu(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -191,7 +226,7 @@ def _gpt_neox(config: dict[str, Any], where: str) -> dict[str, Any]:
     activation, bias = config.get("hidden_act", "gelu"), config.get("attention_bias", True)
     if activation not in GELU:
         raise InputError(
-            f"{where}: hidden_act is {activation!r}, this decoder computes {', '.join(GELU)}"
+            f"{where}: hidden_act is {shown(activation)}, this decoder computes {', '.join(GELU)}"
         )
     return {
         "norm_eps": config.get("layer_norm_eps", 1e-5),

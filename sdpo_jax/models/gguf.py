@@ -32,6 +32,11 @@ NAMES = {
 # Pre-tokenizers whose rule is: single digits, then GPT-2's byte-level split.
 DIGITS_THEN_BYTES = ("smollm", "starcoder", "refact", "command-r")
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+# The reader trusts offsets, counts and types of the file, so a damaged one fails in these ways.
+BROKEN = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError, OSError,
+    RecursionError,
+)  # fmt: skip
 
 
 def open_gguf(path: Path) -> Source:
@@ -42,6 +47,8 @@ def open_gguf(path: Path) -> Source:
         config = _config(path, {k: f.contents() for k, f in fields.items() if len(f.data) <= 1})
     except KeyError as error:
         raise InputError(f"{path}: key {error} is missing: is this a whole model?") from None
+    except BROKEN as error:
+        raise _unreadable(path, error) from error
     by_name = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
     shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in by_name.items()}
     config["vocab_size"] = shapes.get("model.embed_tokens.weight", (0,))[0]
@@ -84,13 +91,25 @@ def _reader(path: Path):
         raise InputError(
             f"{path}: reading GGUF needs the package gguf: pip install -e '.[quickstart]'"
         ) from error
+
+    class Reader(GGUFReader):
+        """Past the file's end there is nothing: the loop over a wrong count would never end."""
+
+        def _get(self, offset, dtype, count=1, override_order=None):
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("a count or size reaches beyond its end")
+            return super()._get(offset, dtype, count, override_order)
+
     try:
-        return GGUFReader(path), dequantize
-    # The reader trusts offsets and counts of the file, so a cut one fails in any of these ways.
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError) as e:
-        raise InputError(
-            f"{path}: found no readable GGUF ({e}), expected a whole file: fetch it again"
-        ) from e
+        return Reader(path), dequantize
+    except BROKEN as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path}: found no readable GGUF ({error}), expected a whole file: fetch it again"
+    )
 
 
 def _hf_name(name: str) -> str:
@@ -140,7 +159,10 @@ def _config(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
 
 def _write_tokenizer(path: Path, fields: dict[str, Any], folder: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json."""
-    meta = {key: fields[key].contents() for key in fields if key.startswith("tokenizer.")}
+    try:
+        meta = {key: fields[key].contents() for key in fields if key.startswith("tokenizer.")}
+    except BROKEN as error:
+        raise _unreadable(path, error) from error
     kind = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
     if kind[0] != "gpt2" or kind[1] not in DIGITS_THEN_BYTES:
         raise InputError(
@@ -149,7 +171,7 @@ def _write_tokenizer(path: Path, fields: dict[str, Any], folder: Path) -> None:
         )
     try:
         tokens, special = _build_tokenizer(meta, folder / "tokenizer.json")
-    except (KeyError, ValueError) as error:
+    except Exception as error:  # tokenizers raises what it likes
         raise InputError(f"{path}: the tokenizer's metadata is broken: {error!r}") from error
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -159,12 +181,10 @@ def _write_tokenizer(path: Path, fields: dict[str, Any], folder: Path) -> None:
     }
     for name in ("bos", "eos", "unknown", "padding"):
         index = meta.get(f"tokenizer.ggml.{name}_token_id")
-        if index is not None and index < len(tokens):
+        if type(index) is int and 0 <= index < len(tokens):
             config[{"unknown": "unk", "padding": "pad"}.get(name, name) + "_token"] = tokens[index]
-    if "tokenizer.chat_template" in meta:
-        (folder / "chat_template.jinja").write_text(
-            meta["tokenizer.chat_template"], encoding="utf-8"
-        )
+    if isinstance(template := meta.get("tokenizer.chat_template"), str):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(
         json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8"
     )

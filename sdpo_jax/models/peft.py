@@ -5,6 +5,7 @@ PEFT holds A as [R, in] and B as [out, R], one pair a layer, under the base mode
 
 import functools
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from sdpo_jax.errors import InputError
+from sdpo_jax.errors import InputError, shown
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
@@ -128,7 +129,7 @@ def adapter_shapes(lora: LoraConfig, config: DecoderConfig) -> dict[str, tuple[i
 
 
 def _check_plain(folder: Path, lora: LoraConfig) -> None:
-    if not (folder / CONFIG).is_file():
+    if not os.path.isfile(folder / CONFIG):
         raise InputError(
             f"config.lora.init_from: found no {CONFIG} in {folder}, expected the folder of a PEFT "
             "adapter"
@@ -137,34 +138,42 @@ def _check_plain(folder: Path, lora: LoraConfig) -> None:
     for key, plain in PLAIN.items():
         if content.get(key, plain[0]) not in plain:
             raise InputError(
-                f"{folder}/{CONFIG}: {key} is {content[key]!r}, expected {plain[0]!r}: only plain "
-                "LoRA can go on here"
+                f"{folder}/{CONFIG}: {key} is {shown(content[key])}, expected {plain[0]!r}: only "
+                "plain LoRA can go on here"
             )
     for key, name, ours in (("r", "rank", lora.rank), ("lora_alpha", "alpha", lora.alpha)):
         if content.get(key) != ours:
+            found = shown(content.get(key))
             raise InputError(
-                f"{folder}/{CONFIG}: {key} is {content.get(key)!r}, config.lora.{name} is {ours}: "
-                f"set --config.lora.{name}={content.get(key)}"
+                f"{folder}/{CONFIG}: {key} is {found}, config.lora.{name} is {ours}: set "
+                f"--config.lora.{name}={found}"
             )
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """Tensors by their name below the base model, without the adapter's own name in it."""
-    if not (folder / TENSORS).is_file():
+    if not os.path.isfile(folder / TENSORS):
         raise InputError(
             f"{folder}: found no {TENSORS}, expected PEFT's safetensors: load an adapter_model.bin "
             "with peft and save it again with save_pretrained(DIR)"
         )
     try:
         stored = load_file(folder / TENSORS)
-    except (SafetensorError, OSError) as error:
+    # A KeyError is of a dtype that numpy lacks.
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{folder}/{TENSORS}: found broken safetensors ({error}), expected a whole file"
         ) from error
-    return {
+    tensors = {
         re.sub(r"(lora_[AB])\.\w+\.weight$", r"\1.weight", key.removeprefix(PREFIX)): tensor
         for key, tensor in stored.items()
     }
+    if len(tensors) < len(stored):
+        raise InputError(
+            f"{folder}/{TENSORS}: found a tensor under two names, expected one adapter: save it "
+            "alone with peft's save_pretrained(DIR, selected_adapters=[NAME])"
+        )
+    return tensors
 
 
 def _refuse_keys(folder: Path, tensors, expected: set[str], config: DecoderConfig) -> None:

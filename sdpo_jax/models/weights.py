@@ -7,7 +7,7 @@ layers stacked, where Hugging Face has one [out, in] tensor a layer. Shape lette
 
 import dataclasses
 import functools
-import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
+from sdpo_jax import files
 from sdpo_jax.errors import InputError
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
@@ -55,6 +56,7 @@ GPT_NEOX = (
 )
 # (path of a tensor below ours, suffix of Hugging Face's name, turned)
 PARTS = (("/kernel", ".weight", True), ("/scale", ".weight", False), ("/bias", ".bias", False))
+TOLD = 20  # tensors that a message lists
 # Buffers of old checkpoints that hold nothing learnt.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -118,13 +120,15 @@ def read_base(source: Source, config: DecoderConfig) -> tuple[dict[str, Any], st
     The dtype is the checkpoint's; where tensors differ it is the narrowest that holds them all.
 
     Raises:
-      InputError: lists every missing, unused, mis-shaped or unreadable tensor in one line.
+      InputError: lists missing, unused, mis-shaped and unreadable tensors in one line.
     """
     table, shapes = slots(config), abstract_base(config)
     problems = list(_problems(source, table, shapes, config))
     if problems:
+        more = ["…"] if len(problems) > TOLD else []
         raise InputError(
-            f"{source.where}: {len(problems)} tensors do not fit: {'; '.join(problems)}: "
+            f"{source.where}: {len(problems)} tensors do not fit: "
+            f"{'; '.join([*problems[:TOLD], *more])}: "
             "give the whole model that the config describes"
         )
     names = sorted({source.tensors[name][1] for name in table})
@@ -150,9 +154,10 @@ def _problems(source: Source, table, shapes, config: DecoderConfig) -> Iterator[
             yield f"{name} has shape {list(found)}, expected {list(expected)}"
         elif dtype not in DTYPES.values():
             yield f"{name} is {dtype}, expected {', '.join(DTYPES.values())}"
-    for name in source.tensors:
-        known = name in table or name.endswith(IGNORED_SUFFIXES) or name == tied_head(config)
-        if not known:
+    for name, (_, dtype) in source.tensors.items():
+        if name == tied_head(config) and dtype not in DTYPES.values():
+            yield f"{name} is {dtype}, expected {', '.join(DTYPES.values())}"
+        elif not (name in table or name.endswith(IGNORED_SUFFIXES) or name == tied_head(config)):
             yield f"{name} is not used"
 
 
@@ -175,12 +180,7 @@ def tied_head(config: DecoderConfig) -> str | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises InputError where it cannot be read or is no object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file: give the folder of a whole model") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: found {error}, expected JSON: fetch the file again") from error
+    content = files.read_json(path, "expected JSON: give the folder of a whole model")
     if not isinstance(content, dict):
         raise InputError(f"{path}: found a {type(content).__name__}, expected a JSON object")
     return content
@@ -189,26 +189,30 @@ def read_json(path: Path) -> dict[str, Any]:
 def safetensors_files(folder: Path) -> list[Path]:
     """The weight files of a Hugging Face folder: one, or the shards its index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
+    if os.path.lexists(single):
         return [single]
-    if not index.exists():
+    if not os.path.lexists(index):
         raise _no_weights(folder)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
+        isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
+        for name in weight_map.values()
     ):
-        raise InputError(f"{index}: weight_map is not a map of tensor names to files beside it")
-    files = [folder / name for name in sorted(set(weight_map.values()))]
-    missing = [path.name for path in files if not path.exists()]
+        raise InputError(
+            f"{index}: weight_map is not a map of tensor names to .safetensors files beside it: "
+            "fetch the file again"
+        )
+    shards = [folder / name for name in sorted(set(weight_map.values()))]
+    missing = [path.name for path in shards if not os.path.exists(path)]
     if missing:
         raise InputError(
             f"{index}: names files that are not there ({', '.join(missing)}): fetch them"
         )
-    return files
+    return shards
 
 
 def _no_weights(folder: Path) -> InputError:
-    if (folder / "adapter_config.json").exists():
+    if os.path.lexists(folder / "adapter_config.json"):
         return InputError(f"{folder}: found a PEFT adapter, expected a whole model: give its base")
     if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
         return InputError(
@@ -244,7 +248,7 @@ def open_hf(folder: Path) -> Source:
 def _opened(path: Path):
     try:
         return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
             f"{path}: found broken safetensors ({error}), expected a whole file: fetch it again"
         ) from error

@@ -1,0 +1,68 @@
+"""The keys of a run's config, each with the kind of value that it takes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sdpo_jax.errors import InputError, shown
+from sdpo_jax.evaluation.decode import DECODERS
+from sdpo_jax.files import ABOVE_ZERO, COUNT, NUMBER, POSITIVE, TEXT, Kind, one_of
+from sdpo_jax.models.decoder import REMAT
+from sdpo_jax.models.lora import PROJECTIONS
+from sdpo_jax.models.quantize import BASE_DTYPES
+from sdpo_jax.objectives.logprobs import LAYOUTS
+
+STAGES = ("sft", "sdpo")
+DTYPES = ("float32", "bfloat16")
+
+
+def _some_of(known: Sequence[str]) -> Kind:
+    def right(value: Any) -> bool:
+        found = list(value) if type(value) in (list, tuple) else []
+        return found != [] and found == [name for name in known if name in found]
+
+    return f"some of {', '.join(known)}, in this order", right
+
+
+def _below_one(value: Any) -> bool:
+    return NUMBER[1](value) and 0 <= value < 1
+
+
+def _axis(value: Any) -> bool:
+    return type(value) is int and -1 <= value < 2**31
+
+
+KINDS: dict[str, Kind] = {
+    "batch_layout": one_of(*LAYOUTS),
+    "remat": one_of(*REMAT),
+    "dtype": one_of(*DTYPES),
+    "base_dtype": one_of(*BASE_DTYPES),
+    "best_by": one_of("loss", *DECODERS),
+    "stages": _some_of(STAGES),
+    "lora.targets": _some_of(PROJECTIONS),
+    "seed": ("a whole number, 0 or more, below 2**32", lambda v: COUNT[1](v) and v < 2**32),
+    "weight_decay": ("a finite number, 0 or more", lambda v: NUMBER[1](v) and v >= 0),
+    **dict.fromkeys(
+        ("dataset", "model", "prompt_file", "validation_split", "lora.init_from"), TEXT
+    ),
+    **dict.fromkeys(
+        ("batch_size", "microbatch", "num_negatives", "max_length", "log_every", "eval_every",
+         "checkpoint_every", "lora.rank", "sft.epochs", "sdpo.epochs",
+         "distributed.start_seconds", "distributed.heartbeat_seconds"), POSITIVE
+    ),
+    **dict.fromkeys(
+        ("beta", "clip", "lora.alpha", "sft.learning_rate", "sdpo.learning_rate"), ABOVE_ZERO
+    ),
+    **dict.fromkeys(("sft.max_steps", "sdpo.max_steps", "validation_windows", "profile_steps"), COUNT),
+    **dict.fromkeys(("warmup", "lora.dropout"), ("a number, 0 <= it < 1", _below_one)),
+    **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.tensor"), ("a whole number or -1", _axis)),
+}  # fmt: skip
+
+
+def check(config) -> None:
+    """Refuses a config of which a key is missing or wrong. Raises InputError naming the key."""
+    for key, (expected, right) in KINDS.items():
+        value = config.to_dict()
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not right(value):
+            raise InputError(f"config.{key} is {shown(value)}, expected {expected}")

@@ -52,7 +52,9 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(
         ("beta", "clip", "lora.alpha", "sft.learning_rate", "sdpo.learning_rate"), ABOVE_ZERO
     ),
-    **dict.fromkeys(("sft.max_steps", "sdpo.max_steps", "validation_windows", "profile_steps"), COUNT),
+    **dict.fromkeys(
+        ("sft.max_steps", "sdpo.max_steps", "validation_windows", "profile_steps"), COUNT
+    ),
     **dict.fromkeys(("warmup", "lora.dropout"), ("a number, 0 <= it < 1", _below_one)),
     **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.tensor"), ("a whole number or -1", _axis)),
 }  # fmt: skip

@@ -43,20 +43,23 @@ for ((i = 0; i < processes; i++)); do
   pids+=($!)
 done
 
-status=0
-while [[ -n $(jobs -pr) ]]; do
-  code=0
-  wait -n || code=$?
-  # A trapped signal ends the wait, but no process.
-  if ((code == 0 || status != 0 || stopping && code > 128)); then
-    continue
-  fi
-  status=$code
-  if ((!stopping && code != 75)); then
-    for ((waited = 0; waited < ${GRACE:-10}; waited++)); do
-      [[ -z $(jobs -pr) ]] || sleep 1
-    done
-    kill -KILL "${pids[@]}" 2>/dev/null || true
+# Looked at twice a second: a trap is then never kept waiting by a process that does not end.
+status=0 waited=0 left=("${pids[@]}")
+while ((${#left[@]})); do
+  sleep 0.5
+  alive=()
+  for pid in "${left[@]}"; do
+    if kill -0 "$pid" 2>/dev/null; then
+      alive+=("$pid")
+      continue
+    fi
+    code=0
+    wait "$pid" || code=$?
+    ((status)) || status=$code
+  done
+  left=("${alive[@]}")
+  if ((status && status != 75 && !stopping && ${#left[@]} && waited++ >= 2 * ${GRACE:-10})); then
+    kill -KILL "${left[@]}" 2>/dev/null || true
   fi
 done
 exit "$status"

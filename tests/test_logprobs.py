@@ -92,7 +92,7 @@ def test_the_frozen_base_gets_no_gradient(model):
 
 def test_dropout_is_a_function_of_its_key():
     batch, decoder = random_batch(B=2, C=2), tiny_model(dropout=0.5).decoder
-    logp = jax.jit(lambda key: shared_prefix_logp(decoder, batch, key))
-    logp = [logp(jax.random.key(k)) for k in (0, 0, 1)]
+    logp = jax.jit(lambda keys_R: shared_prefix_logp(decoder, batch, keys_R))
+    logp = [logp(jax.random.key(k)[None]) for k in (0, 0, 1)]
     np.testing.assert_array_equal(logp[0], logp[1])
     assert not np.array_equal(logp[0], logp[2])

@@ -67,7 +67,7 @@ def lastfm_folders(tmp_path_factory) -> dict[str, Path]:
     return found
 
 
-@cases(150)
+@cases(60)
 @given(st.data())
 def test_a_damaged_prepared_folder_is_one_line(dataset_folder, case, data):
     file = data.draw(st.sampled_from(sorted(path.name for path in dataset_folder.iterdir())))
@@ -83,7 +83,7 @@ def test_every_odd_value_of_a_dataset_json_is_one_line(dataset_folder, case):
     told_of_odd_values(folder / "dataset.json", lambda: read_dataset(folder, ["test"]))
 
 
-@cases(50)
+@cases(20)
 @given(st.data())
 def test_a_damaged_movielens_folder_is_one_line(movielens_folder, case, data):
     file = data.draw(st.sampled_from(("u.data", "u.item")))
@@ -108,7 +108,7 @@ def test_a_damaged_zip_is_one_line(movielens_folder, tmp_path, kind):
             archive.write(movielens_folder / file, file)
     whole, output = path.read_bytes(), tmp_path / "out"
 
-    @cases(25)
+    @cases(20)
     @given(changed_bytes(whole, 80) | changed_bytes(whole[-200:]).map(lambda b: whole[:-200] + b))
     def check_one(content):
         path.write_bytes(content)
@@ -122,7 +122,7 @@ def test_a_damaged_zip_is_one_line(movielens_folder, tmp_path, kind):
     check_one()
 
 
-@cases(120)
+@cases(48)
 @given(st.data())
 def test_a_damaged_lastfm_folder_is_one_line(lastfm_folders, case, data):
     source = lastfm_folders[data.draw(st.sampled_from(sorted(lastfm_folders)))]
@@ -147,7 +147,7 @@ def test_a_history_of_thousands_of_joined_titles_is_cut_at_once():
     assert split_titles("a:::x:", {"a", ":x:"}) == ["a", ":x:"]
 
 
-@cases(60)
+@cases(24)
 @given(st.data())
 def test_a_damaged_prompt_file_is_one_line(case, data):
     path = fresh(ROOT / "configs" / "prompts", case) / "movie-chatml.txt"
@@ -179,7 +179,7 @@ TEXTS = st.sampled_from([
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")
-@cases(200)
+@cases(80)
 @given(st.sampled_from(sorted(KINDS)), TEXTS)
 def test_a_wrong_value_on_the_command_line_is_one_line(case, key, text):
     config = parsed(f"--config.{key}={text}")
@@ -191,7 +191,7 @@ def test_a_wrong_value_on_the_command_line_is_one_line(case, key, text):
     told_or_done(lambda: check_folders(config, "movielens"), case, "nothing to train on yet")
 
 
-@cases(150)
+@cases(60)
 @given(st.sampled_from(sorted(KINDS)), VALUES | st.just({1: 2}))
 def test_a_wrong_value_in_a_config_file_is_one_line(case, key, value):
     content = movielens.get_config().to_dict()

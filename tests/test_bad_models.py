@@ -60,7 +60,7 @@ def unwritten(monkeypatch):
     monkeypatch.setattr(converting, "write_weights", lambda path, tree: path.mkdir())
 
 
-@cases(120)
+@cases(48)
 @given(st.data())
 def test_a_damaged_model_is_one_line(sources, case, unwritten, data):
     source = sources[data.draw(st.sampled_from(sorted(sources)))]
@@ -70,7 +70,7 @@ def test_a_damaged_model_is_one_line(sources, case, unwritten, data):
     told_or_done(lambda: convert(str(folder), str(case.parent / "out")), case.parent)
 
 
-@cases(150)
+@cases(60)
 @given(st.data())
 def test_a_damaged_converted_model_is_one_line(model_folder, case, data):
     def check():
@@ -116,7 +116,7 @@ def gguf(tmp_path_factory) -> Path:
     return folder
 
 
-@cases(80)
+@cases(32)
 @given(st.data())
 def test_a_damaged_gguf_is_one_line(gguf, case, data):
     def check():
@@ -137,7 +137,7 @@ def adapter(tmp_path_factory) -> Path:
     return folder
 
 
-@cases(100)
+@cases(40)
 @given(st.data())
 def test_a_damaged_adapter_is_one_line(adapter, case, data):
     file = data.draw(st.sampled_from(("adapter_config.json", "adapter_model.safetensors")))

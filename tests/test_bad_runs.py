@@ -39,7 +39,7 @@ def run(tmp_path_factory) -> Path:
     return run
 
 
-@cases(200)
+@cases(80)
 @given(st.data())
 def test_a_damaged_file_of_a_run_is_one_line(run, case, data):
     def check():

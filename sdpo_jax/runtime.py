@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sdpo_jax.errors import InputError
 from sdpo_jax.wheels import cache_folder
@@ -56,6 +57,8 @@ def join_processes(coordinator: str, processes: int | None, process: int | None,
             f"--coordinator={coordinator} --processes={processes} --process={process}: expected "
             "all three, --coordinator=auto, or none of them"
         )
+    # It would take SIGTERM for itself, and its agreed step can pass by while it is agreed on.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         if explicit:
             jax.distributed.initialize(
@@ -111,25 +114,30 @@ class Interrupted(Exception):
 class StopSignal:
     """Notes SIGINT and SIGTERM, so that the loop can end between two steps.
 
-    In a run of several processes, which may be told at different moments, JAX's preemption service
-    agrees on the step after which all stop. It takes SIGTERM for itself.
+    Processes of one run may be told at different moments, or only one of them: each question is
+    summed over all in the background, and answers what the question before it came to.
     """
 
     def __init__(self):
-        self._noted, self._asked, self.received = False, 0, False
-        if jax.process_count() == 1:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._note)
-        else:
-            signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        self._noted, self._asked, self.received = False, None, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+        devices = Mesh(np.array(jax.devices()), ("device",))
+        self._apart = NamedSharding(devices, PartitionSpec("device"))
+        self._any = jax.jit(jax.numpy.max, out_shardings=NamedSharding(devices, PartitionSpec()))
 
     def _note(self, number, frame):
         self._noted = True
 
     def ask(self) -> bool:
         """Whether to stop now; all processes ask equally often and get the same answer."""
-        self._asked += 1
-        self.received |= self._noted or multihost_utils.reached_preemption_sync_point(self._asked)
+        if jax.process_count() == 1:
+            self.received |= self._noted
+            return self.received
+        before, noted = self._asked, np.array([self._noted])
+        flags = jax.make_array_from_callback((jax.device_count(),), self._apart, lambda _: noted)
+        self._asked = self._any(flags)
+        self.received |= before is not None and bool(before)
         return self.received
 
     def check(self) -> None:

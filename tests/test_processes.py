@@ -54,13 +54,19 @@ def test_two_processes_with_four_devices_each_lose_what_one_device_loses(alone, 
     assert_same_curves(run, alone)
 
 
-def test_a_run_goes_on_after_a_dead_peer_on_another_mesh(alone, flags, tmp_path):
+def test_a_run_goes_on_after_a_dead_peer_and_a_signal_on_another_mesh(alone, flags, tmp_path):
     run = tmp_path / "run"
     spread = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 1}
     process = trainers.start(flags(run, **spread), processes=2, CPU_DEVICES="2")
     trainers.wait_for_step(process, run, "sft", 3)
     os.kill(children(process)[1], signal.SIGKILL)
     trainers.end(process, expected=128 + signal.SIGKILL)
+
+    process = trainers.start(flags(run, **spread), processes=2, CPU_DEVICES="2")
+    trainers.wait_for_step(process, run, "sdpo", 3)
+    process.send_signal(signal.SIGTERM)
+    assert "the same command goes on" in trainers.end(process, expected=os.EX_TEMPFAIL)
+    assert len(trainers.curve(run, "sdpo")) < STEPS["sdpo"]
 
     trainers.end(trainers.start(flags(run), devices=2))
     assert_same_curves(run, alone)
@@ -74,20 +80,22 @@ def children(process: subprocess.Popen) -> list[int]:
     ]
 
 
-def test_two_tasks_of_a_slurm_step_find_each_other(flags, tmp_path):
+def test_two_tasks_of_a_slurm_step_find_each_other_and_a_signal_to_one_stops_both(flags, tmp_path):
     run = tmp_path / "run"
     step = {
         "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
         "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2",
     }  # fmt: skip
-    changes = {"sft.max_steps": 2, "stages": "('sft',)"}
+    changes = {"sft.max_steps": 60, "sft.epochs": 8, "stages": "('sft',)"}
     tasks = [
         trainers.start(flags(run, **changes), SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **step)
         for i in range(2)
     ]
-    outputs = [trainers.end(task) for task in tasks]
+    trainers.wait_for_step(tasks[0], run, "sft", 2)
+    tasks[1].send_signal(signal.SIGTERM)
+    outputs = [trainers.end(task, expected=os.EX_TEMPFAIL) for task in tasks]
     assert "2 cpu device(s) in 2 process(es), 1 of them in this" in outputs[0]
-    assert len(trainers.curve(run, "sft")) == 2
+    assert 2 <= len(trainers.curve(run, "sft")) < 60
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def open_run(workdir: Path, config: dict[str, Any], fingerprints: dict[str, str]
     """
     check_run(workdir, config, fingerprints)
     path = workdir / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         versions = {name: version(name) for name in PACKAGES}
         content = {"config": config, "fingerprints": fingerprints, "versions": versions}
         try:
@@ -63,8 +63,12 @@ def open_run(workdir: Path, config: dict[str, Any], fingerprints: dict[str, str]
 def check_run(workdir: Path, config: dict[str, Any], fingerprints: dict[str, str]) -> None:
     """Raises InputError where `workdir` holds anything but this run, naming the keys."""
     path = workdir / "config.json"
-    if not path.exists():
-        if workdir.exists() and set(os.listdir(workdir)) - {LOCK}:
+    if not os.path.lexists(path):
+        try:
+            strange = set(os.listdir(workdir)) - {LOCK} if os.path.lexists(workdir) else ()
+        except OSError as error:  # no folder, or one that cannot be read
+            raise _not_writable(workdir, error) from error
+        if strange:
             raise InputError(
                 f"{workdir}: not empty and without config.json, so not a run: choose another "
                 "--workdir"

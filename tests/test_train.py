@@ -128,3 +128,21 @@ def test_the_reference_is_stored_in_float32_for_every_candidate(unbroken):
     stored = np.load(unbroken[0] / "reference" / "train.npz")
     assert stored["logp_NC"].dtype == np.float32
     assert stored["logp_NC"].shape == (48, 4)
+
+
+@pytest.mark.parametrize("line", ['{"stage": "sft"', "[]", '{"stage": "sft", "step": "one"}'])
+def test_a_line_of_metrics_that_training_did_not_write_is_named(line, tmp_path):
+    good = '{"stage": "sft", "step": 1}\n'
+    (tmp_path / "metrics.jsonl").write_text(f"{good}{line}\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2: "):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(good + line)  # left unfinished by a kill
+    assert [m["step"] for m in read_metrics(tmp_path)] == [1]
+
+
+def test_a_workdir_that_no_file_system_takes_is_refused(config, tmp_path):
+    with pytest.raises(InputError, match="File name too long: choose another --workdir"):
+        train(config, tmp_path / ("a" * 300), NEVER)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="Not a directory: choose another --workdir"):
+        train(config, tmp_path / "file", NEVER)

@@ -9,14 +9,31 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from sdpo_jax.errors import InputError
+from sdpo_jax.files import COUNT, TEXT, check_keys, parse_json, read_text
+
+ADVICE = "expected what training wrote: remove the line"
+
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a killed run left unfinished is dropped."""
+    """The lines of metrics.jsonl; a last line that a killed run left unfinished is dropped.
+
+    Raises InputError naming a line that training did not write.
+    """
     path = Path(folder) / "metrics.jsonl"
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    lines = read_text(path, ADVICE).split("\n")
+    return [_line(f"{path}:{number}", line) for number, line in enumerate(lines[:-1], 1)]
+
+
+def _line(where: str, text: str) -> dict[str, Any]:
+    try:
+        line = parse_json(text)
+    except ValueError as error:
+        raise InputError(f"{where}: found no valid JSON ({error}), {ADVICE}") from error
+    check_keys(where, line, {"stage": TEXT, "step": COUNT}, ADVICE)
+    return line
 
 
 class MetricsWriter:

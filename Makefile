@@ -55,7 +55,7 @@ stress: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist=loadfile
 
 clean:
 	rm -rf runs .venv .venv-bench

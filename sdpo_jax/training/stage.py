@@ -316,7 +316,7 @@ class Stage:
         """The step to go on from; waits for the judge where there is one."""
         judged, losses = self.judged(), checkpoints.losses()
         if judged is None:
-            return min(losses, key=losses.__getitem__)
+            return checkpoints.best_step()
         print(
             f"{self.name}: waiting until all of its checkpoints are judged by python -m "
             f"sdpo_jax.evaluate --workdir={self.workdir} --follow "

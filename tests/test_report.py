@@ -25,7 +25,7 @@ def predictions(hits, decoder):
         for row, hit in enumerate(hits)
     ]  # fmt: skip
     for record in records:
-        del record["generation" if decoder == "score" else "rank"]
+        del record["rank" if decoder in ("greedy", "trie") else "generation"]
     return records
 
 
@@ -111,6 +111,17 @@ def test_windows_that_only_one_evaluation_has_are_left_out(run):
     rows = rows_of(report(run))
     assert rows["S-DPO – SFT", "score"][4:] == ["2", "0", "10"]
     assert rows["S-DPO", "30"][9] == "10/40"
+
+
+def test_other_systems_stand_above_the_stages_and_beside_s_dpo(run):
+    add(run, "sasrec", 7, np.arange(N) < 10, "candidates")
+    add(run, "sasrec", 7, np.arange(N) < 3, "catalogue")
+    assert (run / "eval" / "sasrec-candidates.json").exists()
+    text = report(run)
+    rows = rows_of(text)
+    assert text.index("SASRec") < text.index("| base")
+    assert rows["SASRec", "7"][2:6] == ["–", "–", "0.250 [0.142, 0.402]", "1.000"]
+    assert rows["S-DPO – SASRec", "score"][4:] == ["4", "0", "40"]
 
 
 def test_a_row_shows_the_best_step_or_else_the_last_one_evaluated(run):

@@ -9,11 +9,16 @@ from typing import Any
 from sdpo_jax.errors import InputError
 from sdpo_jax.evaluation import metrics
 from sdpo_jax.evaluation.markdown import plain
-from sdpo_jax.evaluation.results import DECODERS, read_predictions, read_results
+from sdpo_jax.evaluation.results import DECODERS, SYSTEMS, read_predictions, read_results
 from sdpo_jax.training.metrics import read_metrics
 from sdpo_jax.workdir import stage_result
 
-NAMES = {"base": "base", "sft": "SFT", "sdpo": "S-DPO"}
+# Of the table, in its order: what is no stage of the run stands before the stages.
+NAMES = {
+    "random": "random", "popularity": "popularity", "gru4rec": "GRU4Rec", "caser": "Caser",
+    "sasrec": "SASRec", "morec": "MoRec", "chatrec": "ChatRec", "base": "base", "sft": "SFT",
+    "sdpo": "S-DPO",
+}  # fmt: skip
 # Of the score decoder: column, key of the summary, metric of a rank.
 RANKING: tuple[tuple[str, str, Callable[[int], float]], ...] = (
     ("HR@5", "hit_ratio_at_5", functools.partial(metrics.hit_at, 5)),
@@ -24,7 +29,7 @@ RANKING: tuple[tuple[str, str, Callable[[int], float]], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One stage at one step: its summaries by decoder."""
+    """One stage at one step, or another system: its summaries by decoder."""
 
     stage: str
     step: int
@@ -56,7 +61,9 @@ def choose_rows(run: SimpleNamespace, split: str | None = None) -> tuple[str, li
             best = (stage_result(run.path, stage) or {}).get("best_step")
             step = best if best in steps else max(steps)
             of_step = [s for s in kept if (s["stage"], s["step"]) == (stage, step)]
-            rows.append(Row(stage, step, {s["decoder"]: s for s in of_step}))
+            # Another system's ranking of the candidates is what `score` is of a language model.
+            decoders = {s["decoder"].replace("candidates", "score"): s for s in of_step}
+            rows.append(Row(stage, step, {d: decoders[d] for d in DECODERS if d in decoders}))
     return split, rows
 
 
@@ -120,10 +127,11 @@ def _chance(run: SimpleNamespace, rows: Sequence[Row], decoders: Sequence[str]) 
 
 
 def differences(rows: Sequence[Row]) -> list[list[str]]:
-    """S-DPO against SFT and base, SFT against base: paired HR@1 on the windows both have."""
+    """S-DPO against all others, SFT against base: paired HR@1 on the windows both have."""
     cells = [["", "decoder", "difference of HR@1 [95%]", "p", "only first", "only second", "n"]]
     of_stage = {row.stage: row for row in rows}
-    for first, second in (("sdpo", "sft"), ("sdpo", "base"), ("sft", "base")):
+    others = [("sdpo", system) for system in SYSTEMS]
+    for first, second in (("sdpo", "sft"), ("sdpo", "base"), ("sft", "base"), *others):
         if first not in of_stage or second not in of_stage:
             continue
         a, b = of_stage[first].by_decoder, of_stage[second].by_decoder

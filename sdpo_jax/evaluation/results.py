@@ -1,7 +1,8 @@
 """The files of `workdir/eval`: a summary as JSON, its predictions beside it as JSONL.
 
-`<stage>-<step>-<decoder>.json` holds the split asked for last. An evaluation of another split that
-lay there is kept as `<stage>-<step>-<decoder>-<split>.json`, so none is lost and each is one file.
+`<stage>-<step>-<decoder>.json`, or `<system>-<decoder>.json` of what is no stage of the run, holds
+the split asked for last. An evaluation of another split that lay there is kept with `-<split>` at
+the end of its name, so none is lost and each is one file.
 """
 
 import json
@@ -19,16 +20,22 @@ from sdpo_jax.evaluation.decode import DECODERS
 from sdpo_jax.files import COUNT, NUMBER, POSITIVE, SHARE, check_keys, one_of
 from sdpo_jax.workdir import write_json
 
+# Systems that are no stage of a run: they stand in `stage`.
+SYSTEMS = ("random", "popularity", "gru4rec", "caser", "sasrec", "morec", "chatrec")
+# How they choose: among a window's candidates, or among all items. Both rank, as `score` does.
+RANKINGS = ("candidates", "catalogue")
 # Stage, step, decoder and split are also parts of names of files.
 SUMMARY = {
-    "stage": one_of("base", *STAGES), "step": COUNT, "decoder": one_of(*DECODERS),
+    "stage": one_of("base", *STAGES, *SYSTEMS), "step": COUNT,
+    "decoder": one_of(*DECODERS, *RANKINGS),
     "split": one_of(*SPLITS), "n": POSITIVE, "hit_ratio_at_1": SHARE, "seconds?": NUMBER,
     "hit_ratio_at_1_ci95?": (
         "two numbers", lambda value: files.list_of(NUMBER)[1](value) and len(value) == 2
     ),
     "candidates?": POSITIVE,
     **dict.fromkeys(
-        ("valid_ratio?", "hit_ratio_at_5?", "ndcg_at_5?", "ndcg_at_10?", "mrr?"), SHARE
+        ("valid_ratio?", "hit_ratio_at_5?", "hit_ratio_at_10?", "ndcg_at_5?", "ndcg_at_10?",
+         "mrr?"), SHARE
     ),
 }  # fmt: skip
 PREDICTION = {"row": COUNT, "hit": ("true or false", lambda value: type(value) is bool)}
@@ -37,7 +44,7 @@ Prediction = dict[str, Any]
 
 
 def summarise(decoder: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Metrics over all predictions; those of ranks only for `score`, which ranks."""
+    """Metrics over all predictions; those of ranks only for decoders that rank."""
     n, hits = len(predictions), sum(p["hit"] for p in predictions)
     summary = {
         "hit_ratio_at_1": hits / n,
@@ -45,10 +52,11 @@ def summarise(decoder: str, predictions: Sequence[Prediction]) -> dict[str, Any]
         "valid_ratio": sum(p["valid"] for p in predictions) / n,
         "n": n,
     }
-    if decoder == "score":
+    if decoder in ("score", *RANKINGS):
         ranks = [p["rank"] for p in predictions]
         summary |= {
             "hit_ratio_at_5": metrics.mean([metrics.hit_at(5, rank) for rank in ranks]),
+            "hit_ratio_at_10": metrics.mean([metrics.hit_at(10, rank) for rank in ranks]),
             "ndcg_at_5": metrics.mean([metrics.ndcg_at(5, rank) for rank in ranks]),
             "ndcg_at_10": metrics.mean([metrics.ndcg_at(10, rank) for rank in ranks]),
             "mrr": metrics.mean([metrics.reciprocal_rank(rank) for rank in ranks]),
@@ -57,7 +65,8 @@ def summarise(decoder: str, predictions: Sequence[Prediction]) -> dict[str, Any]
 
 
 def result_path(folder: Path, stage: str, step: int, decoder: str) -> Path:
-    return folder / f"{stage}-{step}-{decoder}.json"
+    name = stage if stage in SYSTEMS else f"{stage}-{step}"
+    return folder / f"{name}-{decoder}.json"
 
 
 def find(folder: Path, stage: str, step: int, decoder: str, split: str) -> dict[str, Any] | None:
@@ -76,7 +85,7 @@ def write_result(folder: Path, summary: dict[str, Any], predictions: Iterable[Pr
     """
     path = result_path(folder, summary["stage"], summary["step"], summary["decoder"])
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         _make_room(path, summary["split"])
         partial = folder / f".{path.name}.{os.getpid()}.partial"
         encode = json.JSONEncoder(ensure_ascii=False).encode

@@ -152,6 +152,12 @@ def same(run: SimpleNamespace, kind: str, path: Path | str, found: str) -> None:
         )
 
 
+def same_dataset(workdir: Path, dataset: Path | str, found: str) -> None:
+    """Raises InputError where `workdir` is a run of another data set than `dataset`."""
+    if os.path.lexists(workdir / "config.json"):
+        same(read_run(workdir), "dataset", dataset, found)
+
+
 def stage_result(workdir: Path, stage: str) -> dict[str, Any] | None:
     """What a finished stage left (steps, best_step, validation_loss, seconds …), else None."""
     path = Path(workdir) / "stages" / f"{stage}.json"

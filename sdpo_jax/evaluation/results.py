@@ -108,6 +108,23 @@ def _make_room(path: Path, split: str) -> None:
             os.replace(file, file.with_stem(f"{path.stem}-{other}"))
 
 
+def line(summary: dict[str, Any], path: Path) -> str:
+    """One line of a summary, for a terminal."""
+    low, high = summary["hit_ratio_at_1_ci95"]
+    ranking = ""
+    if "mrr" in summary:
+        ranking = (
+            f", HR@5 {summary['hit_ratio_at_5']:.4f}, NDCG@10 {summary['ndcg_at_10']:.4f}, "
+            f"MRR {summary['mrr']:.4f}"
+        )
+    return (
+        f"{summary['stage']} step {summary['step']}, {summary['decoder']}, {summary['split']}: "
+        f"HR@1 {summary['hit_ratio_at_1']:.4f} [{low:.4f}, {high:.4f}], valid "
+        f"{summary['valid_ratio']:.4f}{ranking}, n {summary['n']}, {summary['seconds']:.1f} s, "
+        f"{path}"
+    )
+
+
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """All summaries, each with its "path" and its "time" of writing, the oldest first."""
     paths = sorted(folder.glob("[!.]*.json"))

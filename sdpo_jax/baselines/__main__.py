@@ -1,0 +1,165 @@
+"""Trains and evaluates a traditional recommender on a prepared folder.
+
+    python -m sdpo_jax.baselines --model=sasrec --dataset=runs/movielens/data --workdir=DIR
+
+Writes eval/<model>-candidates.json, with the keys of sdpo_jax.evaluate, and
+eval/<model>-catalogue.json, which ranks all items outside the history; the predictions lie beside
+each. In the workdir of a language model's run the report shows both on the same windows. `random`
+and `popularity` are the floor and need no training. The trained network is kept in baselines/.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from flax import nnx
+from tqdm import tqdm
+
+from sdpo_jax.baselines import fit, floor, kept
+from sdpo_jax.baselines.arrays import Arrays, arrays, place
+from sdpo_jax.baselines.caser import Caser
+from sdpo_jax.baselines.gru4rec import GRU4Rec
+from sdpo_jax.baselines.sasrec import SASRec
+from sdpo_jax.data import loader
+from sdpo_jax.data.prepared import SPLITS, Dataset, read_dataset
+from sdpo_jax.errors import InputError, run_command
+from sdpo_jax.evaluation import metrics, results
+from sdpo_jax.runtime import set_up_jax
+from sdpo_jax.workdir import same_dataset
+
+NETWORKS = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}
+MODELS = ("random", "popularity", *NETWORKS)
+SHOWN = 10  # of the catalogue's ranking, in the predictions
+
+
+def run(
+    model: str, dataset: str, workdir: str, split: str = "test", limit: int = 0,
+    candidates_only: bool = False, settings: fit.Settings | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Evaluates `model`, after training where it is a network; returns the summaries written.
+
+    Raises InputError for a data set, split or workdir that is not there or does not fit.
+    """
+    settings = settings or fit.Settings()
+    data = read_dataset(dataset)
+    if split not in data.splits:
+        raise InputError(
+            f"--split: found {split}, expected one that {dataset} has: {', '.join(data.splits)}"
+        )
+    same_dataset(Path(workdir), dataset, data.meta["fingerprint"])
+    rows = loader.spread(len(data.splits[split]), limit)
+    found = arrays(data, [data.splits[split][row] for row in rows])
+    start = time.monotonic()
+    scores_NI, about = _scores(model, data, Path(workdir), split, rows, found, settings)
+    about |= {
+        "protocol": data.meta.get("protocol"), "split": split, "limit": limit, "stage": model,
+        "candidates": found.candidates_NC.shape[1], "seed": settings.seed, "dataset": dataset,
+        "dataset_fingerprint": data.meta["fingerprint"],
+        "seconds": round(time.monotonic() - start, 2),
+    }  # fmt: skip
+    summaries = []
+    for ranking in results.RANKINGS[: 1 if candidates_only else 2]:
+        predictions = list(_predictions(data, split, rows, found, scores_NI, ranking))
+        summary = results.summarise(ranking, predictions) | about | {"decoder": ranking}
+        path = results.write_result(Path(workdir, "eval"), summary, predictions)
+        print(results.line(summary, path), flush=True)
+        summaries.append(summary)
+    return summaries
+
+
+def _scores(
+    model: str, data: Dataset, workdir: Path, split: str, rows: Sequence[int], found: Arrays,
+    settings: fit.Settings,
+) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
+    """Scores of every item for each window, [N, I], and what there is to tell of the model."""
+    items = len(data.titles)
+    if model == "random":
+        return floor.random_scores(settings.seed, split, rows, items), {"step": 0}
+    if model == "popularity":
+        popularity_I = floor.popularity(arrays(data, data.splits["train"]).target_N, items)
+        return np.broadcast_to(popularity_I, (len(rows), items)), {"step": 0}
+    set_up_jax("float32")
+    graphdef, state, about = _network(model, data, workdir, settings)
+    return fit.Scores(graphdef)(state, found.history_NT), about
+
+
+def _network(model: str, data: Dataset, workdir: Path, settings: fit.Settings):
+    """(graphdef, state, about): as an earlier call with the same data and settings kept, or new."""
+
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        return NETWORKS[model](len(data.titles), rngs=rngs)
+
+    graphdef, fresh = nnx.split(make(nnx.Rngs(settings.seed)))
+    path = workdir / "baselines" / f"{model}.safetensors"
+    key = kept.key(data.meta["fingerprint"], settings)
+    if (found := kept.read(path, key, fresh)) is not None:
+        return graphdef, *found
+    train, validation = (arrays(data, data.splits[name]) for name in ("train", _validation(data)))
+    with tqdm(desc=model, unit="epoch") as bar:
+
+        def report(line: str) -> None:
+            bar.set_description_str(f"{model}, {line}", refresh=False)
+            bar.update()
+
+        fitted = fit.fit(make, train, validation, settings, report)
+    about = {
+        "step": fitted.epoch, "l2": fitted.l2, "validation_split": _validation(data),
+        "validation_hit_ratio_at_1": fitted.hit_ratio, "validation_by_l2": fitted.tried,
+    }  # fmt: skip
+    kept.write(path, key, fitted.state, about)
+    return graphdef, fitted.state, about
+
+
+def _validation(data: Dataset) -> str:
+    """All windows of the validation users where the data set has them: `val` may be few."""
+    return "val_all" if "val_all" in data.splits else "val"
+
+
+def _predictions(
+    data: Dataset, split: str, rows: Sequence[int], found: Arrays, scores_NI, ranking: str
+) -> Iterator[results.Prediction]:
+    """A prediction for each window: the first titles of the ranking, and the target's rank.
+
+    The catalogue's leaves out the items of the history, but for the target.
+    """
+    titles, items = list(data.titles.values()), np.arange(len(data.titles))
+    for row, history_T, among_X, target, scores_I in zip(
+        rows, found.history_NT, found.candidates_NC, found.target_N, scores_NI, strict=True
+    ):
+        if ranking == "catalogue":
+            among_X = np.setdiff1d(items, np.setdiff1d(history_T, target))
+        scores_X = scores_I[among_X]
+        rank = metrics.target_rank(scores_X, place(among_X, target))
+        first = among_X[np.argsort(-scores_X, kind="stable")[:SHOWN]]
+        yield {
+            "row": row, "user": data.splits[split][row].user, "target": titles[target],
+            "ranked": [[titles[i], round(float(scores_I[i]), 4)] for i in first],
+            "rank": rank, "valid": True, "hit": rank == 1,
+        }  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    settings = fit.Settings(epochs=args.epochs, l2=tuple(args.l2), seed=args.seed)
+    run(args.model, args.dataset, args.workdir, args.split, args.limit or 0, args.candidates_only,
+        settings)  # fmt: skip
+    if (Path(args.workdir) / "config.json").exists():
+        print(f"next: python -m sdpo_jax.report --workdir={args.workdir}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("model", None, MODELS, "which recommender", required=True)
+    flags.DEFINE_string("dataset", None, "prepared folder", required=True)
+    flags.DEFINE_string("workdir", None, "folder of a run, or any other", required=True)
+    flags.DEFINE_enum("split", "test", SPLITS[1:], "windows to evaluate on")
+    flags.DEFINE_integer("limit", None, "this many windows, evenly spread over the split; "
+                         "default: all", lower_bound=1)  # fmt: skip
+    flags.DEFINE_bool("candidates_only", False, "leave out the ranking of the whole catalogue")
+    flags.DEFINE_multi_float("l2", fit.Settings.l2, "weights of the L2 regularisation, each with a "
+                             "--l2 of its own; validation chooses", lower_bound=0)  # fmt: skip
+    flags.DEFINE_integer("epochs", fit.Settings.epochs, "at most", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "of initial weights, order and dropout", lower_bound=0)
+    run_command(main)

@@ -1,0 +1,27 @@
+"""What the networks share: items as vectors, and dropout that is off without a key."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+SIZE = 64  # D
+
+
+class Items(nnx.Module):
+    """A vector an item, [I, D]; that of the padding is zero."""
+
+    def __init__(self, items: int, size: int = SIZE, *, rngs: nnx.Rngs):
+        self.table = nnx.Param(jax.random.normal(rngs.params(), (items, size)) * size**-0.5)
+
+    def vectors(self) -> jax.Array:
+        return self.table[...]
+
+
+def looked_up(vectors_ID: jax.Array, history_BT: jax.Array) -> jax.Array:
+    """The vectors of a history, [B, T, D]; zero where there is no item."""
+    return jnp.take(vectors_ID, history_BT, axis=0, mode="fill", fill_value=0)
+
+
+def dropped(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
+    """Dropout in training, where `rngs` are given."""
+    return nnx.Dropout(rate, deterministic=rngs is None)(x, rngs=rngs)

@@ -1,0 +1,204 @@
+"""Traditional recommenders: what their networks may depend on, that they learn, what they write."""
+
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny_run
+from flax import nnx
+
+from sdpo_jax import leakcheck
+from sdpo_jax.baselines import fit, floor
+from sdpo_jax.baselines.__main__ import NETWORKS, run
+from sdpo_jax.baselines.arrays import arrays
+from sdpo_jax.data import candidates
+from sdpo_jax.data.prepared import Dataset, Window, write_dataset
+from sdpo_jax.errors import InputError
+from sdpo_jax.workdir import open_run
+
+ITEMS, PLACES = 40, 10
+TITLES = {100 + i: f"title {i}" for i in range(ITEMS)}
+QUICK = fit.Settings(batch_size=64, l2=(1e-6,), epochs=5, learning_rate=1e-2)
+
+
+def windows(n: int, seed: int) -> list[Window]:
+    """The next item is the last one's successor, so histories tell it."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for row in range(n):
+        start, length = rng.integers(ITEMS), rng.integers(3, PLACES + 1)
+        items = [100 + int(start + k) % ITEMS for k in range(length + 1)]
+        found.append(Window(row, tuple(items[:-1]), (), items[-1]))
+    return found
+
+
+def dataset() -> Dataset:
+    splits = {
+        name: candidates.independent(windows(n, seed), TITLES, 0, name)
+        for seed, (name, n) in enumerate({"train": 512, "val": 80, "test": 80}.items())
+    }
+    return Dataset("movie", TITLES, splits, {"protocol": "drawn for a test", "seed": 0})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("baselines") / "data"
+    write_dataset(path, dataset())
+    return str(path)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_learns_what_comes_next_and_keeps_what_it_learned(name, folder, tmp_path):
+    first = run(name, folder, tmp_path, settings=QUICK)
+    assert [s["decoder"] for s in first] == ["candidates", "catalogue"]
+    assert first[0]["hit_ratio_at_1"] > 0.5 and first[1]["hit_ratio_at_5"] > 0.5
+    again = run(name, folder, tmp_path, limit=20, candidates_only=True, settings=QUICK)
+    assert again[0]["n"] == 20 and again[0]["validation_by_l2"] == first[0]["validation_by_l2"]
+    with pytest.raises(InputError, match="another data set or other settings"):
+        run(name, folder, tmp_path, settings=fit.Settings(seed=1))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_scores_do_not_depend_on_the_batch_nor_without_a_key_on_chance(name):
+    network = NETWORKS[name](ITEMS, rngs=nnx.Rngs(0))
+    history = arrays(dataset(), windows(8, 5)).history_NT
+    whole = network(history)
+    assert whole.shape == (8, ITEMS)
+    np.testing.assert_allclose(network(history[3:4])[0], whole[3], atol=1e-5)
+    assert not np.allclose(network(history, nnx.Rngs(dropout=1)), whole, atol=1e-3)
+
+
+def test_the_state_does_not_run_over_padding():
+    network = NETWORKS["gru4rec"](ITEMS, rngs=nnx.Rngs(0))
+    padded = np.full((1, PLACES), ITEMS, np.int32)
+    padded[0, -3:] = short = (3, 5, 7)
+    alone = network(np.array([short], np.int32))
+    np.testing.assert_allclose(network(padded), alone, atol=1e-6)
+
+
+def test_attention_does_not_see_padding():
+    network = NETWORKS["sasrec"](ITEMS, rngs=nnx.Rngs(0))
+    padded = np.full((1, PLACES), ITEMS, np.int32)
+    padded[0, -3:] = (3, 5, 7)
+    before = network(padded)
+    network.places[...] = network.places[...].at[:-3].set(9.0)
+    np.testing.assert_allclose(network(padded), before, atol=1e-5)
+
+
+def test_the_best_l2_and_epoch_of_validation_are_kept():
+    data = dataset()
+    train, validation = (arrays(data, data.splits[name]) for name in ("train", "val"))
+    lines = []
+    settings = fit.Settings(1e-2, 64, l2=(10.0, 1e-6), epochs=30, patience=2)
+    found = fit.fit(lambda rngs: NETWORKS["gru4rec"](ITEMS, rngs=rngs), train, validation, settings,
+                    lines.append)  # fmt: skip
+    assert found.l2 == 1e-6 and found.hit_ratio == max(found.tried.values())
+    assert set(found.tried) == {"10", "1e-06"}
+    strong = [line for line in lines if line.startswith("L2 10 ")]
+    assert len(strong) < 30, "no early stop"
+    graphdef, _ = nnx.split(NETWORKS["gru4rec"](ITEMS, rngs=nnx.Rngs(0)))
+    ranks = fit.ranks(fit.Scores(graphdef)(found.state, validation.history_NT), validation)
+    assert np.mean(np.array(ranks) == 1) == found.hit_ratio
+
+
+def test_l2_pulls_every_weight_by_its_share():
+    """One epoch of one batch from a gradient worked by hand: that of cross entropy plus l2 * w."""
+    data = dataset()
+    train = arrays(data, data.splits["train"][:4])
+    graphdef, state = nnx.split(NETWORKS["gru4rec"](ITEMS, dropout=0.0, rngs=nnx.Rngs(0)))
+    sgd = optax.sgd(1.0)
+
+    def after(l2):
+        copy = jax.tree.map(lambda x: x + 0, state)
+        batch = (train.history_NT[None], train.target_N[None])
+        return fit.make_epoch(graphdef, sgd)(copy, sgd.init(copy), jax.random.key(0), l2, *batch)[0]
+
+    pulled = jax.tree.map(lambda a, b: a - b, after(0.0), after(0.5))
+    jax.tree.map(lambda p, w: np.testing.assert_allclose(p, 0.5 * w, atol=1e-5), pulled, state)
+
+
+def test_popularity_counts_training_targets():
+    assert floor.popularity(np.array([2, 0, 2]), 4).tolist() == [1, 0, 2, 0]
+
+
+def test_the_floor_is_where_it_must_be(folder, tmp_path):
+    summary, catalogue = run("random", folder, tmp_path)
+    assert summary["hit_ratio_at_1"] < 0.2 and catalogue["stage"] == "random"
+    assert run("random", folder, tmp_path)[0]["hit_ratio_at_1"] == summary["hit_ratio_at_1"]
+    run("popularity", folder, tmp_path, candidates_only=True)
+    assert {p.name for p in (tmp_path / "eval").glob("*.json")} == {
+        "random-candidates.json", "random-catalogue.json", "popularity-candidates.json",
+    }  # fmt: skip
+
+
+def test_what_is_written_has_the_keys_of_an_evaluation(folder, tmp_path):
+    run("popularity", folder, tmp_path)
+    summary = json.loads((tmp_path / "eval" / "popularity-candidates.json").read_text())
+    assert summary["candidates"] == 20 and summary["n"] == 80 and summary["valid_ratio"] == 1
+    assert {
+        "hit_ratio_at_1", "hit_ratio_at_1_ci95", "hit_ratio_at_5", "hit_ratio_at_10", "ndcg_at_5",
+        "ndcg_at_10", "mrr", "protocol", "split", "seed", "dataset_fingerprint", "seconds",
+    } <= summary.keys()  # fmt: skip
+    lines = (tmp_path / "eval" / "popularity-catalogue.jsonl").read_text().splitlines()
+    history = {TITLES[item] for item in dataset().splits["test"][0].history}
+    first = json.loads(lines[0])
+    assert len(lines) == 80 and first["row"] == 0 and 1 <= first["rank"] <= ITEMS - 3
+    assert not history & {title for title, _ in first["ranked"]}
+
+
+def test_wrong_splits_runs_and_networks_are_refused(folder, tmp_path):
+    with pytest.raises(InputError, match=r"--split: found test_all, expected .* train, val, test"):
+        run("random", folder, tmp_path, split="test_all")
+    open_run(tmp_path / "run", tiny_run.CONFIG | {"dataset": "", "model": ""}, {"dataset": "0"})
+    with pytest.raises(InputError, match="put back the dataset that the run was trained with"):
+        run("random", folder, tmp_path / "run")
+    (tmp_path / "broken" / "baselines").mkdir(parents=True)
+    (tmp_path / "broken" / "baselines" / "gru4rec.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(InputError, match=r"gru4rec\.safetensors: found .*remove it"):
+        run("gru4rec", folder, tmp_path / "broken", settings=QUICK)
+
+
+def leaky(data: Dataset) -> Dataset:
+    """Candidates drawn from the target alone."""
+
+    def draw(window: Window) -> Window:
+        rng = np.random.default_rng(window.target)
+        others = [i for i in TITLES if i not in (window.target, *window.history)]
+        chosen = [window.target, *(int(i) for i in rng.permutation(others)[:19])]
+        return Window(window.user, window.history, tuple(chosen), window.target)
+
+    splits = {name: [draw(w) for w in rows] for name, rows in data.splits.items()}
+    return Dataset(data.domain, data.titles, splits, data.meta)
+
+
+def test_a_look_up_finds_the_target_where_candidates_depend_on_it(tmp_path):
+    write_dataset(tmp_path / "leaky", leaky(dataset()))
+    found = leakcheck.leakcheck(str(tmp_path / "leaky"))
+    assert list(found) == ["val", "test"] and found["test"]["n"] == 80
+    assert found["test"]["lookup_hit_ratio_at_1"] > 0.9
+
+
+def test_on_independent_candidates_the_look_up_does_no_better_than_popularity(tmp_path):
+    rng = np.random.default_rng(0)
+    titles = {i: f"title {i}" for i in range(400)}
+    drawn = [rng.choice(400, 4, replace=False).tolist() for _ in range(1200)]
+    rows = [Window(n, tuple(row[:3]), (), row[3]) for n, row in enumerate(drawn)]
+    splits = {
+        name: candidates.independent(part, titles, 0, name)
+        for name, part in (("train", rows[:800]), ("val", rows[800:1000]), ("test", rows[1000:]))
+    }
+    write_dataset(tmp_path / "data", Dataset("movie", titles, splits, {}))
+    for at in leakcheck.leakcheck(str(tmp_path / "data")).values():
+        assert at["lookup_hit_ratio_at_1"] < at["popularity_hit_ratio_at_1"] + 0.05
+
+
+def test_the_look_up_counts_common_candidates_and_then_popularity():
+    rows = [((1, 2, 3), 1), ((4, 5, 6), 1), ((1, 2, 4), 2), ((2, 3, 1), 2), ((3, 8, 9), 3)]
+    shown = np.array([c for c, _ in rows])
+    train = fit.Arrays(np.zeros((5, 1), np.int32), shown, np.array([t for _, t in rows]))
+    lookup = leakcheck.Lookup(train, floor.popularity(train.target_N, 10))
+    # Item 1 was shown with 2 and 3 (three in common), item 2 too, once more often; 7 never.
+    scores = lookup.scores(np.array([1, 2, 3, 7]))
+    assert np.floor(scores).tolist() == [3, 3, 1, 0] and scores[0] == scores[1] > scores[2]

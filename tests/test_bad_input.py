@@ -28,14 +28,15 @@ from damage import (
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
+from test_csv import write_csv
 from test_prepare import write_authors_lastfm, write_movielens
 
 from configs import movielens
 from sdpo_jax import errors
 from sdpo_jax.config import KINDS
+from sdpo_jax.data.lastfm import split_titles
 from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.data.prompts import read_templates
-from sdpo_jax.data.sources import split_titles
 from sdpo_jax.errors import InputError
 from sdpo_jax.prepare import prepare
 from sdpo_jax.train import check, check_folders
@@ -140,6 +141,18 @@ def test_a_damaged_lastfm_folder_is_one_line(lastfm_folders, case, data):
         read_dataset(output)
 
 
+@cases(40)
+@given(st.data())
+def test_a_damaged_csv_file_is_one_line(tmp_path_factory, data):
+    file = write_csv(tmp_path_factory.mktemp("csv") / "my.csv")
+    put(file, data.draw(damage(file)))
+    output = str(file.parent / "out")
+    if told_or_done(
+        lambda: prepare("csv", str(file), output), file.parent, str(file.parent), "items:"
+    ):
+        read_dataset(output)
+
+
 def test_a_history_of_thousands_of_joined_titles_is_cut_at_once():
     known = {"a", "a::a", "b"}
     assert split_titles("a::" * 2000 + "c", known) is None
@@ -222,6 +235,8 @@ def test_any_name_of_a_path_that_is_not_there_is_one_line(name, tmp_path):
         lambda: read_templates(path),
         lambda: prepare("movielens", path, str(tmp_path / "out")),
         lambda: prepare("lastfm", path, str(tmp_path / "out")),
+        lambda: prepare("goodreads", path, str(tmp_path / "out")),
+        lambda: prepare("csv", path, str(tmp_path / "out")),
     ):
         with pytest.raises(InputError):
             told_or_done(call, tmp_path) or call()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_jax.data import candidates, sources
+from sdpo_jax.data import candidates
+from sdpo_jax.data.lastfm import read_lastfm
 from sdpo_jax.data.prepared import Window
 from sdpo_jax.errors import InputError
 
@@ -75,7 +76,7 @@ def test_too_few_items_is_an_error():
 
 @pytest.mark.skipif(not LASTFM.is_dir(), reason=f"needs the LastFM files in {LASTFM}")
 def test_released_rule_gives_the_authors_files_byte_for_byte():
-    sessions = sources.read_lastfm(LASTFM)
+    sessions = read_lastfm(LASTFM)
     names = sessions.titles
     for split, expected in RELEASED_BLOBS.items():
         rows = [

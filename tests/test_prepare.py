@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdpo_jax.data import sources
+from sdpo_jax.data.lastfm import read_lastfm
+from sdpo_jax.data.movielens import plain_title, read_movielens
 from sdpo_jax.data.prepared import fingerprint, read_dataset
-from sdpo_jax.data.sequences import lastfm_windows
+from sdpo_jax.data.sequences import all_windows
 from sdpo_jax.errors import InputError
 from sdpo_jax.prepare import prepare, report
 
@@ -50,7 +51,7 @@ def write_movielens(folder, users=20, items=60, each=12):
     ],
 )
 def test_titles_lose_their_year_and_start_with_their_article(raw, title):
-    assert sources.plain_title(raw) == title
+    assert plain_title(raw) == title
 
 
 def test_movielens_windows_follow_the_protocol(tmp_path):
@@ -85,7 +86,7 @@ def test_zip_and_folder_give_the_same_files_and_running_again_changes_nothing(tm
 
 def test_the_whole_of_movielens_has_the_counts_of_the_protocol(tmp_path):
     try:
-        ratings = sources.read_movielens(None)
+        ratings = read_movielens(None)
     except InputError as error:
         pytest.skip(f"needs the wheel or a network: {error}")
     meta = prepare("movielens", None, str(tmp_path / "out"))
@@ -94,7 +95,7 @@ def test_the_whole_of_movielens_has_the_counts_of_the_protocol(tmp_path):
     assert meta["counts"]["interactions"] == 82520
     assert len(ratings.titles) == 1682 and len(set(ratings.titles.values())) == 1659
     assert ratings.titles[267] == "unknown"
-    assert sources.read_movielens(as_grouplens(ratings, tmp_path / "ml")).titles == ratings.titles
+    assert read_movielens(as_grouplens(ratings, tmp_path / "ml")).titles == ratings.titles
     assert len(read_dataset(tmp_path / "out").splits["train"]) == 66127
 
 
@@ -110,7 +111,7 @@ def as_grouplens(ratings, folder):
 
 @needs_lastfm
 def test_lastfm_has_the_counts_of_the_authors_files():
-    sessions = sources.read_lastfm(LASTFM)
+    sessions = read_lastfm(LASTFM)
     assert {k: len(v) for k, v in sessions.windows.items()} == {
         "train": 47872,
         "val": 2767,
@@ -123,10 +124,10 @@ def test_lastfm_has_the_counts_of_the_authors_files():
 
 def write_authors_lastfm(folder, names):
     """The authors' JSON from two users a split; candidates are all items outside the history."""
-    sequences = {"train": [[0, 1, 2, 3, 4], [5, 1, 0, 2]], "val": [[3, 2, 1, 0]],
-                 "test": [[0, 2, 4, 5, 1]]}  # fmt: skip
+    sequences = {"train": {0: [0, 1, 2, 3, 4], 1: [5, 1, 0, 2]}, "val": {2: [3, 2, 1, 0]},
+                 "test": {3: [0, 2, 4, 5, 1]}}  # fmt: skip
     folder.mkdir()
-    windows = lastfm_windows(sequences)
+    windows = all_windows(sequences)
     for split, rows in windows.items():
         written = [
             {

@@ -17,7 +17,7 @@ DOMAINS = ("movie", "music", "book")
 # Every split a folder can hold, in the order of the fingerprint; the first three must be there.
 SPLITS = ("train", "val", "test", "val_all", "test_all")
 _WINDOW_KEYS = ("user", "history", "candidates", "target")
-_PREPARE = "python -m sdpo_jax.prepare --dataset=movielens|lastfm --output={}"
+_PREPARE = "python -m sdpo_jax.prepare --dataset=movielens|lastfm|goodreads|csv --output={}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 import hashlib
 import lzma
 import math
+import os
 import struct
 import zipfile
 import zlib
@@ -18,7 +19,11 @@ def read_files(path: Path, names: Sequence[str], what: str) -> dict[str, bytes]:
     try:
         if path.is_dir():
             folders = [f for f in (path, path / "ml-100k") if (f / names[0]).exists()]
-            return {name: ((folders or [path])[0] / name).read_bytes() for name in names}
+            found = {name: (folders or [path])[0] / name for name in names}
+            for file in found.values():
+                check_file(file, expected)
+            return {name: file.read_bytes() for name, file in found.items()}
+        check_file(path, expected)
         with zipfile.ZipFile(path) as archive:
             inside = {member.rsplit("/", 1)[-1]: member for member in archive.namelist()}
             if missing := [name for name in names if name not in inside]:
@@ -35,6 +40,12 @@ def read_files(path: Path, names: Sequence[str], what: str) -> dict[str, bytes]:
     except OSError as error:
         reason = error.strerror or error  # bz2's has no strerror
         raise InputError(f"{error.filename or path}: found {reason}, {expected}") from error
+
+
+def check_file(path: Path, expected: str) -> None:
+    """Raises InputError for a pipe or a device, which could be read without end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path}: found no regular file, {expected}")
 
 
 def fields(
@@ -79,3 +90,13 @@ def bad(where: str, found: str, expected: str) -> InputError:
 
 def digests(files: dict[str, bytes]) -> dict[str, str]:
     return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+
+
+def file_digests(*paths: Path) -> dict[str, str]:
+    """As `digests`, of files too large to be held; a name that is no text is escaped."""
+    found = {}
+    for path in paths:
+        with open(path, "rb") as file:
+            name = os.fsencode(path.name).decode("utf-8", "backslashreplace")
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

@@ -1,0 +1,17 @@
+"""The paper's run on Goodreads with Llama2-7B: SFT for 5 epochs, S-DPO for 3, K=3, beta 1.
+
+python -m sdpo_jax.train --config=configs/goodreads.py --workdir=runs/goodreads/run
+
+configs/goodreads.py:smoke is the same path in a few steps of the quickstart's small model, :small
+one epoch of each stage with it, for one GPU.
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    config = common.get_config()
+    config.dataset = "runs/goodreads/data"
+    return common.variant(config, arg, small=common.small, smoke=common.smoke)

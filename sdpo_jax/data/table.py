@@ -1,0 +1,96 @@
+"""Anyone's interactions: a CSV file whose header names the columns."""
+
+import csv
+import math
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sdpo_jax.data import raw
+from sdpo_jax.data.prepared import is_title
+from sdpo_jax.data.sequences import MIN_RATING, Interaction
+from sdpo_jax.data.sources import Ratings
+from sdpo_jax.errors import InputError, shown
+
+COLUMNS = ("user", "item", "title", "timestamp")
+_EXPECTED = f"expected a CSV file with the columns {', '.join(COLUMNS)}: correct --source"
+
+
+def read_csv(path: Path) -> Ratings:
+    """A CSV file with the columns user, item, title, timestamp and, if there is one, rating.
+
+    Users are kept as they are written; items are numbered by their first appearance. Without
+    ratings every row counts. Raises InputError naming file and line.
+    """
+    ids: dict[str, int] = {}
+    titles: dict[int, str] = {}
+    interactions: list[Interaction] = []
+    for where, row in _rows(path):
+        item = ids.setdefault(row["item"], len(ids))
+        title = titles.setdefault(item, row["title"])
+        if title != row["title"]:
+            found = f"item {shown(row['item'])} with the title {shown(row['title'])}"
+            raise raw.bad(where, found, f"{shown(title)} as in its first line")
+        rating = raw.number(where, "rating", row["rating"]) if "rating" in row else MIN_RATING
+        interactions.append((row["user"], item, rating, _seconds(where, row["timestamp"])))
+    return Ratings(titles, interactions, raw.file_digests(path))
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """(file:line, column -> text) of every row that is not blank."""
+    try:
+        raw.check_file(path, _EXPECTED)
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, strict=True)
+            header = [name.strip() for name in next(lines, [])]
+            places = _places(path, header)
+            for row in lines:
+                where = f"{path}:{lines.line_num}"
+                if row and len(row) != len(header):
+                    expected = f"{len(header)} as in the header, those with commas in quotes"
+                    raise raw.bad(where, f"{len(row)} fields", expected)
+                if row:
+                    fields = {name: row[place].strip() for name, place in places.items()}
+                    _check(where, fields)
+                    yield where, fields
+    except csv.Error as error:
+        raise raw.bad(f"{path}:{lines.line_num}", f"no CSV ({error})", "a row of it") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: found bytes that are not UTF-8, {_EXPECTED}") from error
+    except (OSError, ValueError) as error:  # a ValueError is of a path with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: found {reason}, {_EXPECTED}") from error
+
+
+def _places(path: Path, header: list[str]) -> dict[str, int]:
+    """Column -> its place, of the columns that are read."""
+    for name in (*COLUMNS, "rating"):
+        count = header.count(name)
+        if count > 1 or (count == 0 and name != "rating"):
+            found = f"{count} columns {name!r} in {shown(header)}"
+            raise raw.bad(f"{path}:1", found, f"one of each of {', '.join(COLUMNS)}")
+    return {name: header.index(name) for name in (*COLUMNS, "rating") if name in header}
+
+
+def _check(where: str, row: dict[str, str]) -> None:
+    for name in ("user", "item"):
+        if not row[name]:
+            raise raw.bad(where, f"an empty {name}", "any text")
+    if not is_title(row["title"]):
+        raise raw.bad(where, f"title {shown(row['title'])}", "one line of text")
+
+
+def _seconds(where: str, text: str) -> float:
+    """A number as it is; ISO 8601 in seconds since 1970, without a zone in UTC."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if math.isfinite(number):
+        return number
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        expected = "a number or ISO 8601 (2026-11-24T12:30:00Z)"
+        raise raw.bad(where, f"timestamp {shown(text)}", expected) from error
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

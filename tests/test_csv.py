@@ -1,0 +1,121 @@
+"""A CSV file of one's own: its forms, its protocol, and the line of each error."""
+
+import os
+
+import pytest
+
+from sdpo_jax.data.prepared import read_dataset
+from sdpo_jax.data.table import read_csv
+from sdpo_jax.errors import InputError
+from sdpo_jax.prepare import prepare, report
+
+HEADER = "user,item,title,timestamp,rating"
+
+
+def write_csv(file, users=12, items=40, each=8):
+    """User u has the items u, u + 1, … in this order; their first rating is a 2."""
+    rows = [
+        f'{u},i{u + n},"Title, the {u + n}th",{100 * u + n},{5 if n else 2}'
+        for u in range(users)
+        for n in range(each)
+    ]
+    rows += [f'other,i{item},"Title, the {item}th",0,1' for item in range(items)]
+    file.write_text("\n".join([HEADER, *rows, ""]))
+    return file
+
+
+def test_a_csv_file_follows_the_protocol_of_movielens(tmp_path):
+    source = str(write_csv(tmp_path / "my.csv"))
+    meta = prepare("csv", source, str(tmp_path / "out"), domain="book")
+    windows = {"train": 9 * 4, "val": 1, "test": 2, "val_all": 4, "test_all": 8}
+    assert meta["counts"]["windows"] == windows and meta["counts"]["interactions"] == 12 * 7
+    dataset = read_dataset(tmp_path / "out")
+    first = dataset.splits["train"][0]
+    assert dataset.domain == "book" and dataset.titles[first.target] == "Title, the 4th"
+    assert (first.user, first.history, first.target) == ("0", (1, 2, 3), 4)
+    lines = report(meta, "out").splitlines()
+    assert not any("paper" in line for line in lines) and "84" in lines[1]
+    assert "--config=configs/movielens.py --config.dataset=out" in lines[-1]
+    with pytest.raises(InputError, match="found domain 'book', expected 'movie'"):
+        prepare("csv", source, str(tmp_path / "out"))
+
+
+def test_columns_may_be_in_any_order_quoted_and_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "my.csv").write_bytes(
+        "\ufefftitle, timestamp,extra,user,item\r\n"
+        '"Net, The",2001-09-09T01:46:40Z,x,"Ann ""A"", B",é\r\n'
+        "\r\n"
+        "Ran,2001-09-09 03:46:41+02:00,,名,7\r\n"
+        '"Net, The",2001-09-09,x,名, é \r\n'.encode()
+    )
+    found = read_csv(tmp_path / "my.csv")
+    assert found.titles == {0: "Net, The", 1: "Ran"}
+    assert found.interactions == [
+        ('Ann "A", B', 0, 3, 1e9),
+        ("名", 1, 3, 1e9 + 1),
+        ("名", 0, 3, 999993600.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", ":1: found 0 columns 'user' in []"),
+        ("user;item;title;timestamp\n", ":1: found 0 columns 'user'"),
+        ("user,item,title\n", ":1: found 0 columns 'timestamp'"),
+        (f"{HEADER},user\n", ":1: found 2 columns 'user'"),
+        (f"{HEADER},rating\n", ":1: found 2 columns 'rating'"),
+        (f"{HEADER}\na,b,c,1\n", ":2: found 4 fields, expected 5 as in the header"),
+        (f"{HEADER}\na,b,Net, The,1,5\n", ":2: found 6 fields, expected 5 as in the header"),
+        (f"{HEADER}\n,b,c,1,5\n", ":2: found an empty user"),
+        (f"{HEADER}\na, ,c,1,5\n", ":2: found an empty item"),
+        (f"{HEADER}\na,b,,1,5\n", ":2: found title ''"),
+        (f'{HEADER}\na,b,"c\nd",1,5\n', ":3: found title 'c\\nd'"),
+        (f"{HEADER}\na,b,c,1,good\n", ":2: found rating 'good', expected a number"),
+        (f"{HEADER}\na,b,c,1,nan\n", ":2: found rating 'nan', expected a number"),
+        (f"{HEADER}\na,b,c,1,\n", ":2: found rating '', expected a number"),
+        (f"{HEADER}\na,b,c,inf,5\n", ":2: found timestamp 'inf', expected a number or ISO 8601"),
+        (f"{HEADER}\na,b,c,12/30/1999,5\n", ":2: found timestamp '12/30/1999'"),
+        (f"{HEADER}\na,b,c,1,5\n\nz,b,d,1,5\n", ":4: found item 'b' with the title 'd', expected"),
+        (f'{HEADER}\na,b,"c,1,5\n', ":2: found no CSV (unexpected end of data)"),
+        (f"{HEADER}\na,b,{'c' * 200_000},1,5\n", ":2: found no CSV (field larger than"),
+        (f"{HEADER}\na,b,\udcff,1,5\n", ": found bytes that are not UTF-8"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(tmp_path, text, said):
+    file = tmp_path / "my.csv"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    refused(file, f"{file}{said}")
+
+
+def refused(file, said):
+    output = file.parent / "out"
+    with pytest.raises(InputError) as error:
+        prepare("csv", str(file), str(output))
+    assert str(error.value).startswith(said), error.value
+    assert not output.exists()
+
+
+def test_what_is_no_file_or_has_too_little_is_named(tmp_path):
+    file = tmp_path / "my.csv"
+    refused(file, f"{file}: found No such file or directory, expected a CSV file")
+    os.mkfifo(file)
+    refused(file, f"{file}: found no regular file")
+    refused(tmp_path, f"{tmp_path}: found Is a directory")
+    file.unlink()
+    file.write_text(f"{HEADER}\n")
+    refused(file, f"{file}: found no window with 3 items of history in train")
+    write_csv(file, items=10, each=6)
+    refused(file, "items: found ")
+
+
+def test_options_of_other_data_sets_are_refused(tmp_path):
+    source, output = str(write_csv(tmp_path / "my.csv")), str(tmp_path / "out")
+    for arguments, said in [
+        (("csv", None, output), "--source: found nothing, expected a CSV file"),
+        (("csv", source, output, "released"), "--candidates: found released"),
+        (("movielens", None, output, "independent", 0, None, "book"), "--domain: found book"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            prepare(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["my.csv"]

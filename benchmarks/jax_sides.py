@@ -26,7 +26,7 @@ from sdpo_jax.training.step import (
     init_state,
     make_logp,
     make_train_step,
-    sdpo_objective,
+    preference_objective,
     sft_objective,
     state_shardings,
 )  # fmt: skip
@@ -57,7 +57,7 @@ class JaxSide:
         reference = jax.jit(lambda *args: jax.lax.map(lambda part: logp(*args[:2], part), args[2]))
         logp_MBC = reference(self.model.lora, self.model.base, batch)
         batch["reference_logp_BC"] = logp_MBC
-        objective = functools.partial(sdpo_objective, beta=1.0) if C > 1 else sft_objective
+        objective = functools.partial(preference_objective, beta=1.0) if C > 1 else sft_objective
         optimizer = make_optimizer(1e-5, 1000, warmup=0.05, clip=0.3, weight_decay=0.0)
         placed = state_shardings(self.model.lora, optimizer, self.mesh)
         step = make_train_step(logp, objective, optimizer, placed, self.mesh)

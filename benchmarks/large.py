@@ -32,7 +32,7 @@ from sdpo_jax.training.step import (
     init_state,
     make_logp,
     make_train_step,
-    sdpo_objective,
+    preference_objective,
     state_shardings,
 )  # fmt: skip
 
@@ -63,7 +63,7 @@ def time_step(size: str, remat: str, k: int, batch: int, microbatch: int, repeat
     lora, base = random_state(lora, 0), random_state(base, 1)
     optimizer = make_optimizer(1e-5, 1000, warmup=0.05, clip=0.3, weight_decay=0.0)
     step = make_train_step(
-        make_logp(graphdef, "shared_prefix"), functools.partial(sdpo_objective, beta=1.0),
+        make_logp(graphdef, "shared_prefix"), functools.partial(preference_objective, beta=1.0),
         optimizer, state_shardings(lora, optimizer, mesh), mesh,
     )  # fmt: skip
     state = init_state(lora, optimizer, mesh)

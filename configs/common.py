@@ -18,6 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 128  # [paper] examples a step over all devices; accumulation follows
     config.microbatch = 4  # examples a device takes at once
     config.num_negatives = 3  # [paper] K; 1 is DPO
+    config.objective = "sdpo"  # or "dpo_pairwise": DPO's loss, the mean over the K pairs
     config.beta = 1.0  # [paper] of the rewards
     config.batch_layout = "shared_prefix"  # or "padded": K+1 full rows, the oracle
     config.dtype = "bfloat16"  # of the base and of matrix products; or "float32"

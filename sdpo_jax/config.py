@@ -10,6 +10,7 @@ from sdpo_jax.models.decoder import REMAT
 from sdpo_jax.models.lora import PROJECTIONS
 from sdpo_jax.models.quantize import BASE_DTYPES
 from sdpo_jax.objectives.logprobs import LAYOUTS
+from sdpo_jax.objectives.losses import OBJECTIVES
 
 STAGES = ("sft", "sdpo")
 DTYPES = ("float32", "bfloat16")
@@ -36,6 +37,7 @@ KINDS: dict[str, Kind] = {
     "remat": one_of(*REMAT),
     "dtype": one_of(*DTYPES),
     "base_dtype": one_of(*BASE_DTYPES),
+    "objective": one_of(*OBJECTIVES),
     "best_by": one_of("loss", *DECODERS),
     "stages": _some_of(STAGES),
     "lora.targets": _some_of(PROJECTIONS),
@@ -58,6 +60,13 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("warmup", "lora.dropout"), ("a number, 0 <= it < 1", _below_one)),
     **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.tensor"), ("a whole number or -1", _axis)),
 }  # fmt: skip
+
+
+def method(config) -> str:
+    """What the second stage of a run is called."""
+    if config.num_negatives == 1:
+        return "DPO"
+    return "S-DPO" if config.objective == "sdpo" else f"DPO, {config.num_negatives} pairs"
 
 
 def check(config) -> None:

@@ -46,7 +46,7 @@ def _picture(run, lines: Sequence[dict]) -> str | None:
     if not any("loss" in line for line in lines):
         return None
     try:
-        plots.draw(lines, run.config.num_negatives, run.path / "curves.png")
+        plots.draw(lines, run.config, run.path / "curves.png")
     except ImportError:
         print("no picture: matplotlib is not installed (pip install matplotlib)")
         return None

@@ -27,7 +27,7 @@ from sdpo_jax.training.step import (
     init_state,
     make_logp,
     make_train_step,
-    sdpo_objective,
+    preference_objective,
     state_shardings,
 )  # fmt: skip
 
@@ -118,7 +118,7 @@ def test_a_step_of_sdpo_starts_at_log_c_falls_and_resumes(models, name, tmp_path
     batch["reference_logp_BC"] = jax.jit(logp)(model.lora, model.base, batch)
     batches = {key: jnp.asarray(x)[None] for key, x in batch.items()}
     optimizer = make_optimizer(0.02, 20, warmup=0.05, clip=1.0, weight_decay=0.0)
-    objective = functools.partial(sdpo_objective, beta=1.0)
+    objective = functools.partial(preference_objective, beta=1.0)
     placed = state_shardings(model.lora, optimizer, mesh)
     step = make_train_step(logp, objective, optimizer, placed, mesh)
 

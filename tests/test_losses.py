@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdpo_jax.objectives.losses import reward_metrics, rewards, sdpo_loss, sft_loss
+from sdpo_jax.objectives.losses import (
+    OBJECTIVES,
+    dpo_pairwise_loss,
+    reward_metrics,
+    rewards,
+    sdpo_loss,
+    sft_loss,
+)
 
 POLICY = jnp.array([[-4.0, -6.0, -5.0, -9.0]])
 REFERENCE = jnp.array([[-5.0, -5.5, -5.2, -7.0]])
@@ -31,6 +38,24 @@ def test_one_negative_is_dpo():
     # -log sigmoid(r_p - r_d), Rafailov et al. 2023, eq. 7; r_p - r_d = 0.75
     loss_B = sdpo_loss(POLICY[:, :2], REFERENCE[:, :2], 0.5)
     np.testing.assert_allclose(loss_B, [-math.log(sigmoid(0.75))], rtol=1e-6)
+
+
+def test_the_pairwise_loss_is_the_mean_of_dpo_over_the_pairs():
+    pairs = [-math.log(sigmoid(R[0] - r)) for r in R[1:]]
+    loss_B = dpo_pairwise_loss(POLICY, REFERENCE, 0.5)
+    np.testing.assert_allclose(loss_B, [sum(pairs) / 3], rtol=1e-6)
+
+
+def test_with_one_negative_both_objectives_are_one():
+    one, other = (loss(POLICY[:, :2], REFERENCE[:, :2], 0.5) for loss in OBJECTIVES.values())
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_the_pairwise_loss_starts_at_log_2_and_is_finite_at_huge_margins():
+    np.testing.assert_allclose(dpo_pairwise_loss(POLICY, POLICY, 1.0), math.log(2), rtol=1e-6)
+    far_BC = jnp.array([[-1000.0, 0.0, 0.0, 1000.0]])
+    gradient = jax.grad(lambda x: dpo_pairwise_loss(x, jnp.zeros((1, 4)), 1.0).sum())(far_BC)
+    np.testing.assert_allclose(gradient, [[-1, 1 / 3, 1 / 3, 1 / 3]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("C", [2, 4, 16])

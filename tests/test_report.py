@@ -124,6 +124,17 @@ def test_other_systems_stand_above_the_stages_and_beside_s_dpo(run):
     assert rows["S-DPO – SASRec", "score"][4:] == ["4", "0", "40"]
 
 
+def test_a_run_of_another_objective_says_so(run):
+    file = run / "config.json"
+    stored = json.loads(file.read_text())
+    stored["config"]["objective"] = "dpo_pairwise"
+    file.write_text(json.dumps(stored))
+    assert ("DPO, 3 pairs – SFT", "score") in rows_of(report(run))
+    stored["config"]["num_negatives"] = 1
+    file.write_text(json.dumps(stored))
+    assert ("DPO – SFT", "score") in rows_of(report(run))
+
+
 def test_a_row_shows_the_best_step_or_else_the_last_one_evaluated(run):
     _, rows = tables.choose_rows(read_run(run))
     assert [(row.stage, row.step) for row in rows] == [("base", 0), ("sft", 20), ("sdpo", 30)]

@@ -19,13 +19,13 @@ from sdpo_jax.training.step import (
     init_state,
     make_logp,
     make_train_step,
-    sdpo_objective,
+    preference_objective,
     sft_objective,
     state_shardings,
 )  # fmt: skip
 
 OPTIMIZER = make_optimizer(1e-2, 10, warmup=0.1, clip=1.0, weight_decay=0.0)
-SDPO = functools.partial(sdpo_objective, beta=1.0)
+SDPO = functools.partial(preference_objective, beta=1.0)
 
 
 def mesh_of(shape=(1, 1, 1)) -> Mesh:

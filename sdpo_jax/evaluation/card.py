@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 from huggingface_hub import ModelCardData
 
+from sdpo_jax.config import method
 from sdpo_jax.data import prompts
 from sdpo_jax.data.prepared import fingerprint
 from sdpo_jax.data.prepared import read_meta as read_dataset_meta
@@ -15,16 +16,11 @@ from sdpo_jax.hub import is_hub_name, name_and_revision
 from sdpo_jax.model_folder import read_meta
 from sdpo_jax.workdir import same, stage_result
 
-METHODS = {
-    "base": "the base model, not trained here",
-    "sft": "SFT with sdpo_jax",
-    "sdpo": "S-DPO (softmax DPO, arXiv 2406.09215) with sdpo_jax",
-}
-
 
 def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
     """Markdown with the Hub's header; `form` is "peft" or "merged"."""
     c, meta = run.config, read_meta(Path(run.config.model))
+    trained = _trained(stage, method(c))
     data = read_dataset_meta(Path(c.dataset))
     templates = prompts.templates_of(data["domain"], c.prompt_file)
     base, _ = name_and_revision(meta["source"])
@@ -38,12 +34,12 @@ def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
     same(run, "prompts", c.prompt_file or "built-in", prompts.fingerprint(templates))
     lines = [
         f"---\n{header.to_yaml()}\n---",
-        f"# {plain(data.get('dataset', data['domain']))}: {METHODS[stage]}",
+        f"# {plain(data.get('dataset', data['domain']))}: {trained}",
         f"A {plain(meta['family'])} model of {meta['parameters']:,} parameters that answers with "
         f"one of the titles it is shown. Its base: {plain(meta['source'])}.",
         "## Training",
         _table(
-            ("stage", f"{METHODS[stage]}, step {step}{_examples(run, stage)}"),
+            ("stage", f"{trained}, step {step}{_examples(run, stage)}"),
             ("negatives, beta", f"{c.num_negatives}, {c.beta}" if stage == "sdpo" else "–"),
             ("started from", c.lora.init_from or "a fresh adapter"),
             ("LoRA", f"rank {c.lora.rank}, alpha {c.lora.alpha:g}, {', '.join(c.lora.targets)}"),
@@ -66,6 +62,13 @@ def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
         _results(run, stage, step),
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _trained(stage: str, method: str) -> str:
+    if stage == "base":
+        return "the base model, not trained here"
+    name = "S-DPO (softmax DPO, arXiv 2406.09215)" if method == "S-DPO" else method
+    return f"{'SFT' if stage == 'sft' else name} with sdpo_jax"
 
 
 def _one_of(count: int) -> str:

@@ -4,8 +4,10 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from sdpo_jax.config import method
 from sdpo_jax.evaluation import metrics
 
 BLUE, ORANGE, GREY = "#2166ac", "#d6604d", "#777777"
@@ -24,7 +26,7 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     return [metrics.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
-def draw(lines: Sequence[dict[str, Any]], num_negatives: int, path: Path) -> None:
+def draw(lines: Sequence[dict[str, Any]], config: SimpleNamespace, path: Path) -> None:
     """Writes the picture of metrics.jsonl's `lines` as PNG, whole or not at all.
 
     Raises ImportError without matplotlib.
@@ -42,7 +44,7 @@ def draw(lines: Sequence[dict[str, Any]], num_negatives: int, path: Path) -> Non
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False)
     for (draw_panel, stage), axes in zip(panels, grid.flat, strict=False):
-        draw_panel(axes, lines, stage, num_negatives + 1)
+        draw_panel(axes, lines, stage, config)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
@@ -67,23 +69,25 @@ def _curves(axes, lines, stage: str, key: str) -> None:
         axes.plot(steps, values, "o-", color=ORANGE, markersize=4, label="validation")
 
 
-def _draw_loss(axes, lines, stage: str, C: int) -> None:
+def _draw_loss(axes, lines, stage: str, config: SimpleNamespace) -> None:
     _curves(axes, lines, stage, "loss")
-    axes.set_title({"sft": "SFT loss", "sdpo": "S-DPO loss"}[stage], fontsize=10)
+    axes.set_title(f"{'SFT' if stage == 'sft' else method(config)} loss", fontsize=10)
     axes.set_ylabel("nats per answer" if stage == "sft" else "nats")
     if stage == "sdpo":
-        label = f"log {C} = {math.log(C):.3f} (policy = reference)"
-        axes.axhline(math.log(C), color=GREY, linestyle=":", label=label)
+        among = config.num_negatives + 1 if config.objective == "sdpo" else 2
+        label = f"log {among} = {math.log(among):.3f} (policy = reference)"
+        axes.axhline(math.log(among), color=GREY, linestyle=":", label=label)
 
 
-def _draw_margin(axes, lines, stage: str, C: int) -> None:
+def _draw_margin(axes, lines, stage: str, config: SimpleNamespace) -> None:
     _curves(axes, lines, stage, "rewards/margins")
     axes.axhline(0, color=GREY, linestyle=":", label="policy = reference")
     axes.set_title("Reward margin: preferred minus mean of dispreferred", fontsize=10)
     axes.set_ylabel("nats × beta")
 
 
-def _draw_accuracy(axes, lines, stage: str, C: int) -> None:
+def _draw_accuracy(axes, lines, stage: str, config: SimpleNamespace) -> None:
+    C = config.num_negatives + 1
     # At step 0 all rewards are equal, and a tie is no success: that 0 would read as below chance.
     _curves(axes, [line for line in lines if line["step"] > 0], stage, "rewards/accuracies")
     axes.axhline(1 / C, color=GREY, linestyle=":", label=f"chance, 1/{C}")

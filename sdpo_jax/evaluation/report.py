@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from sdpo_jax.config import method
 from sdpo_jax.errors import InputError
 from sdpo_jax.evaluation import metrics
 from sdpo_jax.evaluation.markdown import plain
@@ -14,10 +15,9 @@ from sdpo_jax.training.metrics import read_metrics
 from sdpo_jax.workdir import stage_result
 
 # Of the table, in its order: what is no stage of the run stands before the stages.
-NAMES = {
+_NAMES = {
     "random": "random", "popularity": "popularity", "gru4rec": "GRU4Rec", "caser": "Caser",
     "sasrec": "SASRec", "morec": "MoRec", "chatrec": "ChatRec", "base": "base", "sft": "SFT",
-    "sdpo": "S-DPO",
 }  # fmt: skip
 # Of the score decoder: column, key of the summary, metric of a rank.
 RANKING: tuple[tuple[str, str, Callable[[int], float]], ...] = (
@@ -25,6 +25,11 @@ RANKING: tuple[tuple[str, str, Callable[[int], float]], ...] = (
     ("NDCG@10", "ndcg_at_10", functools.partial(metrics.ndcg_at, 10)),
     ("MRR", "mrr", metrics.reciprocal_rank),
 )
+
+
+def names(run: SimpleNamespace) -> dict[str, str]:
+    """Stage or other system -> its name in tables."""
+    return _NAMES | {"sdpo": method(run.config)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +60,7 @@ def choose_rows(run: SimpleNamespace, split: str | None = None) -> tuple[str, li
             f"--split: found {split}, expected one that was evaluated: {', '.join(known)}"
         )
     rows = []
-    for stage in NAMES:
+    for stage in names(run):
         steps = {summary["step"] for summary in kept if summary["stage"] == stage}
         if steps:
             best = (stage_result(run.path, stage) or {}).get("best_step")
@@ -96,7 +101,7 @@ def table(run: SimpleNamespace, rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _cells(run: SimpleNamespace, row: Row, decoders: Sequence[str]) -> list[str]:
-    cells = [NAMES[row.stage], str(row.step)]
+    cells = [names(run)[row.stage], str(row.step)]
     for decoder in decoders:
         summary = row.by_decoder.get(decoder, {})
         cells.append(_ratio(summary.get("hit_ratio_at_1"), summary.get("hit_ratio_at_1_ci95")))
@@ -126,8 +131,9 @@ def _chance(run: SimpleNamespace, rows: Sequence[Row], decoders: Sequence[str]) 
     return [*cells, _number(1 / (1 + run.config.num_negatives)), "", "", ""]
 
 
-def differences(rows: Sequence[Row]) -> list[list[str]]:
+def differences(run: SimpleNamespace, rows: Sequence[Row]) -> list[list[str]]:
     """S-DPO against all others, SFT against base: paired HR@1 on the windows both have."""
+    named = names(run)
     cells = [["", "decoder", "difference of HR@1 [95%]", "p", "only first", "only second", "n"]]
     of_stage = {row.stage: row for row in rows}
     others = [("sdpo", system) for system in SYSTEMS]
@@ -139,10 +145,10 @@ def differences(rows: Sequence[Row]) -> list[list[str]]:
             d = paired(a[decoder], b[decoder])
             if d is not None:
                 interval = f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
-                names = f"{NAMES[first]} – {NAMES[second]}"
+                pair = f"{named[first]} – {named[second]}"
                 counts = [str(d.only_a), str(d.only_b), str(d.n)]
                 cells.append(
-                    [names, decoder, interval, "<0.001" if d.p < 0.001 else f"{d.p:.3f}", *counts]
+                    [pair, decoder, interval, "<0.001" if d.p < 0.001 else f"{d.p:.3f}", *counts]
                 )
     return cells
 
@@ -171,7 +177,7 @@ def render(run: SimpleNamespace, split: str, rows: Sequence[Row], picture: str |
         f"{plain(run.config.validation_split)} split. Intervals are Wilson's and take windows as "
         "independent. Evaluation seconds are per decoder, in the order of the columns.",
     ]
-    compared = differences(rows)
+    compared = differences(run, rows)
     if len(compared) > 1:
         parts += ["## Paired differences", "\n".join(markdown(compared)),
                   "Interval: Bonett & Price; p: McNemar's exact test, two-sided."]  # fmt: skip

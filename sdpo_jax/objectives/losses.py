@@ -30,6 +30,23 @@ def sdpo_loss(policy_logp_BC: jax.Array, reference_logp_BC: jax.Array, beta: flo
     return jax.nn.logsumexp(r_BC, axis=-1) - r_BC[:, 0]
 
 
+def dpo_pairwise_loss(
+    policy_logp_BC: jax.Array, reference_logp_BC: jax.Array, beta: float
+) -> jax.Array:
+    """DPO's loss, the mean over the K pairs of preferred and dispreferred candidate, [B].
+
+    `-log sigmoid(r_p - r_d)`: Rafailov et al. 2023, arXiv 2305.18290, eq. 7. What DPO makes of
+    the same negatives: each counts alike, however the others rank. With policy = reference it
+    is log 2, whatever K.
+    """
+    r_BC = rewards(policy_logp_BC, reference_logp_BC, beta)
+    return jax.nn.softplus(r_BC[:, 1:] - r_BC[:, :1]).mean(-1)
+
+
+# `config.objective` -> (loss_B of policy and reference log-probs and beta)
+OBJECTIVES = {"sdpo": sdpo_loss, "dpo_pairwise": dpo_pairwise_loss}
+
+
 def reward_metrics(r_BC: jax.Array) -> dict[str, jax.Array]:
     """Per-example values under TRL's names, each [B].
 

@@ -26,7 +26,7 @@ from sdpo_jax.training.step import (
     first_state,
     make_logp,
     make_train_step,
-    sdpo_objective,
+    preference_objective,
     sft_objective,
     state_shardings,
 )  # fmt: skip
@@ -100,7 +100,7 @@ def lower_step(config: DecoderConfig, lora: LoraConfig, examples: Sequence[Examp
         placed,
     )
     sft = len(examples[0].answers) == 1
-    objective = sft_objective if sft else functools.partial(sdpo_objective, beta=1.0)
+    objective = sft_objective if sft else functools.partial(preference_objective, beta=1.0)
     step = make_train_step(make_logp(graphdef, layout), objective, optimizer, placed, mesh)
     batch = abstract_batch(examples, mesh)
     lowered = step.lower(state, base, batch)

@@ -30,7 +30,7 @@ from sdpo_jax.training.step import (
     init_state,
     make_logp,
     make_train_step,
-    sdpo_objective,
+    preference_objective,
     sft_objective,
     state_shardings,
 )  # fmt: skip
@@ -139,7 +139,9 @@ class Stage:
     def objective(self) -> Objective:
         if self.name == "sft":
             return sft_objective
-        return functools.partial(sdpo_objective, beta=self.config.beta)
+        return functools.partial(
+            preference_objective, beta=self.config.beta, name=self.config.objective
+        )
 
     def references(self, lora) -> tuple[dict[int, dict], dict]:
         """Per train row, and for the validation set, the arrays that the objective needs."""

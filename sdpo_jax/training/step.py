@@ -40,11 +40,12 @@ def sft_objective(logp_BC: jax.Array, batch: Batch):
     return loss_B, {"loss_per_token": loss_B / tokens_B}
 
 
-def sdpo_objective(logp_BC: jax.Array, batch: Batch, *, beta: float):
+def preference_objective(logp_BC: jax.Array, batch: Batch, *, beta: float, name: str = "sdpo"):
+    """`name`: key of `losses.OBJECTIVES`."""
     reference_logp_BC = batch["reference_logp_BC"]
     r_BC = losses.rewards(logp_BC, reference_logp_BC, beta)
     metrics = {"logps/chosen": logp_BC[:, 0], "logps/rejected": logp_BC[:, 1:].mean(-1)}
-    loss_B = losses.sdpo_loss(logp_BC, reference_logp_BC, beta)
+    loss_B = losses.OBJECTIVES[name](logp_BC, reference_logp_BC, beta)
     return loss_B, losses.reward_metrics(r_BC) | metrics
 
 

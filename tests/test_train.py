@@ -104,9 +104,8 @@ def test_a_signal_in_the_last_validation_does_not_lose_it(config, tmp_path, monk
 def test_the_pairwise_objective_trains_on_the_same_batch_from_log_2(config, tmp_path):
     config.objective, config.sdpo.max_steps, config.sdpo.learning_rate = "dpo_pairwise", 3, 1e-2
     train(config, tmp_path / "run", NEVER)
-    lines = [m for m in read_metrics(tmp_path / "run" / "metrics") if m["stage"] == "sdpo"]
-    validation = [m["validation/loss"] for m in lines if "validation/loss" in m]
-    assert validation[0] == pytest.approx(np.log(2), abs=1e-6) and validation[-1] < validation[0]
+    losses = [line["loss"] for line in trainers.curve(tmp_path / "run", "sdpo")]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-6) and losses[-1] < losses[0]
 
 
 def test_a_validation_loss_that_is_no_number_stops_the_run_unsaved(config, tmp_path, monkeypatch):

@@ -150,7 +150,7 @@ def _evaluate(
             "base_dtype": run.config.base_dtype,
         }
         path = results.write_result(run.path / "eval", summary, predictions[decoder])
-        print(_line(summary, path), flush=True)
+        print(results.line(summary, path), flush=True)
         summaries.append(summary)
     return summaries
 
@@ -160,22 +160,6 @@ def _done_before(
 ) -> bool:
     found = [results.find(run.path / "eval", stage, step, d, evaluator.split) for d in decoders]
     return all(summary and summary["n"] == len(evaluator.rows) for summary in found)
-
-
-def _line(summary: dict[str, Any], path: Path) -> str:
-    low, high = summary["hit_ratio_at_1_ci95"]
-    ranking = ""
-    if "mrr" in summary:
-        ranking = (
-            f", HR@5 {summary['hit_ratio_at_5']:.4f}, NDCG@10 {summary['ndcg_at_10']:.4f}, "
-            f"MRR {summary['mrr']:.4f}"
-        )
-    return (
-        f"{summary['stage']} step {summary['step']}, {summary['decoder']}, {summary['split']}: "
-        f"HR@1 {summary['hit_ratio_at_1']:.4f} [{low:.4f}, {high:.4f}], valid "
-        f"{summary['valid_ratio']:.4f}{ranking}, n {summary['n']}, {summary['seconds']:.1f} s, "
-        f"{path}"
-    )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -64,6 +64,23 @@ def summarise(decoder: str, predictions: Sequence[Prediction]) -> dict[str, Any]
     return summary
 
 
+def line(summary: dict[str, Any], path: Path) -> str:
+    """A summary in one line, for the terminal."""
+    low, high = summary["hit_ratio_at_1_ci95"]
+    ranking = ""
+    if "mrr" in summary:
+        ranking = (
+            f", HR@5 {summary['hit_ratio_at_5']:.4f}, NDCG@10 {summary['ndcg_at_10']:.4f}, "
+            f"MRR {summary['mrr']:.4f}"
+        )
+    return (
+        f"{summary['stage']} step {summary['step']}, {summary['decoder']}, {summary['split']}: "
+        f"HR@1 {summary['hit_ratio_at_1']:.4f} [{low:.4f}, {high:.4f}], valid "
+        f"{summary['valid_ratio']:.4f}{ranking}, n {summary['n']}, {summary['seconds']:.1f} s, "
+        f"{path}"
+    )
+
+
 def result_path(folder: Path, stage: str, step: int, decoder: str) -> Path:
     name = stage if stage in SYSTEMS else f"{stage}-{step}"
     return folder / f"{name}-{decoder}.json"

@@ -57,6 +57,7 @@ def chatrec(
     not those of the run in `workdir`, and for an endpoint that does not answer the first question;
     later, with all answers kept, for one that stops answering.
     """
+    chat.check_url(endpoint)
     given = _parameters(parameters)
     _check(model, prices)
     data, seed = _open(Path(dataset), Path(workdir), split)
@@ -91,7 +92,7 @@ def chatrec(
         "dataset": str(dataset),
         "dataset_fingerprint": data.meta["fingerprint"],
         "model": model,
-        "endpoint": endpoint,
+        "endpoint": ", ".join(sorted({answer["endpoint"] for answer in used})),
         "parameters": given,
         "prompts_fingerprint": prompts.fingerprint(_templates(data)),
         **_cost(used, prices),

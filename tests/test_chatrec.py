@@ -156,7 +156,9 @@ def test_what_was_answered_is_never_asked_again(server, ask):
     first = ask(limit=5)
     assert len(server.sent) == 5
     assert ask(limit=5) == first and len(server.sent) == 5
-    ask(limit=5, endpoint="http://127.0.0.1:9/v1")  # nothing to ask it
+    assert ask(limit=5, endpoint="http://127.0.0.1:9/v1")["endpoint"] == server.url
+    with pytest.raises(InputError, match="more than host and path"):
+        ask(limit=5, endpoint="http://x/v1?key=secret")
     assert ask()["n"] == 12 and len(server.sent) == 12  # what is missing
     ask(limit=5, model="other")
     assert len(server.sent) == 17

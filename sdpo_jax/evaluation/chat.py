@@ -26,8 +26,8 @@ from sdpo_jax.files import COUNT, NUMBER, TEXT, check_keys, parse_json, read_tex
 RETRIES = 6  # after 0.5, 1, 2, 4, 8, 8 seconds, or as long as the server asks for
 TIMEOUT = 300.0  # seconds for one answer: a large model on a small machine reads slowly
 ANSWER = {
-    "key": TEXT, "text": TEXT, "finish": TEXT, "tokens_in?": COUNT, "tokens_out?": COUNT,
-    "seconds": NUMBER,
+    "key": TEXT, "endpoint": TEXT, "text": TEXT, "finish": TEXT,
+    "tokens_in?": COUNT, "tokens_out?": COUNT, "seconds": NUMBER,
 }  # fmt: skip
 Request = dict[str, Any]
 Answer = dict[str, Any]
@@ -49,11 +49,10 @@ class Endpoint:
     connection). Every request sent counts for `requests_per_minute` (0: no limit), repeated ones
     too. The key is read from OPENAI_API_KEY and appears in no message.
 
-    Raises InputError for a URL that is none, a key that is none, and without the package openai.
+    Raises InputError for a key that is none, and without the package openai.
     """
 
     def __init__(self, url: str, requests_per_minute: int = 0):
-        _check_url(url)
         self._url, self._key = url, _key()
         try:
             import openai
@@ -101,7 +100,9 @@ class Endpoint:
                 f"{self._url}: found no answer ({self._plain(error.__cause__ or error)}), expected "
                 "an OpenAI-compatible server: start it or correct --endpoint, then run this again"
             ) from error
-        return {"key": key_of(request)} | self._parse(response.http_response.text)
+        return {"key": key_of(request), "endpoint": self._url} | self._parse(
+            response.http_response.text
+        )
 
     def _refused(self, error: Any) -> InputError:
         status = error.status_code
@@ -127,11 +128,9 @@ class Endpoint:
             body = json.loads(text)
             choice, usage = body["choices"][0], body.get("usage") or {}
             said = choice["message"]["content"] or ""  # null: it refused, or thought too long
-            answer = {
-                # Half of a surrogate pair could not be written.
-                "text": said.encode("utf-8", "replace").decode(),
-                "finish": str(choice.get("finish_reason")),
-            }
+            texts = {"text": said, "finish": str(choice.get("finish_reason"))}
+            # Half of a surrogate pair could not be written.
+            answer = {k: text.encode("utf-8", "replace").decode() for k, text in texts.items()}
             tokens = {"tokens_in": "prompt_tokens", "tokens_out": "completion_tokens"}
             return answer | {k: usage[v] for k, v in tokens.items() if COUNT[1](usage.get(v))}
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -276,7 +275,8 @@ def appending(path: Path, started: float) -> Iterator[Callable[[Answer], None]]:
         ) from error
 
 
-def _check_url(url: str) -> None:
+def check_url(url: str) -> None:
+    """Raises InputError for a URL that is none, or holds more than host and path."""
     expected = "expected http://host:port/v1"
     try:
         parts = urlsplit(url)

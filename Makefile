@@ -8,7 +8,7 @@ CONFIG ?= configs/quickstart.py
 WINDOWS ?= 200
 OTHERS ?=
 
-.PHONY: setup quickstart long bench parity stress test clean
+.PHONY: setup quickstart long bench parity chat stress test clean
 
 setup: .venv/ready
 
@@ -48,6 +48,17 @@ parity: .venv-bench/ready
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -e '.[quickstart,bench,parity]'
 	@touch $@
 
+# ChatRec against a real server, llama.cpp's, which is compiled first: a quarter of an hour, and
+# needs cmake and a C++ compiler.
+chat: setup .venv-chat/ready
+	$(BIN)/python -m sdpo_jax.prepare --dataset=movielens --output=$(QUICK)/data
+	tests/chat_server.sh $(QUICK)/data runs/chat --limit=20
+
+.venv-chat/ready:
+	$(PYTHON) -m venv .venv-chat
+	.venv-chat/bin/pip install --quiet --disable-pip-version-check 'llama-cpp-python[server]>=0.3.16,<0.4'
+	@touch $@
+
 # A tiny training killed 200 times at random moments; half an hour on two cores.
 stress: setup
 	PYTHONPATH=. $(BIN)/python tests/stress.py --kills=200
@@ -58,4 +69,4 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist=loadfile
 
 clean:
-	rm -rf runs .venv .venv-bench
+	rm -rf runs .venv .venv-bench .venv-chat

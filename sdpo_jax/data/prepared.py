@@ -74,12 +74,22 @@ def read_dataset(path: str | Path, splits: Sequence[str] | None = None) -> Datas
     size: int | None = None
     windows: dict[str, list[Window]] = {}
     for name in names:
-        windows[name] = _read_split(path / f"{name}.jsonl", titles, size)
+        windows[name] = _read_windows(path / f"{name}.jsonl", titles, size)
         size = len(windows[name][0].candidates)
     found = fingerprint(path)
     if meta.get("fingerprint", found) != found:
         logging.warning("%s: files were changed after they were prepared", path)
     return Dataset(meta["domain"], titles, windows, meta | {"fingerprint": found})
+
+
+def read_split(path: Path, split: str) -> Dataset:
+    """`read_dataset` of one split. Raises InputError that names --split where it is not there."""
+    known = [name for name in SPLITS if os.path.lexists(path / f"{name}.jsonl")]
+    if known and split not in known:
+        raise InputError(
+            f"--split: found {split}, expected one that {path} has: {', '.join(known)}"
+        )
+    return read_dataset(path, [split])
 
 
 def fingerprint(path: Path) -> str:
@@ -169,7 +179,7 @@ def is_title(title: object) -> bool:
     return type(title) is str and title.strip() != "" and not {"\n", "\r"} & set(title)
 
 
-def _read_split(path: Path, titles: dict[int, str], size: int | None) -> list[Window]:
+def _read_windows(path: Path, titles: dict[int, str], size: int | None) -> list[Window]:
     windows = []
     for where, record in _rows(path, _WINDOW_KEYS):
         window = _window(where, record, titles)

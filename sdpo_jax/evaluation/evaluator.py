@@ -1,7 +1,6 @@
 """A run's model, windows and compiled decoders, set up once for many adapters."""
 
 import collections
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +13,8 @@ from flax import nnx
 
 from sdpo_jax import sharding
 from sdpo_jax.data import loader, prompts
-from sdpo_jax.data.prepared import SPLITS, Dataset, read_dataset
+from sdpo_jax.data.prepared import read_split
 from sdpo_jax.data.tokens import Encoder
-from sdpo_jax.errors import InputError
 from sdpo_jax.evaluation import decode, metrics
 from sdpo_jax.evaluation.results import Prediction
 from sdpo_jax.model_folder import load_model, read_meta
@@ -45,7 +43,8 @@ class Evaluator:
     def __init__(self, run: SimpleNamespace, split: str, limit: int = 0, batch_size: int = 0):
         c = run.config
         set_up_jax(c.dtype)
-        self.split, self.dataset = split, _read_split(run, split)
+        self.split, self.dataset = split, read_split(Path(c.dataset), split)
+        same(run, "dataset", c.dataset, self.dataset.meta["fingerprint"])
         # Checked before gigabytes are read.
         same(run, "model", c.model, read_meta(Path(c.model))["sha256"])
         mesh = _mesh(c.mesh)
@@ -157,18 +156,6 @@ class Evaluator:
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,  # would change titles with spaces before marks
         )
-
-
-def _read_split(run: SimpleNamespace, split: str) -> Dataset:
-    folder = Path(run.config.dataset)
-    known = [name for name in SPLITS if os.path.lexists(folder / f"{name}.jsonl")]
-    if known and split not in known:
-        raise InputError(
-            f"--split: found {split}, expected one that {folder} has: {', '.join(known)}"
-        )
-    dataset = read_dataset(folder, [split])
-    same(run, "dataset", folder, dataset.meta["fingerprint"])
-    return dataset
 
 
 def _mesh(mesh: SimpleNamespace):

@@ -1,0 +1,235 @@
+"""ChatRec: a chat model recommends without being trained, as in the paper's Table 1.
+
+    python -m sdpo_jax.chatrec --dataset=runs/movielens/data --workdir=runs/movielens/run \\
+        --endpoint=http://localhost:8000/v1 --model=NAME --limit=200
+
+It is shown a window's history and candidates and answers with a title, judged as `greedy` of
+sdpo_jax.evaluate is. Any endpoint that speaks OpenAI's chat completions will do; its key, where it
+wants one, comes from the environment variable OPENAI_API_KEY alone.
+
+Writes eval/chatrec-greedy.json and, beside it, the predictions as .jsonl. Each answer is kept in
+chatrec/answers.jsonl as it comes, and the same question to a model of the same name is never asked
+again: the same command goes on where it was stopped. In the workdir of a training run, the data
+must be that run's, and `report` then has ChatRec beside its stages.
+"""
+
+import itertools
+import json
+import operator
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from tqdm import tqdm
+
+from sdpo_jax.data import loader, prompts
+from sdpo_jax.data.prepared import SPLITS, Dataset, read_split
+from sdpo_jax.errors import InputError, run_command, shown
+from sdpo_jax.evaluation import chat, metrics, results
+from sdpo_jax.files import parse_json
+from sdpo_jax.workdir import read_run, same
+
+PARAMETERS = '{"temperature": 0, "max_tokens": 64}'
+Prices = tuple[float | None, float | None]
+OURS = ("model", "messages", "stream", "n")  # not to be given as parameters
+
+
+def chatrec(
+    dataset: str | Path,
+    workdir: str | Path,
+    endpoint: str,
+    model: str,
+    split: str = "test",
+    limit: int = 0,
+    requests_per_minute: int = 0,
+    parallel: int = 4,
+    prices: Prices = (None, None),
+    parameters: str = PARAMETERS,
+) -> dict[str, Any]:
+    """Asks about each window that was not asked about before; returns the summary written.
+
+    `prices` are dollars for a million tokens in and out, `parameters` a JSON object that is part
+    of each request. Raises InputError before anything is written for data that are not there or
+    not those of the run in `workdir`, and for an endpoint that does not answer the first question;
+    later, with all answers kept, for one that stops answering.
+    """
+    chat.check_url(endpoint)
+    given = _parameters(parameters)
+    _check(model, prices)
+    data, seed = _open(Path(dataset), Path(workdir), split)
+    windows = data.splits[split]
+    rows = loader.spread(len(windows), limit)
+    requests = [
+        {"model": model, "messages": _messages(data, seed, split, row)} | given for row in rows
+    ]
+    keys = [chat.key_of(request) for request in requests]
+    path = Path(workdir) / "chatrec" / "answers.jsonl"
+    asked_before = chat.read_answers(path)
+    used = [asked_before[key] for key in dict.fromkeys(keys) if key in asked_before]
+    todo = {key: request for key, request in zip(keys, requests, strict=True)
+            if key not in asked_before}  # fmt: skip
+    if todo:
+        with chat.Endpoint(endpoint, requests_per_minute) as server:
+            _ask(server, path, list(todo.values()), used, parallel, prices)
+    answers = {answer["key"]: answer for answer in used}
+    predictions = [
+        _prediction(data, split, row, answers[key]) for row, key in zip(rows, keys, strict=True)
+    ]
+    summary = results.summarise("greedy", predictions) | {
+        "protocol": data.meta.get("protocol"),
+        "split": split,
+        "limit": limit,
+        "stage": "chatrec",
+        "step": 0,
+        "decoder": "greedy",
+        "candidates": len(windows[0].candidates),
+        "seconds": round(sum(answer["seconds"] for answer in used), 2),
+        "seed": seed,
+        "dataset": str(dataset),
+        "dataset_fingerprint": data.meta["fingerprint"],
+        "model": model,
+        "endpoint": ", ".join(sorted({answer["endpoint"] for answer in used})),
+        "parameters": given,
+        "prompts_fingerprint": prompts.fingerprint(_templates(data)),
+        **_cost(used, prices),
+    }
+    written = results.write_result(Path(workdir) / "eval", summary, predictions)
+    print(results.line(summary, written))
+    print(f"asked now: {len(todo)}, in all: {len(used)} ({_spent(used, prices)}), {path}")
+    return summary
+
+
+def _parameters(text: str) -> dict[str, Any]:
+    expected = "expected a JSON object without " + ", ".join(OURS)
+    try:
+        asked = parse_json(text)
+        json.dumps(asked, allow_nan=False)
+    except ValueError as error:
+        raise InputError(f"--parameters: found no valid JSON ({error}), {expected}") from error
+    if not isinstance(asked, dict) or set(OURS) & set(asked):
+        raise InputError(f"--parameters: found {shown(asked)}, {expected}")
+    return asked
+
+
+def _check(model: str, prices: Prices) -> None:
+    if not model or not model.isprintable():
+        raise InputError(f"--model: found {shown(model)}, expected a name that the endpoint knows")
+    for flag, price in zip(("price_in", "price_out"), prices, strict=True):
+        if price is not None and not 0 <= price <= 1e9:  # nor NaN
+            raise InputError(f"--{flag}: found {price}, expected dollars for a million tokens")
+
+
+def _open(folder: Path, workdir: Path, split: str) -> tuple[Dataset, int]:
+    """The data set and the seed of its prompts: that of the run in `workdir`, if it is one."""
+    run = read_run(workdir) if os.path.lexists(workdir / "config.json") else None
+    data = read_split(folder, split)
+    if run is None:
+        return data, 0
+    same(run, "dataset", folder, data.meta["fingerprint"])
+    return data, run.config.seed
+
+
+def _templates(data: Dataset) -> tuple[str, ...]:
+    """The system's line, then the user's templates."""
+    named = "name" if data.domain == "music" else "title"
+    line = f"Answer with exactly one {named} of the list you choose from, and nothing else."
+    return (line, *prompts.TEMPLATES[data.domain])
+
+
+def _messages(data: Dataset, seed: int, split: str, row: int) -> list[dict[str, str]]:
+    window = data.splits[split][row]
+    system, *templates = _templates(data)
+    user = prompts.render(
+        templates[prompts.template_index(seed, split, row, len(templates))],
+        [data.titles[item] for item in window.history],
+        [data.titles[item] for item in window.candidates],
+    )
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def _ask(server: chat.Endpoint, path: Path, todo: Sequence[chat.Request], used: list[chat.Answer],
+         parallel: int, prices: Prices) -> None:  # fmt: skip
+    """Adds the answers to `todo` to `used` and to the file, each as it comes."""
+    started = time.monotonic()
+    first = server.ask_first(todo[0])  # before anything is written
+    rest = chat.ask_all(server.ask, todo[1:], parallel)
+    with (
+        chat.appending(path, started) as append,
+        tqdm(total=len(used) + len(todo), initial=len(used), desc="chatrec", unit="window",
+             mininterval=1) as bar,
+    ):  # fmt: skip
+        for answer in itertools.chain([first], rest):
+            append(answer)
+            used.append(answer)
+            bar.set_postfix_str(_spent(used, prices), refresh=False)
+            bar.update()
+
+
+def _prediction(data: Dataset, split: str, row: int, answer: chat.Answer) -> results.Prediction:
+    window = data.splits[split][row]
+    titles = [data.titles[item] for item in window.candidates]
+    target = window.candidates.index(window.target)
+    chosen = metrics.recommended(answer["text"], titles)
+    return {
+        "row": row, "user": window.user, "target": titles[target], "generation": answer["text"],
+        "finish": answer["finish"], "valid": chosen is not None, "hit": chosen == target,
+    }  # fmt: skip
+
+
+def _cost(used: Sequence[chat.Answer], prices: Prices) -> dict[str, Any]:
+    """Tokens and dollars of the answers; None where the server or the user has not told."""
+    kinds = ("tokens_in", "tokens_out")
+    counts = [[answer.get(kind) for answer in used] for kind in kinds]
+    tokens = [None if None in count else sum(count) for count in counts]
+    known = None not in (*tokens, *prices)
+    return {
+        **dict(zip(kinds, tokens, strict=True)),
+        "price_in": prices[0],
+        "price_out": prices[1],
+        "cost_dollars": sum(map(operator.mul, tokens, prices)) / 1e6 if known else None,
+    }
+
+
+def _spent(used: Sequence[chat.Answer], prices: Prices) -> str:
+    cost = _cost(used, prices)
+    if None in (cost["tokens_in"], cost["tokens_out"]):
+        return "tokens not told"
+    dollars = "" if cost["cost_dollars"] is None else f", ${cost['cost_dollars']:.4f}"
+    return f"{cost['tokens_in']:,} tokens in, {cost['tokens_out']:,} out{dollars}"
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    try:
+        chatrec(
+            args.dataset, args.workdir, args.endpoint, args.model, args.split, args.limit or 0,
+            args.requests_per_minute or 0, args.parallel, (args.price_in, args.price_out),
+            args.parameters,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from {args.workdir}/chatrec/answers.jsonl")
+        sys.exit(130)
+    if os.path.lexists(Path(args.workdir) / "config.json"):
+        print(f"next: python -m sdpo_jax.report --workdir={args.workdir}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("dataset", None, "prepared folder", required=True)
+    flags.DEFINE_string("workdir", None, "folder of a run on these data, or any", required=True)
+    flags.DEFINE_string("endpoint", None, "http://host:port/v1; its key, if it wants one, goes "
+                        "into the environment variable OPENAI_API_KEY", required=True)  # fmt: skip
+    flags.DEFINE_string("model", None, "name that the endpoint knows", required=True)
+    flags.DEFINE_enum("split", "test", SPLITS[1:], "windows to ask about")
+    flags.DEFINE_integer("limit", None, "this many windows, evenly spread over the split; "
+                         "default: all", lower_bound=1)  # fmt: skip
+    flags.DEFINE_integer("requests_per_minute", None, "at most this many; default: no limit",
+                         lower_bound=1)  # fmt: skip
+    flags.DEFINE_integer("parallel", 4, "requests at once", lower_bound=1, upper_bound=256)
+    flags.DEFINE_float("price_in", None, "dollars for a million tokens read")
+    flags.DEFINE_float("price_out", None, "dollars for a million tokens written")
+    flags.DEFINE_string("parameters", PARAMETERS, "of each request, as JSON")
+    run_command(main)

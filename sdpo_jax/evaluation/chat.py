@@ -1,0 +1,305 @@
+"""Requests to a chat model behind an OpenAI-compatible endpoint, and the file of its answers.
+
+A request is the JSON object that is sent: model, messages and parameters. An answer has the keys
+of `ANSWER`; its `seconds` are those since the answer before it, so that their sum is how long the
+asking took, over as many goes as it took.
+"""
+
+import collections
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from sdpo_jax.errors import InputError
+from sdpo_jax.files import COUNT, NUMBER, TEXT, check_keys, parse_json, read_text
+
+RETRIES = 6  # after 0.5, 1, 2, 4, 8, 8 seconds, or as long as the server asks for
+TIMEOUT = 300.0  # seconds for one answer: a large model on a small machine reads slowly
+ANSWER = {
+    "key": TEXT, "endpoint": TEXT, "text": TEXT, "finish": TEXT,
+    "tokens_in?": COUNT, "tokens_out?": COUNT, "seconds": NUMBER,
+}  # fmt: skip
+Request = dict[str, Any]
+Answer = dict[str, Any]
+
+
+def key_of(request: Request) -> str:
+    """SHA-256 of what is asked, wherever it is asked."""
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+class Busy(InputError):
+    """The server answered that it cannot answer now."""
+
+
+class Endpoint:
+    """Asks one model server until it is closed; `ask` may be called from many threads.
+
+    The openai client repeats what failed for a while (status 408, 409, 429, 5xx, a broken
+    connection). Every request sent counts for `requests_per_minute` (0: no limit), repeated ones
+    too. The key is read from OPENAI_API_KEY and appears in no message.
+
+    Raises InputError for a key that is none, and without the package openai.
+    """
+
+    def __init__(self, url: str, requests_per_minute: int = 0):
+        self._url, self._key = url, _key()
+        try:
+            import openai
+        except ImportError as error:
+            raise InputError(
+                f"found no package openai ({error}), expected it: pip install 'sdpo_jax[chat]'"
+            ) from error
+        self._openai = openai
+        try:
+            http = openai.DefaultHttpxClient(event_hooks={"request": [Pace(requests_per_minute)]})
+            self._client = openai.OpenAI(
+                base_url=url, api_key=self._key or "none", timeout=TIMEOUT, http_client=http
+            )
+        except Exception as error:  # of a host's name or of a proxy's settings
+            raise InputError(
+                f"--endpoint: found {self._plain(error)}, expected http://host:port/v1"
+            ) from error
+
+    def __enter__(self) -> "Endpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def ask_first(self, request: Request) -> Answer:
+        """`ask`, but a server that is not there is told at once."""
+        try:
+            return self.ask(request, retries=0)
+        except Busy:
+            return self.ask(request)
+
+    def ask(self, request: Request, retries: int = RETRIES) -> Answer:
+        """The answer, without `seconds`. Raises InputError where there is none."""
+        client = self._client.with_options(max_retries=retries)
+        extra = {key: request[key] for key in request if key not in ("model", "messages")}
+        try:
+            # Raw, as the client reads JSON of any shape without complaint.
+            response = client.chat.completions.with_raw_response.create(
+                model=request["model"], messages=request["messages"], extra_body=extra
+            )
+        except self._openai.APIStatusError as error:
+            raise self._refused(error) from error
+        except self._openai.OpenAIError as error:
+            raise InputError(
+                f"{self._url}: found no answer ({self._plain(error.__cause__ or error)}), expected "
+                "an OpenAI-compatible server: start it or correct --endpoint, then run this again"
+            ) from error
+        return {"key": key_of(request), "endpoint": self._url} | self._parse(
+            response.http_response.text
+        )
+
+    def _refused(self, error: Any) -> InputError:
+        status = error.status_code
+        told = error.body.get("message") if isinstance(error.body, dict) else None
+        found = f"found status {status} ({self._plain(told or error.response.text)}), expected"
+        if status in (401, 403):
+            held = "a key that it accepts: correct" if self._key else "a key: set"
+            return InputError(f"{self._url}: {found} {held} OPENAI_API_KEY")
+        if status == 404:
+            return InputError(
+                f"{self._url}: {found} /chat/completions and the model there: correct --endpoint "
+                f"or --model, which {self._url.rstrip('/')}/models lists"
+            )
+        if status in (408, 409, 429) or status >= 500:
+            return Busy(
+                f"{self._url}: {found} an answer after {RETRIES} repeats: lower --parallel or "
+                "--requests_per_minute and run this again; what was answered is kept"
+            )
+        return InputError(f"{self._url}: {found} an answer: see --model and --parameters")
+
+    def _parse(self, text: str) -> Answer:
+        try:
+            body = json.loads(text)
+            choice, usage = body["choices"][0], body.get("usage") or {}
+            said = choice["message"]["content"] or ""  # null: it refused, or thought too long
+            texts = {"text": said, "finish": str(choice.get("finish_reason"))}
+            # Half of a surrogate pair could not be written.
+            answer = {k: text.encode("utf-8", "replace").decode() for k, text in texts.items()}
+            tokens = {"tokens_in": "prompt_tokens", "tokens_out": "completion_tokens"}
+            return answer | {k: usage[v] for k, v in tokens.items() if COUNT[1](usage.get(v))}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{self._url}: found {self._plain(text)}, expected a chat completion: correct "
+                "--endpoint"
+            ) from error
+
+    def _plain(self, text: object) -> str:
+        """Short, and without the key: servers repeat what they were sent."""
+        text = " ".join(str(text).split()) or "nothing"
+        text = text.replace(self._key, "[key]") if self._key else text
+        return text if len(text) <= 200 else text[:200] + "…"
+
+
+class Pace:
+    """Called before a request is sent; returns when it is its turn at `per_minute` a minute."""
+
+    def __init__(self, per_minute: int = 0):
+        self._gap = 60 / per_minute if per_minute else 0.0
+        self._lock, self._free = threading.Lock(), 0.0
+
+    def __call__(self, _request: object) -> None:
+        with self._lock:
+            now = time.monotonic()
+            turn = max(now, self._free)
+            self._free = turn + self._gap
+        time.sleep(turn - now)
+
+
+def ask_all(
+    ask: Callable[[Request], Answer], requests: Iterable[Request], parallel: int
+) -> Iterator[Answer]:
+    """Answers as they come, from `parallel` threads; to be run in the main thread.
+
+    After an error or Ctrl-C nothing new is asked, but what is under way, and has to be paid for,
+    is still yielded before either is raised. A second Ctrl-C waits for nothing.
+    """
+    todo, done = collections.deque(requests), queue.SimpleQueue()
+    for _ in range(parallel):
+        # A daemon, or a second Ctrl-C would wait for it after all.
+        threading.Thread(target=_work, args=(ask, todo, done), daemon=True).start()
+    errors = []
+    with _interruptible(todo) as interrupted:
+        for _ in range(parallel):
+            for answer in iter(done.get, None):
+                if isinstance(answer, Exception):
+                    errors.append(answer)
+                else:
+                    yield answer
+    if errors:
+        raise errors[0]
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _work(ask: Callable, todo: collections.deque, done: queue.SimpleQueue) -> None:
+    def take() -> Request | None:
+        with contextlib.suppress(IndexError):
+            return todo.popleft()
+
+    try:
+        for request in iter(take, None):
+            done.put(ask(request))
+    except Exception as error:  # raised again by whoever reads `done`
+        todo.clear()
+        done.put(error)
+    done.put(None)
+
+
+@contextlib.contextmanager
+def _interruptible(todo: collections.deque) -> Iterator[list[int]]:
+    """Ctrl-C empties `todo` and is noted in the list."""
+    noted: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        noted.append(number)
+        todo.clear()
+        signal.signal(signal.SIGINT, before)
+        print("\nstopping after the answers under way; Ctrl-C again: at once", flush=True)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def read_answers(path: Path) -> dict[str, Answer]:
+    """Answers by key; a last line without its end, which a kill leaves, is not one of them."""
+    if not os.path.lexists(path):
+        return {}
+    advice = "remove this line"
+    lines = read_text(path, "expected answers of sdpo_jax.chatrec: remove it").split("\n")[:-1]
+    found = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            answer = parse_json(line)
+        except ValueError as error:
+            raise InputError(
+                f"{path}:{number}: found no valid JSON ({error}), expected an answer: {advice}"
+            ) from error
+        check_keys(f"{path}:{number}", answer, ANSWER, advice)
+        found[answer["key"]] = answer
+    return found
+
+
+@contextlib.contextmanager
+def appending(path: Path, started: float) -> Iterator[Callable[[Answer], None]]:
+    """Yields a function that adds an answer, with its seconds, and returns when it is on disk.
+
+    `started` is the `time.monotonic()` from which the first one's seconds count.
+
+    Raises InputError where the disk refuses, or another process has the file open so.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            last = started
+
+            def append(answer: Answer) -> None:
+                nonlocal last
+                last, before = time.monotonic(), last
+                answer["seconds"] = round(last - before, 3)
+                file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+            yield append
+    except BlockingIOError as error:
+        raise InputError(
+            f"{path}: another process is asking for it: wait for its end, or choose another "
+            "--workdir"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"{path}: found {error.strerror or error}, expected to write it: free space or mend "
+            "permissions"
+        ) from error
+
+
+def check_url(url: str) -> None:
+    """Raises InputError for a URL that is none, or holds more than host and path."""
+    expected = "expected http://host:port/v1"
+    try:
+        parts = urlsplit(url)
+        # A port out of range and a host that is no name raise ValueError.
+        host = (parts.hostname or "").encode("idna")
+        right = parts.scheme in ("http", "https") and host and parts.port != 0
+    except ValueError:
+        right = False
+    if not right or not url.isprintable() or " " in url:
+        raise InputError(f"--endpoint: found {url!r}, {expected}")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        # It is written into the results, and a key must not be.
+        raise InputError(
+            f"--endpoint: found more than host and path, {expected}: a key goes into the "
+            "environment variable OPENAI_API_KEY"
+        )
+
+
+def _key() -> str:
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(
+            "OPENAI_API_KEY: found characters that no key has, expected printable ASCII: set it "
+            "again"
+        )
+    return key

@@ -19,8 +19,8 @@ from sdpo_jax.workdir import open_run, write_stage_result
 TITLES = ("heat", "alien", "aliens", "the thing", "jaws", "big", "fargo", "babe", "speed", "up")
 CONFIG = {
     "seed": 0, "stages": ["sft", "sdpo"], "prompt_file": "", "max_length": 512,
-    "num_negatives": 3, "objective": "sdpo", "beta": 1.0, "batch_size": 8, "validation_split": "val",
-    "dtype": "float32", "base_dtype": "same", "best_by": "loss",
+    "num_negatives": 3, "objective": "sdpo", "beta": 1.0, "batch_size": 8,
+    "validation_split": "val", "dtype": "float32", "base_dtype": "same", "best_by": "loss",
     "lora": {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["q", "v"],
              "init_from": ""},
     "mesh": {"data": -1, "fsdp": 1, "tensor": 1},

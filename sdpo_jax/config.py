@@ -44,7 +44,8 @@ KINDS: dict[str, Kind] = {
     "seed": ("a whole number, 0 or more, below 2**32", lambda v: COUNT[1](v) and v < 2**32),
     "weight_decay": ("a finite number, 0 or more", lambda v: NUMBER[1](v) and v >= 0),
     **dict.fromkeys(
-        ("dataset", "model", "prompt_file", "validation_split", "lora.init_from"), TEXT
+        ("dataset", "model", "prompt_file", "validation_split", "lora.init_from", "item_vectors"),
+        TEXT,
     ),
     **dict.fromkeys(
         ("batch_size", "microbatch", "num_negatives", "max_length", "log_every", "eval_every",

@@ -114,6 +114,11 @@ def _open(
         for value in values or ([""] if flag == "decoder" else []):
             if value not in known:
                 raise InputError(f"--{flag}: found {value!r}, expected {', '.join(known)}")
+    if "base" in stages and run.config.item_vectors:
+        raise InputError(
+            "--stage: found base of a run whose prompts hold item vectors, which the base cannot "
+            "read: evaluate that of a run without config.item_vectors"
+        )
     return run
 
 

@@ -50,6 +50,11 @@ def export(workdir: str | Path, stage: str, form: str, output: str | Path,
     known = (*run.config.stages, *(["base"] if form == "merged" else []))
     if stage not in known:
         raise InputError(f"--stage: found {stage!r}, expected {', '.join(known)}")
+    if run.config.item_vectors:
+        raise InputError(
+            f"{workdir}: found a run whose prompts hold item vectors (config.item_vectors), "
+            "expected one whose prompts are text: other tools cannot feed them"
+        )
     if not is_free(output):
         raise InputError(f"--output: found something in {output}, expected a new folder")
     step = choose_step(run, stage, step)

@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sdpo_jax import sharding
 from sdpo_jax.errors import InputError
 from sdpo_jax.files import COUNT, OBJECT, TEXT, check_keys, one_of
 from sdpo_jax.models import weights
@@ -52,6 +54,7 @@ def load_model(
     remat: str = "none",
     seed: int = 0,
     shardings: Placement | None = None,
+    vectors_IE: np.ndarray | None = None,
 ) -> Model:
     """Reads what `python -m sdpo_jax.convert` wrote.
 
@@ -65,6 +68,7 @@ def load_model(
       seed: of the adapter.
       shardings: abstract variable (its `.shape` and `.letters`; under `layers` the shape has L
         before the letters) -> its sharding; None puts everything on this process's first device.
+      vectors_IE: item vectors that prompts may hold, see `models.item_vectors`.
 
     Raises:
       InputError: no model folder, a broken one, or one whose arrays do not fit its config.json.
@@ -75,8 +79,9 @@ def load_model(
 
     def make(key: jax.Array) -> Decoder:
         return Decoder(
-            config, lora, dtype=dtype, base_dtype=base_dtype, remat=remat, rngs=nnx.Rngs(key)
-        )
+            config, lora, dtype=dtype, base_dtype=base_dtype, remat=remat,
+            vectors=None if vectors_IE is None else vectors_IE.shape, rngs=nnx.Rngs(key),
+        )  # fmt: skip
 
     key = jax.random.key(seed)
     graphdef, abstract_lora, abstract_base = nnx.split(
@@ -84,6 +89,10 @@ def load_model(
     )
     place = shardings or (lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     base = _read_base(path / "weights", abstract_base, config, meta["dtype"], place)
+    if vectors_IE is not None:
+        variable = base["vectors"]["vectors"]
+        placed = place(abstract_base["vectors"]["vectors"])
+        variable.set_value(sharding.put_whole(vectors_IE, placed))
     # Under jit the unused draws of the base are removed, so only the adapter is ever made.
     init = jax.jit(
         lambda key: nnx.split(make(key), nnx.LoRAParam, ...)[1],

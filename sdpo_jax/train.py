@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
 from flax.nnx import replace_by_pure_dict, to_pure_dict
 from ml_collections import config_flags
 
 from sdpo_jax import sharding, workdir
+from sdpo_jax.baselines import kept
 from sdpo_jax.config import check
 from sdpo_jax.data import loader, prompts
 from sdpo_jax.data.prepared import read_dataset
@@ -52,13 +54,18 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
     templates = prompts.templates_of(dataset.domain, config.prompt_file)
     check_dataset(config, dataset)
 
+    vectors_IE = item_vectors(config, dataset)
     model = load_model(
         config.model, LoraConfig.of(config.lora), dtype=config.dtype, base_dtype=config.base_dtype,
         remat=config.remat, seed=config.seed, shardings=sharding.placement(mesh),
+        vectors_IE=vectors_IE,
     )  # fmt: skip
     check_length(config, model.config)
     lora = first_adapter(config, model)
-    encoder = Encoder(dataset, model.tokenizer, templates, config.seed, config.max_length)
+    encoder = Encoder(
+        dataset, model.tokenizer, templates, config.seed, config.max_length,
+        None if vectors_IE is None else model.config.V,
+    )  # fmt: skip
     check_titles(dataset.titles, model.tokenizer)
     inference = Inference(model, config.batch_layout, mesh, config.microbatch)
     stages = [
@@ -66,7 +73,7 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
     ]
 
     # All that can be refused has been: from here on files are written.
-    fingerprints = adapter_fingerprint(config) | {
+    fingerprints = file_fingerprints(config) | {
         "dataset": dataset.meta["fingerprint"],
         "model": model.meta["sha256"],
         "prompts": prompts.fingerprint(templates),
@@ -100,11 +107,15 @@ def explain(config, experiment: str = "") -> None:
     templates = prompts.templates_of(dataset.domain, config.prompt_file)
     check_dataset(config, dataset)
     folder = Path(config.model)
-    encoder = Encoder(dataset, load_tokenizer(folder), templates, config.seed, config.max_length)
+    decoder = DecoderConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    encoder = Encoder(
+        dataset, load_tokenizer(folder), templates, config.seed, config.max_length,
+        None if item_vectors(config, dataset) is None else decoder.V,
+    )  # fmt: skip
     rows = loader.spread(len(dataset.splits["train"]), EXPLAINED_WINDOWS)
     negatives = config.num_negatives if "sdpo" in config.stages else 0
-    longest = sorted(encode(encoder, "train", rows, negatives).values(), key=lambda e: -e.tokens)
-    decoder = DecoderConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    keys = [(row, encoder.first_vector is not None) for row in rows]
+    longest = sorted(encode(encoder, "train", keys, negatives).values(), key=lambda e: -e.tokens)
     limit = memory.limit_of(jax.local_devices()[0])
     print(
         f"GiB a device of {limit / 2**30:.1f} that are there; K={negatives}, the longest of "
@@ -134,18 +145,30 @@ def first_adapter(config, model: Model):
     placed = jax.tree.map(
         lambda found, fresh: sharding.put_whole(found, fresh.sharding),
         tree,
-        to_pure_dict(model.lora),
+        {"layers": to_pure_dict(model.lora)["layers"]},
     )
     lora = jax.tree.map(lambda leaf: leaf, model.lora)
     replace_by_pure_dict(lora, placed)
     return lora
 
 
-def adapter_fingerprint(config) -> dict[str, str]:
-    if not config.lora.init_from:
-        return {}
-    content = Path(config.lora.init_from, TENSORS).read_bytes()
-    return {"adapter": hashlib.sha256(content).hexdigest()}
+def item_vectors(config, dataset) -> np.ndarray | None:
+    """Those of `config.item_vectors`, [I, E]; None where it names no file."""
+    if not config.item_vectors:
+        return None
+    fingerprint = dataset.meta["fingerprint"]
+    return kept.item_vectors(Path(config.item_vectors), fingerprint, len(dataset.titles))
+
+
+def file_fingerprints(config) -> dict[str, str]:
+    """Of the further files that a run's numbers depend on."""
+    adapter = config.lora.init_from and Path(config.lora.init_from, TENSORS)
+    files = {"adapter": adapter, "item_vectors": config.item_vectors}
+    return {
+        name: hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        for name, file in files.items()
+        if file
+    }
 
 
 def check_folders(config, experiment: str) -> None:
@@ -230,6 +253,8 @@ def announce(config, run: Path, model, encoder: Encoder) -> None:
     if config.stages[0] == "sdpo":
         start = config.lora.init_from or "the base model"
         print(f"this run has no SFT stage: S-DPO starts from {start} and refers to it")
+    if encoder.first_vector is not None:
+        print(f"the vectors of {config.item_vectors} follow the titles in the prompts")
     window = encoder.window("train", 0)
     print(f"\n--- train example 0 ---\n{encoder.prompt_text('train', 0)}"
           f"{encoder.dataset.titles[window.target]}<eos>\n---\n")  # fmt: skip

@@ -109,7 +109,7 @@ def _network(model: str, data: Dataset, workdir: Path, settings: fit.Settings):
         "step": fitted.epoch, "l2": fitted.l2, "validation_split": _validation(data),
         "validation_hit_ratio_at_1": fitted.hit_ratio, "validation_by_l2": fitted.tried,
     }  # fmt: skip
-    kept.write(path, key, fitted.state, about)
+    kept.write(path, key, data.meta["fingerprint"], fitted.state, about)
     return graphdef, fitted.state, about
 
 

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from sdpo_jax.errors import InputError
 
+ITEMS = "items/table/value"  # the name of the tensor with a vector an item
 AGAIN = "remove it to train again, or choose another --workdir"
 
 
@@ -24,13 +25,17 @@ def key(dataset_fingerprint: str, settings: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def write(path: Path, key: str, state: nnx.State, about: dict[str, Any]) -> None:
-    """Writes a network whole or not at all. Raises InputError where the disk refuses."""
+def write(path: Path, key: str, dataset: str, state: nnx.State, about: dict[str, Any]) -> None:
+    """Writes a network whole or not at all; `dataset` is the fingerprint of its data set.
+
+    Raises InputError where the disk refuses.
+    """
     tensors = {name: np.asarray(leaf) for name, leaf in zip(*_named(state), strict=True)}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata={"key": key, "about": json.dumps(about)})
+        meta = {"key": key, "dataset": dataset, "about": json.dumps(about)}
+        save_file(tensors, partial, metadata=meta)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise InputError(
@@ -64,6 +69,24 @@ def read(path: Path, key: str, fresh: nnx.State) -> tuple[nnx.State, dict[str, A
             f"{path}: found tensors of another shape, expected this network's: {AGAIN}"
         )
     return jax.tree.unflatten(jax.tree.structure(fresh), found), json.loads(meta["about"])
+
+
+def item_vectors(path: Path, dataset: str, items: int) -> np.ndarray:
+    """The vectors [I, D] of a kept network's items. Raises InputError where there are none.
+
+    `dataset` and `items`: fingerprint and number of items of the data set they must be of.
+    """
+    expected = "expected a network that sdpo_jax.baselines kept for this data set"
+    try:
+        with safe_open(path, "numpy") as file:
+            if (file.metadata() or {}).get("dataset") != dataset:
+                raise InputError(f"{path}: found one of another data set, {expected}: train it")
+            vectors_ID = file.get_tensor(ITEMS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: found {error}, {expected}: train --model=sasrec") from error
+    if vectors_ID.ndim != 2 or len(vectors_ID) != items or vectors_ID.dtype != np.float32:
+        raise InputError(f"{path}: found vectors {vectors_ID.shape}, expected {items} of float32")
+    return vectors_ID
 
 
 def _named(state: nnx.State) -> tuple[list[str], list[jax.Array]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -112,7 +113,7 @@ def stream(rows: int, seed: int, epochs: int) -> grain.MapDataset:
     return grain.MapDataset.range(rows).seed(seed).shuffle().repeat(epochs)
 
 
-def grouped_batches(order: Sequence[int], lengths: Mapping[int, int], batch_size: int, seed: int):
+def grouped_batches(order: Sequence[Any], lengths: Mapping[Any, int], batch_size: int, seed: int):
     """Cuts `order` into batches of similar length.
 
     Runs of GROUP batches are sorted by length, cut, and put into a drawn order, so a batch has

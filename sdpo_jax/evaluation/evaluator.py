@@ -1,6 +1,7 @@
 """A run's model, windows and compiled decoders, set up once for many adapters."""
 
 import collections
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 from flax import nnx
 
 from sdpo_jax import sharding
+from sdpo_jax.baselines import kept
 from sdpo_jax.data import loader, prompts
-from sdpo_jax.data.prepared import read_split
+from sdpo_jax.data.prepared import Dataset, read_split
 from sdpo_jax.data.tokens import Encoder
 from sdpo_jax.evaluation import decode, metrics
 from sdpo_jax.evaluation.results import Prediction
@@ -48,6 +50,7 @@ class Evaluator:
         # Checked before gigabytes are read.
         same(run, "model", c.model, read_meta(Path(c.model))["sha256"])
         mesh = _mesh(c.mesh)
+        vectors_IE = _vectors(run, self.dataset)
         self.model = load_model(
             c.model,
             LoraConfig.of(c.lora),
@@ -55,12 +58,16 @@ class Evaluator:
             base_dtype=c.base_dtype,
             seed=c.seed,
             shardings=sharding.placement(mesh),
+            vectors_IE=vectors_IE,
         )
         templates = prompts.templates_of(self.dataset.domain, c.prompt_file)
         same(run, "prompts", c.prompt_file or "built-in", prompts.fingerprint(templates))
         self.windows = self.dataset.splits[split]
         self.rows = loader.spread(len(self.windows), limit)
-        encoder = Encoder(self.dataset, self.model.tokenizer, templates, c.seed, c.max_length)
+        first_vector = None if vectors_IE is None else self.model.config.V
+        encoder = Encoder(
+            self.dataset, self.model.tokenizer, templates, c.seed, c.max_length, first_vector
+        )
         self.examples = encoder.examples(
             split, self.rows, [self.windows[row].candidates for row in self.rows]
         )
@@ -156,6 +163,16 @@ class Evaluator:
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,  # would change titles with spaces before marks
         )
+
+
+def _vectors(run: SimpleNamespace, dataset: Dataset) -> np.ndarray | None:
+    """The item vectors of the run's prompts, [I, E], if it has any."""
+    if not run.config.item_vectors:
+        return None
+    path = Path(run.config.item_vectors)
+    found = kept.item_vectors(path, dataset.meta["fingerprint"], len(dataset.titles))
+    same(run, "item_vectors", path, hashlib.sha256(path.read_bytes()).hexdigest())
+    return found
 
 
 def _mesh(mesh: SimpleNamespace):

@@ -16,6 +16,7 @@ from flax import nnx
 
 from sdpo_jax.models import llama, neox
 from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.item_vectors import ItemVectors
 from sdpo_jax.models.lora import Frozen, LinearOptions, LoraConfig, fold_in
 from sdpo_jax.models.product import product
 from sdpo_jax.models.rope import rotary
@@ -60,7 +61,9 @@ class Decoder(nnx.Module):
     """Embedding, L stacked layers under one scan, final norm and (tied or own) head."""
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig, *, dtype=jnp.float32,
-                 base_dtype: str = "same", remat: str = "none", rngs: nnx.Rngs):  # fmt: skip
+                 base_dtype: str = "same", remat: str = "none",
+                 vectors: tuple[int, int] | None = None, rngs: nnx.Rngs):  # fmt: skip
+        """`vectors`: shape of the item vectors that prompts may hold, or None."""
         self.config, self.dtype, self.remat = config, dtype, remat
         options = LinearOptions(lora.on(config.projections), dtype, base_dtype)
         family = neox if config.family == "gpt_neox" else llama
@@ -78,6 +81,7 @@ class Decoder(nnx.Module):
         self.norm = family.norm(config.D, config.norm_eps, dtype=options.stored)
         if not config.tied:
             self.head = Frozen(table(config.D, config.V), letters="DV")
+        self.vectors = ItemVectors(vectors, config.D, dtype=dtype, rngs=rngs) if vectors else None
 
     def __call__(
         self, tokens_BT, positions_BT, attention: Attention, cache=None, dropout_keys_R=None
@@ -85,7 +89,7 @@ class Decoder(nnx.Module):
         """Hidden states after the final norm, [B, T, D], and what `attention` kept, stacked over L.
 
         Args:
-          tokens_BT: int32 token ids.
+          tokens_BT: int32 token ids; from V on items, where there are item vectors.
           positions_BT: int32 positions for RoPE.
           attention: see `Attention`; it holds the masks.
           cache: pytree with leading axis L handed to `attention` layer by layer, or None.
@@ -104,10 +108,19 @@ class Decoder(nnx.Module):
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
         x_BTD, kept = jax.lax.scan(
             body,
-            self.embedding[...][tokens_BT].astype(jnp.float32),
+            self.embed(tokens_BT),
             (state, cache, jnp.arange(self.config.L)),
         )
         return self.norm(x_BTD), kept
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """[B, T, D] in float32."""
+        if self.vectors is None:
+            return self.embedding[...][tokens_BT].astype(jnp.float32)
+        V = self.config.V
+        text_BTD = self.embedding[...][jnp.minimum(tokens_BT, V - 1)].astype(jnp.float32)
+        item_BTD = self.vectors(jnp.maximum(tokens_BT - V, 0))
+        return jnp.where((tokens_BT < V)[..., None], text_BTD, item_BTD)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, V] in float32."""

@@ -17,6 +17,7 @@ from flax import nnx
 
 from sdpo_jax import sharding
 from sdpo_jax.data import loader
+from sdpo_jax.data.draws import generator
 from sdpo_jax.data.tokens import Encoder, Example, training_items
 from sdpo_jax.errors import InputError
 from sdpo_jax.runtime import Interrupted, StopSignal, first_process
@@ -39,6 +40,7 @@ from sdpo_jax.workdir import stage_result, write_json, write_stage_result
 
 COMPILATION_IN_STEPS = 8  # roughly what a compilation costs; short runs use fewer shapes
 SAVE_SECONDS = 300.0  # between two copies on disk of a reference pass in progress
+Key = tuple[int, bool]  # a row of a split, and whether its prompt holds item vectors
 
 
 class Inference:
@@ -90,7 +92,7 @@ class Inference:
         return out
 
 
-def dealt(examples, keys: Sequence[int], rows: int) -> list[int]:
+def dealt(examples, keys: Sequence[Any], rows: int) -> list[Any]:
     """`keys` in an order in which `rows` equal runs of their examples have nearly equal lengths."""
     order = loader.deal([examples[k].tokens for k in keys], rows)
     return [keys[i] for i in order]
@@ -114,11 +116,26 @@ def plan(config, stage: str, rows: int) -> list[int]:
     return [int(order[i]) for i in range(steps * config.batch_size)]
 
 
-def encode(encoder: Encoder, split: str, rows: Sequence[int], num_negatives: int):
-    """Row -> Example, with the target and the drawn negatives as answers."""
-    rows = sorted(set(rows))
+def curriculum(rows: Sequence[int], vectors: bool, gradual: bool, seed: int) -> list[Key]:
+    """Each row with whether its prompt holds item vectors.
+
+    Where they come gradually, the i-th of n examples has them with probability i / n: LLaRA's
+    curriculum from texts to hybrid prompts (Liao et al. 2024, arXiv 2312.02445, section 3.3).
+    """
+    draws = generator(seed, "curriculum", "train", 0).random(len(rows))
+    shares = np.arange(len(rows)) / len(rows) if gradual else np.ones(len(rows))
+    return [
+        (row, bool(vectors and draw < share))
+        for row, draw, share in zip(rows, draws, shares, strict=True)
+    ]
+
+
+def encode(encoder: Encoder, split: str, keys: Sequence[Key], num_negatives: int):
+    """Key -> Example, with the target and the drawn negatives as answers."""
+    keys = sorted(set(keys))
+    rows, vectors = zip(*keys, strict=True)
     items = [training_items(encoder, split, row, num_negatives) for row in rows]
-    return dict(zip(rows, encoder.examples(split, rows, items), strict=True))
+    return dict(zip(keys, encoder.examples(split, rows, items, vectors), strict=True))
 
 
 class Stage:
@@ -129,12 +146,15 @@ class Stage:
         self.name, self.config, self.workdir = name, config, workdir
         self.model, self.mesh, self.inference, self.stop = model, mesh, inference, stop
         K = config.num_negatives if name == "sdpo" else 0
-        self.order = plan(config, name, len(encoder.dataset.splits["train"]))
+        vectors = encoder.first_vector is not None
+        rows = plan(config, name, len(encoder.dataset.splits["train"]))
+        self.order = curriculum(rows, vectors, name == "sft", config.seed)
         self.steps = len(self.order) // config.batch_size
         self.train_examples = encode(encoder, "train", self.order, K)
         split = config.validation_split
         val_rows = loader.spread(len(encoder.dataset.splits[split]), config.validation_windows)
-        self.validation_examples = list(encode(encoder, split, val_rows, K).values())
+        val_keys = [(row, vectors) for row in val_rows]
+        self.validation_examples = list(encode(encoder, split, val_keys, K).values())
 
     def objective(self) -> Objective:
         if self.name == "sft":
@@ -143,10 +163,10 @@ class Stage:
             preference_objective, beta=self.config.beta, name=self.config.objective
         )
 
-    def references(self, lora) -> tuple[dict[int, dict], dict]:
-        """Per train row, and for the validation set, the arrays that the objective needs."""
+    def references(self, lora) -> tuple[dict[Key, dict], dict]:
+        """Per train example, and for the validation set, the arrays that the objective needs."""
         if self.name == "sft":
-            return {row: {} for row in self.train_examples}, {}
+            return {key: {} for key in self.train_examples}, {}
         settings = {
             k: getattr(self.config, k)
             for k in ("dtype", "base_dtype", "batch_layout", "microbatch")
@@ -164,29 +184,29 @@ class Stage:
                 )
                 save(logp_NC)
             found.append(logp_NC)
-        of_row = {
-            row: {"reference_logp_BC": logp_C}
-            for row, logp_C in zip(self.train_examples, found[0], strict=True)
+        of_key = {
+            key: {"reference_logp_BC": logp_C}
+            for key, logp_C in zip(self.train_examples, found[0], strict=True)
         }
-        return of_row, {"reference_logp_BC": found[1]}
+        return of_key, {"reference_logp_BC": found[1]}
 
     @functools.cached_property
-    def cut(self) -> list[list[int]]:
-        """The rows of `train` that each step takes, in order of its rows of tokens."""
+    def cut(self) -> list[list[Key]]:
+        """The examples of `train` that each step takes, in order of its rows of tokens."""
         size = self.config.batch_size
-        lengths = {row: len(example.prompt) for row, example in self.train_examples.items()}
+        lengths = {key: len(example.prompt) for key, example in self.train_examples.items()}
         grouped = loader.grouped_batches(self.order, lengths, size, self.config.seed)
         rows = size // self.config.microbatch
         return [dealt(self.train_examples, part, rows) for part in grouped]
 
-    def batches(self, references: dict[int, dict], start: int) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, references: dict[Key, dict], start: int) -> Iterator[dict[str, np.ndarray]]:
         """Batches [number of microbatches, this process's part of M, ...] from step `start` on."""
         extra = [
-            {k: np.stack([references[row][k] for row in part]) for k in references[part[0]]}
+            {k: np.stack([references[key][k] for key in part]) for k in references[part[0]]}
             for part in self.cut
         ]
         limit = max(1, min(loader.MAX_SHAPES, self.steps // COMPILATION_IN_STEPS))
-        examples = [[self.train_examples[row] for row in part] for part in self.cut]
+        examples = [[self.train_examples[key] for key in part] for part in self.cut]
         count, shards = self.config.batch_size // self.inference.batch_size, self.inference.rows
         own = [i * shards + j for i in range(count) for j in sharding.local_shards(self.mesh)]
         for batch in loader.batches(examples, extra, start, count * shards, limit, own):
@@ -335,12 +355,12 @@ class Stage:
 
     def tokens(self, step: int) -> int:
         """How many real tokens `step` takes, the first being 1."""
-        return sum(self.train_examples[row].tokens for row in self.cut[step - 1])
+        return sum(self.train_examples[key].tokens for key in self.cut[step - 1])
 
     def refuse(self, error: NotANumber) -> None:
         """Writes which windows a broken step took; raises InputError."""
         file = self.workdir / "stages" / f"{self.name}-broken-step.json"
-        rows = self.cut[error.step - 1]
+        rows = [row for row, _ in self.cut[error.step - 1]]
         content = {"stage": self.name, "step": error.step, "found": error.found,
                    "lines": [row + 1 for row in rows]}  # fmt: skip
         first_process(lambda: write_json(file, content))

@@ -13,6 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0  # of templates, negatives, example order, adapter and dropout
     config.stages = ("sft", "sdpo")  # or one of them
     config.prompt_file = ""  # templates in the authors' format; "" = the built-in ones
+    config.chat_template = False  # True: prompts in the model's own chat format
     # A network that sdpo_jax.baselines kept: its item vectors stand behind the titles (LLaRA).
     config.item_vectors = ""
     config.max_length = 512  # [paper] tokens of prompt and answer; a longer prompt keeps its end

@@ -39,6 +39,7 @@ KINDS: dict[str, Kind] = {
     "base_dtype": one_of(*BASE_DTYPES),
     "objective": one_of(*OBJECTIVES),
     "best_by": one_of("loss", *DECODERS),
+    "chat_template": ("True or False", lambda value: type(value) is bool),
     "stages": _some_of(STAGES),
     "lora.targets": _some_of(PROJECTIONS),
     "seed": ("a whole number, 0 or more, below 2**32", lambda v: COUNT[1](v) and v < 2**32),

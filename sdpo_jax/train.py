@@ -51,7 +51,7 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
     check_batch(config, sharding.data_shards(mesh))
 
     dataset = read_dataset(config.dataset)
-    templates = prompts.templates_of(dataset.domain, config.prompt_file)
+    templates = templates_of(config, dataset)
     check_dataset(config, dataset)
 
     vectors_IE = item_vectors(config, dataset)
@@ -104,7 +104,7 @@ def explain(config, experiment: str = "") -> None:
     mesh = sharding.make_mesh(**config.mesh)
     shards = sharding.data_shards(mesh)
     dataset = read_dataset(config.dataset)
-    templates = prompts.templates_of(dataset.domain, config.prompt_file)
+    templates = templates_of(config, dataset)
     check_dataset(config, dataset)
     folder = Path(config.model)
     decoder = DecoderConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
@@ -150,6 +150,11 @@ def first_adapter(config, model: Model):
     lora = jax.tree.map(lambda leaf: leaf, model.lora)
     replace_by_pure_dict(lora, placed)
     return lora
+
+
+def templates_of(config, dataset) -> tuple[str, ...]:
+    chat = load_tokenizer(Path(config.model)) if config.chat_template else None
+    return prompts.templates_of(dataset.domain, config.prompt_file, chat)
 
 
 def item_vectors(config, dataset) -> np.ndarray | None:

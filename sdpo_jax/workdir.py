@@ -19,17 +19,17 @@ from sdpo_jax.files import COUNT, NUMBER, OBJECT, TEXT, check_keys, read_json
 # Keys that runs of an earlier version lack, with the values that mean what those runs did.
 ADDED = {
     "base_dtype": "same", "lora.init_from": "", "best_by": "loss", "objective": "sdpo",
-    "item_vectors": "",
+    "item_vectors": "", "chat_template": False,
 }  # fmt: skip
 # Keys that may change when a run goes on: the numbers that it computes do not depend on them.
 FREE = ("mesh.", "distributed.", "profile_steps")
 LOCK = ".lock"
 # Keys of a stored config without which a run cannot be evaluated, reported or exported.
 READ = (
-    "dataset", "model", "seed", "stages", "prompt_file", "max_length", "batch_size",
-    "num_negatives", "objective", "beta", "validation_split", "dtype", "base_dtype", "lora.rank",
-    "lora.alpha", "lora.dropout", "lora.targets", "lora.init_from", "item_vectors", "mesh.fsdp",
-    "mesh.tensor",
+    "dataset", "model", "seed", "stages", "prompt_file", "chat_template", "max_length",
+    "batch_size", "num_negatives", "objective", "beta", "validation_split", "dtype", "base_dtype",
+    "lora.rank", "lora.alpha", "lora.dropout", "lora.targets", "lora.init_from", "item_vectors",
+    "mesh.fsdp", "mesh.tensor",
 )  # fmt: skip
 RESULT = {
     "stage": TEXT, "steps": COUNT, "best_step": COUNT, "seconds": NUMBER, "examples": COUNT,

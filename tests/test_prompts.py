@@ -7,6 +7,7 @@ import pytest
 
 from sdpo_jax.data import prompts
 from sdpo_jax.errors import InputError
+from sdpo_jax.model_folder import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,3 +77,33 @@ def test_the_chat_prompt_file_holds_the_built_in_wording_in_the_chat_format():
     templates = prompts.read_templates(ROOT / "configs" / "prompts" / "movie-chatml.txt")
     turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     assert templates == tuple(turn.format(text.rstrip("\n")) for text in prompts.TEMPLATES["movie"])
+
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_the_models_chat_format_goes_around_each_template_without_its_bos(model_folder):
+    tokenizer = load_tokenizer(model_folder)
+    tokenizer.chat_template = CHAT
+    found = prompts.templates_of("book", chat=tokenizer)
+    plain = prompts.TEMPLATES["book"]
+    assert found == tuple(f"<user>{text.strip()}<assistant>" for text in plain)
+    assert prompts.fingerprint(found) != prompts.fingerprint(plain)
+
+
+@pytest.mark.parametrize(
+    ("chat", "said"),
+    [
+        (None, "without a chat format that works"),
+        ("{{ raise_exception('no') }}", "without a chat format that works"),
+        ("{{ messages[0]['content'] | lower }}", "changes the placeholders"),
+    ],
+)
+def test_a_model_without_a_usable_chat_format_is_refused(chat, said, model_folder):
+    tokenizer = load_tokenizer(model_folder)
+    tokenizer.chat_template = chat
+    with pytest.raises(InputError, match=f"config.chat_template: found .*{said}.*set it to False"):
+        prompts.templates_of("movie", chat=tokenizer)

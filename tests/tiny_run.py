@@ -19,6 +19,7 @@ from sdpo_jax.workdir import open_run, write_stage_result
 TITLES = ("heat", "alien", "aliens", "the thing", "jaws", "big", "fargo", "babe", "speed", "up")
 CONFIG = {
     "seed": 0, "stages": ["sft", "sdpo"], "prompt_file": "", "max_length": 512,
+    "item_vectors": "", "chat_template": False,
     "num_negatives": 3, "objective": "sdpo", "beta": 1.0, "batch_size": 8,
     "validation_split": "val", "dtype": "float32", "base_dtype": "same", "best_by": "loss",
     "lora": {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["q", "v"],

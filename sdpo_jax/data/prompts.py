@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sdpo_jax.data.draws import generator
 from sdpo_jax.errors import InputError
@@ -85,9 +86,36 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 
-def templates_of(domain: str, prompt_file: str = "") -> tuple[str, ...]:
-    """The built-in templates of a domain, or those of `prompt_file`. Raises InputError."""
-    return read_templates(prompt_file) if prompt_file else TEMPLATES[domain]
+def templates_of(domain: str, prompt_file: str = "", chat: Any = None) -> tuple[str, ...]:
+    """The built-in templates of a domain, or those of `prompt_file`.
+
+    `chat`: a tokenizer in whose chat format they are put, or None. Raises InputError.
+    """
+    templates = read_templates(prompt_file) if prompt_file else TEMPLATES[domain]
+    return tuple(in_chat(template, chat) for template in templates) if chat else templates
+
+
+def in_chat(template: str, tokenizer: Any) -> str:
+    """The template as a user's message, up to where the answer begins.
+
+    Without the BOS that many chat formats write: the encoder puts it before every prompt. Raises
+    InputError where the tokenizer has no chat format, or one that changes the placeholders.
+    """
+    message = [{"role": "user", "content": template.strip()}]
+    try:
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # the format is a program of the model's authors
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise InputError(
+            f"config.chat_template: found a model without a chat format that works ({reason}), "
+            "expected one: set it to False"
+        ) from error
+    if any(text.count(name) != template.count(name) for name in PLACEHOLDERS):
+        raise InputError(
+            "config.chat_template: found a chat format that changes the placeholders, expected "
+            "one that keeps them: set it to False"
+        )
+    return text.removeprefix(tokenizer.bos_token or "")
 
 
 def fingerprint(templates: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from sdpo_jax.data.prepared import read_meta as read_dataset_meta
 from sdpo_jax.evaluation.markdown import fenced, plain
 from sdpo_jax.evaluation.results import read_results
 from sdpo_jax.hub import is_hub_name, name_and_revision
-from sdpo_jax.model_folder import read_meta
+from sdpo_jax.model_folder import load_tokenizer, read_meta
 from sdpo_jax.workdir import same, stage_result
 
 
@@ -22,7 +22,8 @@ def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
     c, meta = run.config, read_meta(Path(run.config.model))
     trained = _trained(stage, method(c))
     data = read_dataset_meta(Path(c.dataset))
-    templates = prompts.templates_of(data["domain"], c.prompt_file)
+    chat = load_tokenizer(Path(c.model)) if c.chat_template else None
+    templates = prompts.templates_of(data["domain"], c.prompt_file, chat)
     base, _ = name_and_revision(meta["source"])
     header = ModelCardData(
         base_model=base if is_hub_name(base) else None,

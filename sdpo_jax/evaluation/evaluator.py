@@ -60,7 +60,9 @@ class Evaluator:
             shardings=sharding.placement(mesh),
             vectors_IE=vectors_IE,
         )
-        templates = prompts.templates_of(self.dataset.domain, c.prompt_file)
+        templates = prompts.templates_of(
+            self.dataset.domain, c.prompt_file, self.model.tokenizer if c.chat_template else None
+        )
         same(run, "prompts", c.prompt_file or "built-in", prompts.fingerprint(templates))
         self.windows = self.dataset.splits[split]
         self.rows = loader.spread(len(self.windows), limit)

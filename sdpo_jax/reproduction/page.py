@@ -1,0 +1,274 @@
+"""What the page says: each table and figure with what is there by now, and what made it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdpo_jax.data.prepared import read_meta
+from sdpo_jax.evaluation import metrics, plots
+from sdpo_jax.evaluation.report import paired
+from sdpo_jax.evaluation.results import read_results
+from sdpo_jax.paper import HIT_RATIO, SIZES
+from sdpo_jax.reproduction import cells, pictures
+from sdpo_jax.reproduction.cells import BACKBONES, DATASETS, Cell, Place, Row, Study
+from sdpo_jax.reproduction.document import Commands, Heading, Notes, Part, Picture, Table, Text
+from sdpo_jax.reproduction.running import pasted
+from sdpo_jax.training.metrics import read_metrics
+
+TITLE = "The tables and figures of S-DPO"
+TITLES = {
+    "table1": "Table 1: recommenders", "table2": "Table 2: what several negatives are for",
+    "table3": "Table 3: data sets", "table4": "Table 4: other language models",
+    "fig2": "Figure 2: SFT, DPO and S-DPO", "fig3": "Figure 3: number of negatives, and beta",
+}  # fmt: skip
+LEGEND = (
+    "HR@1 and valid are the paper's metric: what the model says names exactly one of the "
+    "candidates, and it is the target. Systems that rank take their first candidate. HR@1 by score "
+    "is that of the candidate with the highest log-probability.",
+    "Intervals are of 95%: Wilson's of ratios, which takes windows as independent, and Bonett & "
+    "Price's of differences, on the windows that both systems have; p is McNemar's exact test.",
+    "The paper's figures are on candidates that its authors drew, ours on those that the protocol "
+    "tells; “–”: not there.",
+)
+HEADER = (
+    "", "HR@1 [95%]", "the paper's", "valid [95%]", "HR@1 by score [95%]", "n", "step", "seed",
+    "S-DPO minus it [95%]", "p",
+)  # fmt: skip
+Summary = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Evaluations of a row: by the paper's metric, and by score; None: not there."""
+
+    row: Row
+    said: Summary | None
+    scored: Summary | None
+
+
+def parts(
+    study: Study, wanted: Mapping[str, Sequence[str]], failed: Mapping[Path, str]
+) -> list[Part]:
+    """The page of `wanted`, target -> data sets; `failed`: folder -> why its cell failed."""
+    model = study.model or "SmolLM2-135M-Instruct, the small model that is quickest to get"
+    page: list[Part] = [
+        Text(f"Chen et al. 2024, arXiv 2406.09215. Language model: {model}. {study.scale.about}"),
+        Notes(LEGEND),
+    ]
+    for target, datasets in wanted.items():
+        out = {name: why for name in datasets if (why := cells.left_out(study, name))}
+        there = [name for name in datasets if name not in out]
+        page += [Heading(TITLES[target]), *SECTIONS[target](study, there, failed)]
+        if out:
+            page.append(Notes([f"{DATASETS[name]}: {why}" for name, why in out.items()]))
+    return [*page, *_commands(study, cells.plan(study, wanted), failed)]
+
+
+def find(place: Place, row: Row) -> Found:
+    """The evaluations of the row on the study's windows that were written last."""
+    if row.cell is None:
+        return Found(row, None, None)
+    found = {
+        summary["decoder"]: summary
+        for summary in read_results(row.cell.folder / "eval")
+        if (summary["stage"], summary["split"]) == (row.stage, place.split)
+    }
+    return Found(row, found.get(row.decoder), found.get("score"))
+
+
+def results(place: Place, rows: Sequence[Row], failed: Mapping[Path, str]) -> list[Part]:
+    """A table of HR@1, and below it what is missing and the protocol."""
+    found = [find(place, row) for row in rows]
+    ours = find(place, cells.row(place, "sdpo")).said
+    table = Table([HEADER, *(_line(place, one, ours) for one in found)])
+    return [table, Notes([*filter(None, (_missing(one, failed) for one in found)),
+                          *_protocols(found)])]  # fmt: skip
+
+
+def _line(place: Place, found: Found, ours: Summary | None) -> list[str]:
+    row, said = found.row, found.said or {}
+    published = None if place.backbone else HIT_RATIO.get(place.dataset, {}).get(row.system)
+    difference = None
+    if found.said and ours and found.said["path"] != ours["path"]:
+        difference = paired(ours, found.said)
+    return [
+        row.label, _ratio(found.said, "hit_ratio_at_1"),
+        "–" if published is None else f"{published:.4f}", _ratio(found.said, "valid_ratio"),
+        _ratio(found.scored, "hit_ratio_at_1"),
+        *(str(said.get(key, "–")) for key in ("n", "step", "seed")),
+        *(("–", "–") if difference is None else _difference(difference)),
+    ]  # fmt: skip
+
+
+def _difference(d: metrics.Difference) -> tuple[str, str]:
+    p = "<0.001" if d.p < 0.001 else f"{d.p:.3f}"
+    return f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]", p
+
+
+def interval(summary: Summary, key: str) -> pictures.Interval:
+    """A ratio of the summary with its interval."""
+    value, n = summary[key], summary["n"]
+    return value, *metrics.wilson(value * n, n)
+
+
+def _ratio(summary: Summary | None, key: str) -> str:
+    if summary is None or key not in summary:
+        return "–"
+    value, low, high = interval(summary, key)
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _missing(found: Found, failed: Mapping[Path, str]) -> str:
+    """Why a row has no figures; "" where it has."""
+    if found.said:
+        return ""
+    cell = found.row.cell
+    why = found.row.missing if cell is None else failed.get(cell.folder, "not run yet")
+    return f"{found.row.label}: {why}"
+
+
+def _protocols(found: Sequence[Found]) -> list[str]:
+    told = dict.fromkeys(
+        f"Split {one.said['split']}, n = {one.said['n']}. Protocol: {one.said.get('protocol')}."
+        for one in found
+        if one.said
+    )
+    return list(told)
+
+
+def _by_dataset(study: Study, datasets: Sequence[str], make: Callable[[Place], list[Part]]):
+    return [
+        part
+        for dataset in datasets
+        for part in (Heading(DATASETS[dataset], 3), *make(Place(study, dataset)))
+    ]
+
+
+def _table(rows: Callable[[Place], list[Row]]):
+    """A section of one table of results a data set."""
+
+    def section(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -> list[Part]:
+        return _by_dataset(study, datasets, lambda place: results(place, rows(place), failed))
+
+    return section
+
+
+def _table3(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -> list[Part]:
+    header = ("", "users", "the paper's", "items", "the paper's", "interactions", "the paper's")
+    lines, notes = [], []
+    for dataset in datasets:
+        cell = cells.prepared(Place(study, dataset))
+        sizes: Sequence[Any] = ("–", "–", "–")
+        if cell.left():
+            notes.append(f"{DATASETS[dataset]}: {failed.get(cell.folder, 'not run yet')}")
+        else:
+            meta = read_meta(cell.folder)
+            sizes = [meta.get("counts", {}).get(key, "–")
+                     for key in ("users", "items", "interactions")]  # fmt: skip
+            notes.append(f"{DATASETS[dataset]}: {meta.get('protocol')}.")
+        pairs = zip(sizes, SIZES[dataset], strict=True)
+        lines.append([DATASETS[dataset], *(_count(size) for pair in pairs for size in pair)])
+    return [Table([header, *lines]), Notes(notes)]
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _table4(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -> list[Part]:
+    page: list[Part] = []
+    for dataset in datasets:
+        for backbone, rows in cells.backbones(Place(study, dataset)).items():
+            page.append(Heading(f"{DATASETS[dataset]}, {BACKBONES[backbone]}", 3))
+            page += results(Place(study, dataset, backbone), rows, failed)
+    lacking = [f"{title}: needs --{name}=FOLDER, as sdpo_jax.convert writes it"
+               for name, title in BACKBONES.items() if not study.backbones.get(name)]  # fmt: skip
+    return [*page, *([Notes(lacking)] if lacking else [])]
+
+
+def _figure2(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -> list[Part]:
+    def make(place: Place) -> list[Part]:
+        rows = cells.figure2(place)
+        return [*results(place, rows, failed), *_pictures(
+            lambda: _bars(place, rows),
+            lambda: _curves(place, rows, "validation/loss", "(b) loss on validation windows, nats"),
+            lambda: _curves(place, rows, "rewards/chosen",
+                            "(c) reward of the preferred title, nats × beta"),
+        )]  # fmt: skip
+
+    return _by_dataset(study, datasets, make)
+
+
+def _figure3(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -> list[Part]:
+    def make(place: Place) -> list[Part]:
+        negatives, betas = cells.over_negatives(place), cells.over_betas(place)
+        return [
+            *results(place, negatives, failed),
+            *_pictures(lambda: _over(place, negatives, "a", "K negatives", "hit_ratio_at_1")),
+            *results(place, betas, failed),
+            *_pictures(lambda: _over(place, betas, "b", "beta", "hit_ratio_at_1"),
+                       lambda: _over(place, betas, "c", "beta", "valid_ratio")),
+        ]  # fmt: skip
+
+    return _by_dataset(study, datasets, make)
+
+
+def _pictures(*draw: Callable[[], Picture | None]) -> list[Part]:
+    """Those for which there are figures; a line without matplotlib."""
+    try:
+        return [picture for one in draw if (picture := one())]
+    except ImportError:
+        return [Text("No picture: matplotlib is not installed (pip install matplotlib).")]
+
+
+def _bars(place: Place, rows: Sequence[Row]) -> Picture | None:
+    found = [one for row in rows if (one := find(place, row)).said]
+    if not found:
+        return None
+    values = [interval(one.said, "hit_ratio_at_1") for one in found]
+    svg = pictures.bars(f"{place.dataset} 2a", [one.row.label for one in found], values, "HR@1")
+    return Picture(svg, f"{DATASETS[place.dataset]}: (a) HR@1")
+
+
+def _curves(place: Place, rows: Sequence[Row], key: str, caption: str) -> Picture | None:
+    """Of the systems that are trained on preferences: SFT has another loss and no rewards."""
+    lines = [
+        (row.label, plots.series(read_metrics(row.cell.folder / "metrics"), "sdpo", key))
+        for row in rows
+        if row.cell and row.stage == "sdpo"
+    ]
+    lines = [(label, points) for label, points in lines if points[0]]
+    if not lines:
+        return None
+    svg = pictures.curves(f"{place.dataset} {key}", lines, key)
+    return Picture(svg, f"{DATASETS[place.dataset]}: {caption}")
+
+
+def _over(place: Place, rows: Sequence[Row], part: str, axis: str, key: str) -> Picture | None:
+    found = [one for row in rows if (one := find(place, row)).said]
+    if not found:
+        return None
+    unit = "HR@1" if key == "hit_ratio_at_1" else "valid ratio"
+    svg = pictures.over(f"{place.dataset} 3{part}", [one.row.at for one in found],
+                        [interval(one.said, key) for one in found], axis, unit)  # fmt: skip
+    return Picture(svg, f"{DATASETS[place.dataset]}: ({part}) {unit} over {axis}")
+
+
+SECTIONS = {
+    "table1": _table(cells.table1), "table2": _table(cells.table2), "table3": _table3,
+    "table4": _table4, "fig2": _figure2, "fig3": _figure3,
+}  # fmt: skip
+
+
+def _commands(study: Study, every: Sequence[Cell], failed: Mapping[Path, str]) -> list[Part]:
+    """What makes each cell, and whether it is there."""
+    page: list[Part] = [
+        Heading("Commands"),
+        Text("In this order, from the root of the clone. The same folder is never made twice."),
+    ]
+    for cell in every:
+        state = failed.get(cell.folder, "not run yet" if cell.left() else "done")
+        page.append(Heading(f"{cell.folder.relative_to(study.root)}: {state}", 3))
+        page.append(Commands([pasted(step.command) for step in cell.steps]))
+    return page

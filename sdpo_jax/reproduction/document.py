@@ -9,17 +9,19 @@ from sdpo_jax.evaluation.markdown import fenced, plain
 from sdpo_jax.evaluation.report import markdown as markdown_table
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 66rem; margin: 2rem auto;
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 74rem; margin: 2rem auto;
        padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.2; margin: 2rem 0 .5rem; }
 h2 { border-top: 1px solid #ddd; padding-top: 1.5rem; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #e5e5e5; }
+table { border-collapse: collapse; font-size: .8125rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid #e5e5e5; }
+td { white-space: nowrap; }
 th { vertical-align: bottom; border-bottom: 2px solid #999; }
 th:first-child, td:first-child { text-align: left; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin-top: 1rem; }
 pre { background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: .8rem; }
-figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
+figure { display: inline-block; max-width: 31rem; margin: 1rem .5rem 0 0; }
+figure svg { max-width: 100%; height: auto; }
 figcaption, .note { color: #555; font-size: .875rem; }
 """
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdpo_jax.data.goodreads import STAND_IN
 from sdpo_jax.data.prepared import read_meta
 from sdpo_jax.evaluation import metrics, plots
 from sdpo_jax.evaluation.report import paired
@@ -27,12 +28,13 @@ LEGEND = (
     "candidates, and it is the target. Systems that rank take their first candidate. HR@1 by score "
     "is that of the candidate with the highest log-probability.",
     "Intervals are of 95%: Wilson's of ratios, which takes windows as independent, and Bonett & "
-    "Price's of differences, on the windows that both systems have; p is McNemar's exact test.",
+    "Price's of differences, on the windows that both systems have; p is McNemar's exact test. The "
+    f"S-DPO that others are compared with has K = {cells.K} and beta = {cells.BETA:g}.",
     "The paper's figures are on candidates that its authors drew, ours on those that the protocol "
     "tells; “–”: not there.",
 )
 HEADER = (
-    "", "HR@1 [95%]", "the paper's", "valid [95%]", "HR@1 by score [95%]", "n", "step", "seed",
+    "", "HR@1 [95%]", "valid [95%]", "HR@1 by score [95%]", "n", "step", "seed",
     "S-DPO minus it [95%]", "p",
 )  # fmt: skip
 Summary = dict[str, Any]
@@ -81,24 +83,29 @@ def results(place: Place, rows: Sequence[Row], failed: Mapping[Path, str]) -> li
     """A table of HR@1, and below it what is missing and the protocol."""
     found = [find(place, row) for row in rows]
     ours = find(place, cells.row(place, "sdpo")).said
-    table = Table([HEADER, *(_line(place, one, ours) for one in found)])
-    return [table, Notes([*filter(None, (_missing(one, failed) for one in found)),
-                          *_protocols(found)])]  # fmt: skip
+    lines = [HEADER, *(_line(one, ours) for one in found)]
+    published = {} if place.backbone else HIT_RATIO.get(place.dataset, {})
+    if any(row.system in published for row in rows):
+        column = ["the paper's", *(_published(published.get(row.system)) for row in rows)]
+        lines = [[*line[:2], paper, *line[2:]] for line, paper in zip(lines, column, strict=True)]
+    return [Table(lines), Notes([*_missing(found, failed), *_protocols(found)])]
 
 
-def _line(place: Place, found: Found, ours: Summary | None) -> list[str]:
-    row, said = found.row, found.said or {}
-    published = None if place.backbone else HIT_RATIO.get(place.dataset, {}).get(row.system)
+def _line(found: Found, ours: Summary | None) -> list[str]:
+    said = found.said or {}
     difference = None
     if found.said and ours and found.said["path"] != ours["path"]:
         difference = paired(ours, found.said)
     return [
-        row.label, _ratio(found.said, "hit_ratio_at_1"),
-        "–" if published is None else f"{published:.4f}", _ratio(found.said, "valid_ratio"),
+        found.row.label, _ratio(found.said, "hit_ratio_at_1"), _ratio(found.said, "valid_ratio"),
         _ratio(found.scored, "hit_ratio_at_1"),
         *(str(said.get(key, "–")) for key in ("n", "step", "seed")),
         *(("–", "–") if difference is None else _difference(difference)),
     ]  # fmt: skip
+
+
+def _published(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def _difference(d: metrics.Difference) -> tuple[str, str]:
@@ -119,13 +126,13 @@ def _ratio(summary: Summary | None, key: str) -> str:
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _missing(found: Found, failed: Mapping[Path, str]) -> str:
-    """Why a row has no figures; "" where it has."""
-    if found.said:
-        return ""
-    cell = found.row.cell
-    why = found.row.missing if cell is None else failed.get(cell.folder, "not run yet")
-    return f"{found.row.label}: {why}"
+def _missing(found: Sequence[Found], failed: Mapping[Path, str]) -> list[str]:
+    """Why rows have no figures, those of one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for row in (one.row for one in found if not one.said):
+        why = row.missing if row.cell is None else failed.get(row.cell.folder, "not run yet")
+        reasons.setdefault(why, []).append(row.label)
+    return [f"{', '.join(labels)}: {why}" for why, labels in reasons.items()]
 
 
 def _protocols(found: Sequence[Found]) -> list[str]:
@@ -166,7 +173,9 @@ def _table3(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -
             meta = read_meta(cell.folder)
             sizes = [meta.get("counts", {}).get(key, "–")
                      for key in ("users", "items", "interactions")]  # fmt: skip
-            notes.append(f"{DATASETS[dataset]}: {meta.get('protocol')}.")
+            stand_in = "a stand-in, as the paper's sequences are not public; "
+            about = stand_in if STAND_IN[0] in meta.get("source", {}) else ""
+            notes.append(f"{DATASETS[dataset]}: {about}{meta.get('protocol')}.")
         pairs = zip(sizes, SIZES[dataset], strict=True)
         lines.append([DATASETS[dataset], *(_count(size) for pair in pairs for size in pair)])
     return [Table([header, *lines]), Notes(notes)]
@@ -192,9 +201,8 @@ def _figure2(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) 
         rows = cells.figure2(place)
         return [*results(place, rows, failed), *_pictures(
             lambda: _bars(place, rows),
-            lambda: _curves(place, rows, "validation/loss", "(b) loss on validation windows, nats"),
-            lambda: _curves(place, rows, "rewards/chosen",
-                            "(c) reward of the preferred title, nats × beta"),
+            lambda: _curves(place, rows, "validation/loss", "(b) loss on validation windows"),
+            lambda: _curves(place, rows, "rewards/chosen", "(c) reward of the preferred title"),
         )]  # fmt: skip
 
     return _by_dataset(study, datasets, make)
@@ -241,7 +249,7 @@ def _curves(place: Place, rows: Sequence[Row], key: str, caption: str) -> Pictur
     lines = [(label, points) for label, points in lines if points[0]]
     if not lines:
         return None
-    svg = pictures.curves(f"{place.dataset} {key}", lines, key)
+    svg = pictures.curves(f"{place.dataset} {key}", lines, "nats")
     return Picture(svg, f"{DATASETS[place.dataset]}: {caption}")
 
 

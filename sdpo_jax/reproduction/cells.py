@@ -18,13 +18,6 @@ DOMAIN = {"movielens": "movie", "lastfm": "music", "goodreads": "book"}
 BACKBONES = {"llama1": "LLaMA1-7B", "mistral": "Mistral-7B", "pythia": "Pythia-2.8B"}
 K, BETA = 3, 1.0  # [paper]
 DECODERS = ("greedy", "score")  # the paper's metric, and the ranking of all candidates
-# Systems of Table 1 whose part of the program is not there yet, and which part that is. A line
-# less, and the system is run.
-LATER = {
-    "chatrec": "needs the command sdpo_jax.chatrec",
-    "tallrec": "needs configs/prompts/<domain>-tallrec.txt",
-    "llara": "needs the key config.item_vectors",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,11 +245,8 @@ ROWS: dict[str, tuple[str, str, Callable[[Place], Cell]]] = {
 
 def row(place: Place, system: str) -> Row:
     label, stage, cell = ROWS[system]
-    missing = LATER.get(system, "")
     if system == "chatrec" and not (place.study.endpoint and place.study.chat_model):
-        missing = missing or "needs --endpoint=URL and --chat_model=NAME"
-    if missing:
-        return Row(system, label, missing=missing)
+        return Row(system, label, missing="needs --endpoint=URL and --chat_model=NAME")
     return Row(system, label, cell(place), stage)
 
 

@@ -12,7 +12,7 @@ from sdpo_jax.evaluation.report import paired
 from sdpo_jax.evaluation.results import read_results
 from sdpo_jax.paper import HIT_RATIO, SIZES
 from sdpo_jax.reproduction import cells, pictures
-from sdpo_jax.reproduction.cells import BACKBONES, DATASETS, Cell, Place, Row, Study
+from sdpo_jax.reproduction.cells import BACKBONES, DATASETS, TARGETS, Cell, Place, Row, Study
 from sdpo_jax.reproduction.document import Commands, Heading, Notes, Part, Picture, Table, Text
 from sdpo_jax.reproduction.running import pasted
 from sdpo_jax.training.metrics import read_metrics
@@ -152,11 +152,13 @@ def _by_dataset(study: Study, datasets: Sequence[str], make: Callable[[Place], l
     ]
 
 
-def _table(rows: Callable[[Place], list[Row]]):
+def _table(target: str):
     """A section of one table of results a data set."""
 
     def section(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -> list[Part]:
-        return _by_dataset(study, datasets, lambda place: results(place, rows(place), failed))
+        return _by_dataset(
+            study, datasets, lambda place: results(place, TARGETS[target](place), failed)
+        )
 
     return section
 
@@ -264,7 +266,7 @@ def _over(place: Place, rows: Sequence[Row], part: str, axis: str, key: str) -> 
 
 
 SECTIONS = {
-    "table1": _table(cells.table1), "table2": _table(cells.table2), "table3": _table3,
+    "table1": _table("table1"), "table2": _table("table2"), "table3": _table3,
     "table4": _table4, "fig2": _figure2, "fig3": _figure3,
 }  # fmt: skip
 

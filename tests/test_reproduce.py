@@ -327,6 +327,6 @@ def test_cells_are_run_by_the_commands_and_stand_on_the_page(tmp_path, monkeypat
     # A training that ends at the door, as there is no model.
     assert not reproduce(tmp_path, asked("table1", model=str(tmp_path / "none")))
     text = (tmp_path / "reproduce.md").read_text()
-    assert lines_of(text)["popularity"][4] == "12"
+    assert lines_of(text)["popularity"][3] == "12"
     assert "- base model, zero-shot: sdpo_jax.train: nothing to train on yet: first run" in text
     assert "<td>popularity</td>" in (tmp_path / "reproduce.html").read_text()

@@ -130,5 +130,5 @@ def _markdown(part: Part) -> str:
 
 
 def _cell(text: str) -> str:
-    """Figures as they are: an interval in brackets is no link."""
-    return text if re.fullmatch(r"[-+–<\[\]., \d]*", text) else plain(text)
+    """Figures as they are: brackets without parentheses are no link."""
+    return text if re.fullmatch(r"[-+–@%.,'\[\]\w ]*|<[\d.]+", text) else plain(text)

@@ -32,13 +32,8 @@ from sdpo_jax.data.tokens import check_titles
 from sdpo_jax.errors import InputError, run_command, shown
 from sdpo_jax.files import is_free, read_json
 from sdpo_jax.model_folder import load_tokenizer
+from sdpo_jax.paper import SIZES
 
-# Users (sequences), items, interactions: Table 3 of arXiv 2406.09215.
-PAPER = {
-    "movielens": (943, 1682, 100_000),
-    "lastfm": (1220, 4606, 73_510),
-    "goodreads": (6031, 4500, 220_100),
-}
 # csv: without --domain.
 DOMAIN = {"movielens": "movie", "lastfm": "music", "goodreads": "book", "csv": "movie"}
 _SOURCE = {
@@ -201,8 +196,8 @@ def report(meta: dict, output: str) -> str:
     counts, name = meta["counts"], meta["dataset"]
     here = (counts["users"], counts["items"], counts["interactions"])
     rows = [("", "users", "items", "interactions"), (name, *here)]
-    if name in PAPER:
-        rows.append(("paper, Table 3", *PAPER[name]))
+    if name in SIZES:
+        rows.append(("paper, Table 3", *SIZES[name]))
     lines = ["".join(f"{_cell(cell):>{16 if i else 0}}".ljust(16) for i, cell in enumerate(row))
              for row in rows]  # fmt: skip
     lines.append(_note(meta))

@@ -15,7 +15,7 @@ from sdpo_jax.training.metrics import read_metrics
 from sdpo_jax.workdir import stage_result
 
 # Of the table, in its order: what is no stage of the run stands before the stages.
-_NAMES = {
+NAMES = {
     "random": "random", "popularity": "popularity", "gru4rec": "GRU4Rec", "caser": "Caser",
     "sasrec": "SASRec", "morec": "MoRec", "chatrec": "ChatRec", "base": "base", "sft": "SFT",
 }  # fmt: skip
@@ -29,7 +29,7 @@ RANKING: tuple[tuple[str, str, Callable[[int], float]], ...] = (
 
 def names(run: SimpleNamespace) -> dict[str, str]:
     """Stage or other system -> its name in tables."""
-    return _NAMES | {"sdpo": method(run.config)}
+    return NAMES | {"sdpo": method(run.config)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,173 @@
+"""Runs what the S-DPO paper's tables and figures need and writes them as one page.
+
+    python -m sdpo_jax.reproduce --target=table1 --scale=smoke --workdir=runs/tables
+    python -m sdpo_jax.reproduce --target=all --scale=paper --workdir=runs/paper \\
+        --model=runs/llama2-7b --lastfm=FOLDER --goodreads=FOLDER
+
+Scale `smoke` is a few steps of a small model, to see that all is in place; `small` takes every
+training window once with it; `paper` is the paper's setting with a model that you give. Each cell
+of a table is a workdir below --workdir. The same command goes on where it was stopped, and another
+target adds to the same page: reproduce.html, which needs nothing but itself, and reproduce.md.
+"""
+
+import itertools
+import os
+import shlex
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from sdpo_jax.errors import InputError, run_command, shown
+from sdpo_jax.files import TEXT, check_keys, read_json
+from sdpo_jax.reproduction import page
+from sdpo_jax.reproduction.cells import BACKBONES, DATASETS, SCALES, TARGETS, Study, left_out, plan
+from sdpo_jax.reproduction.document import to_html, to_markdown
+from sdpo_jax.reproduction.running import Stopped, pasted, run
+from sdpo_jax.workdir import write_json
+
+ASKED = "reproduce.json"  # what was asked for in a folder so far
+FIXED = ("scale", "model", "options")  # all figures of a page are of the same
+
+
+def reproduce(workdir: str | Path, asked: Mapping[str, Any], dry_run: bool = False) -> bool:
+    """Runs what is left of `asked` and writes the page; whether nothing failed.
+
+    Args:
+      workdir: folder of the cells and the page.
+      asked: "wanted", target -> data sets; "scale", "model", "options"; "lastfm", "goodreads", the
+        backbones, "endpoint" and "chat_model": each "" where it is not given.
+      dry_run: only print the commands.
+
+    Raises InputError for what cannot be asked for, and Stopped after a signal.
+    """
+    root = Path(workdir)
+    known = merged(root, asked)
+    study = study_of(root, known)
+    cells = plan(study, asked["wanted"])
+    for dataset in dict.fromkeys(itertools.chain(*asked["wanted"].values())):
+        if why := left_out(study, dataset):
+            print(f"{dataset}: {why}")
+    if dry_run:
+        print("\n".join(pasted(step.command) for cell in cells for step in cell.left()))
+        return True
+    try:
+        write_json(root / ASKED, known)
+        failed = run(cells, root, lambda failed: write_page(study, known["wanted"], failed))
+        write_page(study, known["wanted"], failed)
+    except OSError as error:
+        raise InputError(
+            f"{root}: found {error.strerror}, expected to write in it: free space, mend "
+            "permissions or choose another --workdir"
+        ) from error
+    print(f"written to {root}/reproduce.html and {root}/reproduce.md")
+    return not failed
+
+
+def merged(root: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """`asked` together with what was asked for before in the same folder.
+
+    Raises InputError where that was of another scale, model or options.
+    """
+    if not os.path.lexists(root / ASKED):
+        return dict(asked)
+    advice = "restore it or choose another --workdir"
+    before = read_json(root / ASKED, f"expected what was asked for: {advice}")
+    check_keys(root / ASKED, before, {key: TEXT for key in asked} | {"wanted": WANTED}, advice)
+    for key in FIXED:
+        if before[key] != asked[key]:
+            raise InputError(
+                f"--{key}: found {shown(asked[key])}, expected {shown(before[key])} as in "
+                f"{root / ASKED}: give that, or another --workdir"
+            )
+    wanted = {
+        target: [name for name in DATASETS if name in both]
+        for target in TARGETS
+        if (both := (*before["wanted"].get(target, ()), *asked["wanted"].get(target, ())))
+    }
+    return before | {key: value for key, value in asked.items() if value} | {"wanted": wanted}
+
+
+def _wanted(value: Any) -> bool:
+    return type(value) is dict and all(
+        target in TARGETS
+        and type(datasets) is list
+        and all(name in tuple(DATASETS) for name in datasets)
+        for target, datasets in value.items()
+    )
+
+
+WANTED = ("targets with their data sets", _wanted)
+
+
+def study_of(root: Path, asked: Mapping[str, Any]) -> Study:
+    """Raises InputError where the scale needs a model, or the configs are not there."""
+    scale = SCALES[asked["scale"]]
+    if asked["scale"] == "paper" and not asked["model"]:
+        raise InputError(
+            "--model: found nothing, expected a folder of sdpo_jax.convert with Llama2-7B, as "
+            "--scale=paper is the paper's setting: see the README"
+        )
+    if not os.path.isfile("configs/common.py"):
+        raise InputError(
+            f"configs/common.py: found nothing in {os.getcwd()}, expected the configs: run this "
+            "from the root of the clone"
+        )
+    return Study(
+        root, scale, asked["model"], tuple(shlex.split(asked["options"])),
+        {name: asked[name] for name in ("lastfm", "goodreads")},
+        {name: asked[name] for name in BACKBONES}, asked["endpoint"], asked["chat_model"],
+    )  # fmt: skip
+
+
+def write_page(
+    study: Study, wanted: Mapping[str, Sequence[str]], failed: Mapping[Path, str]
+) -> None:
+    """Writes both files, each whole or not at all."""
+    parts = page.parts(study, wanted, failed)
+    for name, render in (("reproduce.html", to_html), ("reproduce.md", to_markdown)):
+        partial = study.root / f".{name}.{os.getpid()}.partial"
+        partial.write_text(render(page.TITLE, parts), encoding="utf-8")
+        os.replace(partial, study.root / name)
+
+
+def check(flag: str, values: Sequence[str], known: Collection[str]) -> None:
+    for value in values or [""]:
+        if value not in known:
+            raise InputError(f"--{flag}: found {value!r}, expected {', '.join(known)}")
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    targets = list(TARGETS) if "all" in args.target else args.target
+    check("target", targets, TARGETS)
+    check("datasets", args.datasets, DATASETS)
+    given = ("scale", "model", "options", "lastfm", "goodreads", *BACKBONES, "endpoint",
+             "chat_model")  # fmt: skip
+    asked = {key: args[key].value for key in given}
+    asked["wanted"] = {target: args.datasets for target in targets}
+    try:
+        complete = reproduce(args.workdir, asked, args.dry_run)
+    except Stopped:
+        print(f"stopped: the same command goes on from {args.workdir}")
+        sys.exit(os.EX_TEMPFAIL)
+    sys.exit(not complete)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("target", ["all"], f"all, or some of {', '.join(TARGETS)}, with commas")
+    flags.DEFINE_enum("scale", "smoke", list(SCALES), "how much is run")
+    flags.DEFINE_string("workdir", None, "folder of the cells and the page", required=True)
+    flags.DEFINE_list("datasets", list(DATASETS), "with commas")
+    flags.DEFINE_string("lastfm", "", "LastFM's raw files")
+    flags.DEFINE_string("goodreads", "", "Goodreads' raw files")
+    flags.DEFINE_string("model", "", "folder of sdpo_jax.convert; default: the small model")
+    for _name, _title in BACKBONES.items():
+        flags.DEFINE_string(_name, "", f"folder of sdpo_jax.convert with {_title}, for table4")
+    flags.DEFINE_string("options", "", "of every sdpo_jax.train: '--config.microbatch=2 …'")
+    flags.DEFINE_string("endpoint", "", "of OpenAI's chat completions, for ChatRec")
+    flags.DEFINE_string("chat_model", "", "name that the endpoint knows, for ChatRec")
+    flags.DEFINE_bool("dry_run", False, "only print the commands that are left")
+    run_command(main)

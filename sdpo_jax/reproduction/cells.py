@@ -1,0 +1,315 @@
+"""The cells of the paper's tables: a cell is one workdir, made by commands that can be pasted.
+
+A table is a list of rows; a row says which cell its figures come from. Cells that several tables
+share are the same cell: all that is tuned on preferences starts from one SFT stage a data set.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from sdpo_jax.baselines.__main__ import MODELS
+from sdpo_jax.evaluation.report import NAMES
+from sdpo_jax.evaluation.results import SYSTEMS
+
+DATASETS = {"movielens": "MovieLens-100K", "lastfm": "LastFM", "goodreads": "Goodreads"}
+DOMAIN = {"movielens": "movie", "lastfm": "music", "goodreads": "book"}
+BACKBONES = {"llama1": "LLaMA1-7B", "mistral": "Mistral-7B", "pythia": "Pythia-2.8B"}
+K, BETA = 3, 1.0  # [paper]
+DECODERS = ("greedy", "score")  # the paper's metric, and the ranking of all candidates
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much is run."""
+
+    about: str
+    variant: str  # of configs/<data set>.py
+    split: str  # where the data set has it, else `test`
+    limit: int  # windows of it; 0: all
+    negatives: tuple[int, ...] = (1, 3, 5, 8, 10, 15)
+    betas: tuple[float, ...] = (0.1, 0.5, 1.0, 3.0, 5.0)
+    network: tuple[str, ...] = ()  # options of sdpo_jax.baselines
+
+
+SCALES = {
+    "smoke": Scale(
+        "A few steps, to see that all is in place: these figures say nothing of any system.",
+        ":smoke", "test_all", 16, (1, 3, 5), (0.1, 1.0), ("--epochs=1", "--l2=1e-4"),
+    ),
+    "small": Scale(
+        "Every training window once in each stage with a small model: not the paper's setting.",
+        ":small", "test_all", 1000,
+    ),
+    "paper": Scale("The paper's setting.", "", "test", 0),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A command (a module and its options), and the files that it leaves in its cell's folder."""
+
+    command: tuple[str, ...]
+    leaves: tuple[str, ...]  # patterns, as steps of checkpoints are parts of names
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A folder, the steps that fill it, and the cells that must be done before."""
+
+    folder: Path
+    steps: tuple[Step, ...]
+    needs: tuple["Cell", ...] = ()
+
+    def left(self) -> list[Step]:
+        """The steps that are not done: each of them that has left its files is."""
+        return [
+            step
+            for step in self.steps
+            if not all(any(self.folder.glob(pattern)) for pattern in step.leaves)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What is asked for."""
+
+    root: Path
+    scale: Scale
+    model: str = ""  # a converted model; "": the small one, converted into root/model
+    options: tuple[str, ...] = ()  # of every sdpo_jax.train
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)  # data set -> raw files
+    backbones: Mapping[str, str] = dataclasses.field(default_factory=dict)  # -> converted model
+    endpoint: str = ""
+    chat_model: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One data set and one language model; `backbone` is "" for the study's own."""
+
+    study: Study
+    dataset: str
+    backbone: str = ""
+
+    @property
+    def folder(self) -> Path:
+        return self.study.root / self.dataset / self.backbone
+
+    @property
+    def data(self) -> Path:
+        return self.study.root / self.dataset / "data"
+
+    @property
+    def model(self) -> str:
+        own = self.study.model or str(self.study.root / "model")
+        return self.study.backbones[self.backbone] if self.backbone else own
+
+    @property
+    def split(self) -> str:
+        return "test" if self.dataset == "lastfm" else self.study.scale.split
+
+    @property
+    def windows(self) -> tuple[str, ...]:
+        """Options of what evaluates."""
+        limit = self.study.scale.limit
+        return (f"--split={self.split}", *([f"--limit={limit}"] if limit else []))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of a table: the cell and the stage of it that its figures are of, or why none is."""
+
+    system: str
+    label: str
+    cell: Cell | None = None
+    stage: str = ""
+    missing: str = ""
+    at: float = 0.0  # its place on the axis of a figure
+
+    @property
+    def decoder(self) -> str:
+        """The paper's metric: what a model says, or which candidate a network ranks first."""
+        return "candidates" if self.stage in SYSTEMS and self.stage != "chatrec" else "greedy"
+
+
+def prepared(place: Place) -> Cell:
+    source = place.study.sources.get(place.dataset)
+    command = (
+        "sdpo_jax.prepare", f"--dataset={place.dataset}",
+        *([f"--source={source}"] if source else []), f"--output={place.data}",
+    )  # fmt: skip
+    return Cell(place.data, (Step(command, ("dataset.json",)),))
+
+
+def left_out(study: Study, dataset: str) -> str:
+    """Why nothing of a data set can be run; "" where it can."""
+    place = Place(study, dataset)
+    if dataset == "movielens" or study.sources.get(dataset) or not prepared(place).left():
+        return ""
+    return f"left out: needs --{dataset}=PATH, the raw files as sdpo_jax.prepare reads them"
+
+
+def converted(place: Place) -> tuple[Cell, ...]:
+    """None where the user has a model."""
+    if place.backbone or place.study.model:
+        return ()
+    folder = place.study.root / "model"
+    return (Cell(folder, (Step(("sdpo_jax.convert", f"--output={folder}"), ("model.json",)),)),)
+
+
+def trained(
+    place: Place, name: str, stage: str, evaluated: Iterable[str], needs: tuple[Cell, ...] = (),
+    **keys: object,
+) -> Cell:  # fmt: skip
+    """A run of one stage with these keys of its config, and its evaluation."""
+    folder, study = place.folder / name, place.study
+    keys = {"dataset": place.data, "model": place.model, "stages": f'("{stage}",)'} | keys
+    train = (
+        "sdpo_jax.train", f"--config=configs/{place.dataset}.py{study.scale.variant}",
+        f"--workdir={folder}", *(f"--config.{key}={value}" for key, value in keys.items()),
+        *study.options,
+    )  # fmt: skip
+    evaluate = (
+        "sdpo_jax.evaluate", f"--workdir={folder}", f"--stage={','.join(evaluated)}",
+        f"--decoder={','.join(DECODERS)}", *place.windows,
+    )  # fmt: skip
+    leaves = tuple(f"eval/{s}-*-{decoder}.json" for s in evaluated for decoder in DECODERS)
+    steps = (Step(train, (f"stages/{stage}.json",)), Step(evaluate, leaves))
+    return Cell(folder, steps, (prepared(place), *converted(place), *needs))
+
+
+def sft(place: Place) -> Cell:
+    """The SFT stage that all others start from, with its adapter exported; the base beside it."""
+    cell = trained(place, "sft", "sft", ("base", "sft"))
+    adapter = cell.folder / "adapter"
+    export = ("sdpo_jax.export", f"--workdir={cell.folder}", "--stage=sft", f"--output={adapter}")
+    step = Step(export, ("adapter/adapter_config.json",))
+    return dataclasses.replace(cell, steps=(*cell.steps, step))
+
+
+def tuned(place: Place, negatives: int = K, beta: float = BETA, objective: str = "sdpo") -> Cell:
+    """Preferences over the SFT stage: DPO is one negative."""
+    first = sft(place)
+    name = f"{objective}-k{negatives}-beta{beta:g}"
+    keys = {
+        "lora.init_from": first.folder / "adapter", "num_negatives": negatives, "beta": beta,
+        "objective": objective,
+    }  # fmt: skip
+    return trained(place, name, "sdpo", ("sdpo",), (first,), **keys)
+
+
+def network(place: Place, name: str) -> Cell:
+    folder = place.folder / name
+    command = (
+        "sdpo_jax.baselines", f"--model={name}", f"--dataset={place.data}", f"--workdir={folder}",
+        "--candidates_only", *place.windows, *place.study.scale.network,
+    )  # fmt: skip
+    return Cell(folder, (Step(command, (f"eval/{name}-candidates.json",)),), (prepared(place),))
+
+
+def chatrec(place: Place) -> Cell:
+    folder, study = place.folder / "chatrec", place.study
+    command = (
+        "sdpo_jax.chatrec", f"--dataset={place.data}", f"--workdir={folder}",
+        f"--endpoint={study.endpoint}", f"--model={study.chat_model}", *place.windows,
+    )  # fmt: skip
+    return Cell(folder, (Step(command, ("eval/chatrec-greedy.json",)),), (prepared(place),))
+
+
+def tallrec(place: Place) -> Cell:
+    file = f"configs/prompts/{DOMAIN[place.dataset]}-tallrec.txt"
+    return trained(place, "tallrec", "sft", ("sft",), prompt_file=file)
+
+
+def llara(place: Place) -> Cell:
+    items = network(place, "sasrec")
+    vectors = items.folder / "baselines" / "sasrec.safetensors"
+    return trained(place, "llara", "sft", ("sft",), (items,), item_vectors=vectors)
+
+
+# System -> its name, the stage that its figures are of, and its cell.
+ROWS: dict[str, tuple[str, str, Callable[[Place], Cell]]] = {
+    **{name: (NAMES[name], name, lambda place, name=name: network(place, name)) for name in MODELS},
+    "base": ("base model, zero-shot", "base", sft),
+    "chatrec": ("ChatRec", "chatrec", chatrec),
+    "tallrec": ("TALLRec", "sft", tallrec),
+    "llara": ("LLaRA", "sft", llara),
+    "sft": ("SFT", "sft", sft),
+    "dpo": ("DPO", "sdpo", lambda place: tuned(place, negatives=1)),
+    "pairs": (f"DPO, {K} pairs", "sdpo", lambda place: tuned(place, objective="dpo_pairwise")),
+    "sdpo": ("S-DPO", "sdpo", tuned),
+}
+
+
+def row(place: Place, system: str) -> Row:
+    label, stage, cell = ROWS[system]
+    if system == "chatrec" and not (place.study.endpoint and place.study.chat_model):
+        return Row(system, label, missing="needs --endpoint=URL and --chat_model=NAME")
+    return Row(system, label, cell(place), stage)
+
+
+def table1(place: Place) -> list[Row]:
+    return [row(place, system) for system in ROWS if system != "pairs"]
+
+
+def table2(place: Place) -> list[Row]:
+    return [row(place, system) for system in ("dpo", "pairs", "sdpo")]
+
+
+def backbones(place: Place) -> dict[str, list[Row]]:
+    """Table 4: the rows of each backbone that is given."""
+    places = {name: dataclasses.replace(place, backbone=name)
+              for name in BACKBONES if place.study.backbones.get(name)}  # fmt: skip
+    return {name: [row(at, system) for system in ("base", "sft", "dpo", "sdpo")]
+            for name, at in places.items()}  # fmt: skip
+
+
+def table4(place: Place) -> list[Row]:
+    return list(itertools.chain(*backbones(place).values()))
+
+
+def figure2(place: Place) -> list[Row]:
+    return [row(place, system) for system in ("sft", "dpo", "sdpo")]
+
+
+def over_negatives(place: Place) -> list[Row]:
+    """Figure 3 (a)."""
+    return [
+        Row("sdpo", f"K = {n}", tuned(place, negatives=n), "sdpo", at=n)
+        for n in place.study.scale.negatives
+    ]
+
+
+def over_betas(place: Place) -> list[Row]:
+    """Figure 3 (b) and (c)."""
+    return [
+        Row("sdpo", f"beta = {beta:g}", tuned(place, beta=beta), "sdpo", at=beta)
+        for beta in place.study.scale.betas
+    ]
+
+
+# The rows of each; Table 3 is of data alone.
+TARGETS: dict[str, Callable[[Place], list[Row]]] = {
+    "table1": table1, "table2": table2, "table3": lambda place: [], "table4": table4,
+    "fig2": figure2, "fig3": lambda place: over_negatives(place) + over_betas(place),
+}  # fmt: skip
+
+
+def plan(study: Study, wanted: Mapping[str, Iterable[str]]) -> list[Cell]:
+    """All cells of `wanted`, target -> data sets: each once and after those that it needs."""
+    planned: dict[Path, Cell] = {}
+
+    def add(cell: Cell) -> None:
+        for needed in cell.needs:
+            add(needed)
+        planned.setdefault(cell.folder, cell)
+
+    for target, datasets in wanted.items():
+        for place in (Place(study, name) for name in datasets if not left_out(study, name)):
+            add(prepared(place))
+            for found in TARGETS[target](place):
+                if found.cell:
+                    add(found.cell)
+    return list(planned.values())

@@ -1,0 +1,284 @@
+"""What the page says: each table and figure with what is there by now, and what made it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdpo_jax.data.goodreads import STAND_IN
+from sdpo_jax.data.prepared import read_meta
+from sdpo_jax.evaluation import metrics, plots
+from sdpo_jax.evaluation.report import paired
+from sdpo_jax.evaluation.results import read_results
+from sdpo_jax.paper import HIT_RATIO, SIZES
+from sdpo_jax.reproduction import cells, pictures
+from sdpo_jax.reproduction.cells import BACKBONES, DATASETS, TARGETS, Cell, Place, Row, Study
+from sdpo_jax.reproduction.document import Commands, Heading, Notes, Part, Picture, Table, Text
+from sdpo_jax.reproduction.running import pasted
+from sdpo_jax.training.metrics import read_metrics
+
+TITLE = "The tables and figures of S-DPO"
+TITLES = {
+    "table1": "Table 1: recommenders", "table2": "Table 2: what several negatives are for",
+    "table3": "Table 3: data sets", "table4": "Table 4: other language models",
+    "fig2": "Figure 2: SFT, DPO and S-DPO", "fig3": "Figure 3: number of negatives, and beta",
+}  # fmt: skip
+LEGEND = (
+    "HR@1 and valid are the paper's metric: what the model says names exactly one of the "
+    "candidates, and it is the target. Systems that rank take their first candidate. HR@1 by score "
+    "is that of the candidate with the highest log-probability.",
+    "Intervals are of 95%: Wilson's of ratios, which takes windows as independent, and Bonett & "
+    "Price's of differences, on the windows that both systems have; p is McNemar's exact test. The "
+    f"S-DPO that others are compared with has K = {cells.K} and beta = {cells.BETA:g}.",
+    "The paper's figures are on candidates that its authors drew, ours on those that the protocol "
+    "tells; “–”: not there.",
+)
+HEADER = (
+    "", "HR@1 [95%]", "valid [95%]", "HR@1 by score [95%]", "n", "step", "seed",
+    "S-DPO minus it [95%]", "p",
+)  # fmt: skip
+Summary = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Evaluations of a row: by the paper's metric, and by score; None: not there."""
+
+    row: Row
+    said: Summary | None
+    scored: Summary | None
+
+
+def parts(
+    study: Study, wanted: Mapping[str, Sequence[str]], failed: Mapping[Path, str]
+) -> list[Part]:
+    """The page of `wanted`, target -> data sets; `failed`: folder -> why its cell failed."""
+    model = study.model or "SmolLM2-135M-Instruct, the small model that is quickest to get"
+    page: list[Part] = [
+        Text(f"Chen et al. 2024, arXiv 2406.09215. Language model: {model}. {study.scale.about}"),
+        Notes(LEGEND),
+    ]
+    for target, datasets in wanted.items():
+        out = {name: why for name in datasets if (why := cells.left_out(study, name))}
+        there = [name for name in datasets if name not in out]
+        page += [Heading(TITLES[target]), *SECTIONS[target](study, there, failed)]
+        if out:
+            page.append(Notes([f"{DATASETS[name]}: {why}" for name, why in out.items()]))
+    return [*page, *_commands(study, cells.plan(study, wanted), failed)]
+
+
+def find(place: Place, row: Row) -> Found:
+    """The evaluations of the row on the study's windows that were written last."""
+    if row.cell is None:
+        return Found(row, None, None)
+    found = {
+        summary["decoder"]: summary
+        for summary in read_results(row.cell.folder / "eval")
+        if (summary["stage"], summary["split"]) == (row.stage, place.split)
+    }
+    return Found(row, found.get(row.decoder), found.get("score"))
+
+
+def results(place: Place, rows: Sequence[Row], failed: Mapping[Path, str]) -> list[Part]:
+    """A table of HR@1, and below it what is missing and the protocol."""
+    found = [find(place, row) for row in rows]
+    ours = find(place, cells.row(place, "sdpo")).said
+    lines = [HEADER, *(_line(one, ours) for one in found)]
+    published = {} if place.backbone else HIT_RATIO.get(place.dataset, {})
+    if any(row.system in published for row in rows):
+        column = ["the paper's", *(_published(published.get(row.system)) for row in rows)]
+        lines = [[*line[:2], paper, *line[2:]] for line, paper in zip(lines, column, strict=True)]
+    return [Table(lines), Notes([*_missing(found, failed), *_protocols(found)])]
+
+
+def _line(found: Found, ours: Summary | None) -> list[str]:
+    said = found.said or {}
+    difference = None
+    if found.said and ours and found.said["path"] != ours["path"]:
+        difference = paired(ours, found.said)
+    return [
+        found.row.label, _ratio(found.said, "hit_ratio_at_1"), _ratio(found.said, "valid_ratio"),
+        _ratio(found.scored, "hit_ratio_at_1"),
+        *(str(said.get(key, "–")) for key in ("n", "step", "seed")),
+        *(("–", "–") if difference is None else _difference(difference)),
+    ]  # fmt: skip
+
+
+def _published(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _difference(d: metrics.Difference) -> tuple[str, str]:
+    p = "<0.001" if d.p < 0.001 else f"{d.p:.3f}"
+    return f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]", p
+
+
+def interval(summary: Summary, key: str) -> pictures.Interval:
+    """A ratio of the summary with its interval."""
+    value, n = summary[key], summary["n"]
+    return value, *metrics.wilson(value * n, n)
+
+
+def _ratio(summary: Summary | None, key: str) -> str:
+    if summary is None or key not in summary:
+        return "–"
+    value, low, high = interval(summary, key)
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _missing(found: Sequence[Found], failed: Mapping[Path, str]) -> list[str]:
+    """Why rows have no figures, those of one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for row in (one.row for one in found if not one.said):
+        why = row.missing if row.cell is None else failed.get(row.cell.folder, "not run yet")
+        reasons.setdefault(why, []).append(row.label)
+    return [f"{', '.join(labels)}: {why}" for why, labels in reasons.items()]
+
+
+def _protocols(found: Sequence[Found]) -> list[str]:
+    told = dict.fromkeys(
+        f"Split {one.said['split']}, n = {one.said['n']}. Protocol: {one.said.get('protocol')}."
+        for one in found
+        if one.said
+    )
+    return list(told)
+
+
+def _by_dataset(study: Study, datasets: Sequence[str], make: Callable[[Place], list[Part]]):
+    return [
+        part
+        for dataset in datasets
+        for part in (Heading(DATASETS[dataset], 3), *make(Place(study, dataset)))
+    ]
+
+
+def _table(target: str):
+    """A section of one table of results a data set."""
+
+    def section(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -> list[Part]:
+        return _by_dataset(
+            study, datasets, lambda place: results(place, TARGETS[target](place), failed)
+        )
+
+    return section
+
+
+def _table3(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -> list[Part]:
+    header = ("", "users", "the paper's", "items", "the paper's", "interactions", "the paper's")
+    lines, notes = [], []
+    for dataset in datasets:
+        cell = cells.prepared(Place(study, dataset))
+        sizes: Sequence[Any] = ("–", "–", "–")
+        if cell.left():
+            notes.append(f"{DATASETS[dataset]}: {failed.get(cell.folder, 'not run yet')}")
+        else:
+            meta = read_meta(cell.folder)
+            sizes = [meta.get("counts", {}).get(key, "–")
+                     for key in ("users", "items", "interactions")]  # fmt: skip
+            stand_in = "a stand-in, as the paper's sequences are not public; "
+            about = stand_in if STAND_IN[0] in meta.get("source", {}) else ""
+            notes.append(f"{DATASETS[dataset]}: {about}{meta.get('protocol')}.")
+        pairs = zip(sizes, SIZES[dataset], strict=True)
+        lines.append([DATASETS[dataset], *(_count(size) for pair in pairs for size in pair)])
+    return [Table([header, *lines]), Notes(notes)]
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _table4(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -> list[Part]:
+    page: list[Part] = []
+    for dataset in datasets:
+        for backbone, rows in cells.backbones(Place(study, dataset)).items():
+            page.append(Heading(f"{DATASETS[dataset]}, {BACKBONES[backbone]}", 3))
+            page += results(Place(study, dataset, backbone), rows, failed)
+    lacking = [f"{title}: needs --{name}=FOLDER, as sdpo_jax.convert writes it"
+               for name, title in BACKBONES.items() if not study.backbones.get(name)]  # fmt: skip
+    return [*page, *([Notes(lacking)] if lacking else [])]
+
+
+def _figure2(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -> list[Part]:
+    def make(place: Place) -> list[Part]:
+        rows = cells.figure2(place)
+        return [*results(place, rows, failed), *_pictures(
+            lambda: _bars(place, rows),
+            lambda: _curves(place, rows, "validation/loss", "(b) loss on validation windows"),
+            lambda: _curves(place, rows, "rewards/chosen", "(c) reward of the preferred title"),
+        )]  # fmt: skip
+
+    return _by_dataset(study, datasets, make)
+
+
+def _figure3(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -> list[Part]:
+    def make(place: Place) -> list[Part]:
+        negatives, betas = cells.over_negatives(place), cells.over_betas(place)
+        return [
+            *results(place, negatives, failed),
+            *_pictures(lambda: _over(place, negatives, "a", "K negatives", "hit_ratio_at_1")),
+            *results(place, betas, failed),
+            *_pictures(lambda: _over(place, betas, "b", "beta", "hit_ratio_at_1"),
+                       lambda: _over(place, betas, "c", "beta", "valid_ratio")),
+        ]  # fmt: skip
+
+    return _by_dataset(study, datasets, make)
+
+
+def _pictures(*draw: Callable[[], Picture | None]) -> list[Part]:
+    """Those for which there are figures; a line without matplotlib."""
+    try:
+        return [picture for one in draw if (picture := one())]
+    except ImportError:
+        return [Text("No picture: matplotlib is not installed (pip install matplotlib).")]
+
+
+def _bars(place: Place, rows: Sequence[Row]) -> Picture | None:
+    found = [one for row in rows if (one := find(place, row)).said]
+    if not found:
+        return None
+    values = [interval(one.said, "hit_ratio_at_1") for one in found]
+    svg = pictures.bars(f"{place.dataset} 2a", [one.row.label for one in found], values, "HR@1")
+    return Picture(svg, f"{DATASETS[place.dataset]}: (a) HR@1")
+
+
+def _curves(place: Place, rows: Sequence[Row], key: str, caption: str) -> Picture | None:
+    """Of the systems that are trained on preferences: SFT has another loss and no rewards."""
+    lines = [
+        (row.label, plots.series(read_metrics(row.cell.folder / "metrics"), "sdpo", key))
+        for row in rows
+        if row.cell and row.stage == "sdpo"
+    ]
+    lines = [(label, points) for label, points in lines if points[0]]
+    if not lines:
+        return None
+    svg = pictures.curves(f"{place.dataset} {key}", lines, "nats")
+    return Picture(svg, f"{DATASETS[place.dataset]}: {caption}")
+
+
+def _over(place: Place, rows: Sequence[Row], part: str, axis: str, key: str) -> Picture | None:
+    found = [one for row in rows if (one := find(place, row)).said]
+    if not found:
+        return None
+    unit = "HR@1" if key == "hit_ratio_at_1" else "valid ratio"
+    svg = pictures.over(f"{place.dataset} 3{part}", [one.row.at for one in found],
+                        [interval(one.said, key) for one in found], axis, unit)  # fmt: skip
+    return Picture(svg, f"{DATASETS[place.dataset]}: ({part}) {unit} over {axis}")
+
+
+SECTIONS = {
+    "table1": _table("table1"), "table2": _table("table2"), "table3": _table3,
+    "table4": _table4, "fig2": _figure2, "fig3": _figure3,
+}  # fmt: skip
+
+
+def _commands(study: Study, every: Sequence[Cell], failed: Mapping[Path, str]) -> list[Part]:
+    """What makes each cell, and whether it is there."""
+    page: list[Part] = [
+        Heading("Commands"),
+        Text("In this order, from the root of the clone. The same folder is never made twice."),
+    ]
+    for cell in every:
+        state = failed.get(cell.folder, "not run yet" if cell.left() else "done")
+        page.append(Heading(f"{cell.folder.relative_to(study.root)}: {state}", 3))
+        page.append(Commands([pasted(step.command) for step in cell.steps]))
+    return page

@@ -1,4 +1,5 @@
-"""Live against PyTorch: the networks of baselines/ beside twins written there from their papers.
+"""Live against PyTorch: the networks of baselines/ beside twins written there from their papers,
+and MoRec's encoder beside transformers' BertModel.
 
 `make parity` runs this. A twin takes one history without padding and gives the scores of all items.
 """
@@ -8,15 +9,19 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from golden.make_golden import hidden_of, make_encoder
+from tiny import GOLDEN
 from torch import nn
 
+from sdpo_jax.baselines.bert import read_bert
 from sdpo_jax.baselines.caser import Caser
 from sdpo_jax.baselines.gru4rec import GRU4Rec
 from sdpo_jax.baselines.sasrec import SASRec
 from sdpo_jax.data.sequences import MAX_HISTORY as T
 
 ITEMS, D, SHORT = 50, 16, (1, 2, 3, 7)
-COLUMNS = ("full histories", "short histories")
+SEED = 1000
+COLUMNS = ("whole rows", "padded rows")
 found: dict[str, dict[str, float]] = {}
 
 
@@ -178,3 +183,21 @@ def test_scores_of_a_random_network(name):
             expected = np.stack([theirs(row).numpy() for row in rows])
         told(name, column, ours(padded), expected)
         assert expected.std(0).max() > 0.1, "the history changes nothing"
+
+
+def test_hidden_states_of_a_new_random_encoder(tmp_path):
+    theirs = make_encoder(SEED)
+    theirs.save_pretrained(tmp_path)
+    ours, theirs = read_bert(tmp_path), hidden_of(theirs, SEED)
+    tokens, length = theirs["tokens"], theirs["lengths"][:, None]
+    there = np.arange(tokens.shape[1]) < length
+    hidden = np.asarray(ours(np.where(there, tokens, ours.config.V)))
+    whole = there & (length == tokens.shape[1])
+    for column, rows in zip(COLUMNS, (whole, there & ~whole), strict=True):
+        told("morec's encoder", column, hidden[rows], theirs["hidden"][rows])
+
+
+def test_the_golden_encoder_is_what_transformers_computes_today():
+    golden = np.load(GOLDEN / "bert" / "hidden.npz")
+    for key, array in hidden_of(make_encoder(0), 0).items():
+        np.testing.assert_allclose(golden[key], array, atol=1e-5, err_msg=key)

@@ -39,9 +39,11 @@ bench: .venv-bench/ready
 	.venv-bench/bin/python -m benchmarks --model=$(QUICK)/model --dataset=$(QUICK)/data \
 	  --others=$(OTHERS)
 
-# Every family against transformers and PEFT, and its table; what the tests have as golden files.
+# Every family against transformers and PEFT, every baseline against a twin in PyTorch, and their
+# tables; what the tests have as golden files.
 parity: .venv-bench/ready
-	HF_HUB_DISABLE_PROGRESS_BARS=1 .venv-bench/bin/python -m pytest -W ignore -s tests/parity.py
+	HF_HUB_DISABLE_PROGRESS_BARS=1 .venv-bench/bin/python -m pytest -W ignore -s tests/parity.py \
+	  tests/parity_baselines.py
 
 .venv-bench/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv-bench

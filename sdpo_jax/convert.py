@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict
 from sdpo_jax.errors import InputError, run_command
 from sdpo_jax.files import is_free, read_json
 from sdpo_jax.hub import hub_folder, is_hub_name
-from sdpo_jax.model_folder import file_sizes, load_tokenizer, read_meta
+from sdpo_jax.model_folder import check_vocabulary, file_sizes, load_tokenizer, read_meta
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.gguf import open_gguf
 from sdpo_jax.models.weights import TOKENIZER_FILES, Source, open_hf, read_base, safetensors_files
@@ -164,13 +164,7 @@ def _check_tokenizer(source: Source, folder: Path, config: DecoderConfig) -> Non
     tokenizer = load_tokenizer(folder, where=source.where)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{source.where}: the tokenizer has no EOS token: answers end in one")
-    # Not their number: a vocabulary may have gaps, and JAX reads beyond a table in silence.
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= config.V:
-        raise InputError(
-            f"{source.where}: the tokenizer's largest token is {largest}, the model has "
-            f"{config.V} of them: these files do not belong together"
-        )
+    check_vocabulary(tokenizer, config.V, source.where)
 
 
 def main(argv: Sequence[str]) -> None:

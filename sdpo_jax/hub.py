@@ -24,10 +24,11 @@ def name_and_revision(source: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def hub_folder(model: str) -> Path:
+def hub_folder(model: str, option: str = "--model") -> Path:
     """The folder of `org/name[@revision]`, downloaded unless it is in the cache.
 
-    Raises InputError where it is not there, needs a token, or cannot be reached.
+    Raises InputError, which names `option`, where it is not there, needs a token, or cannot be
+    reached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -38,17 +39,17 @@ def hub_folder(model: str) -> Path:
                                       ignore_patterns=UNWANTED))  # fmt: skip
     except GatedRepoError as error:
         raise InputError(
-            f"--model={model}: its terms must be accepted on its page first, then give a token: "
+            f"{option}={model}: its terms must be accepted on its page first, then give a token: "
             "`hf auth login`, or HF_TOKEN in the environment"
         ) from error
     except RepositoryNotFoundError as error:
         raise InputError(
-            f"--model={model}: found no such folder here and no such model on the Hub (a private "
+            f"{option}={model}: found no such folder here and no such model on the Hub (a private "
             "one needs a token: `hf auth login`)"
         ) from error
     except Exception as error:  # of the Hub, its HTTP client and its transfer library
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise InputError(
-            f"--model={model}: found no such folder here, and the Hub cannot be reached "
+            f"{option}={model}: found no such folder here, and the Hub cannot be reached "
             f"({reason}): download it where there is a network and give its folder"
         ) from error

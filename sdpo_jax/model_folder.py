@@ -147,6 +147,17 @@ def load_tokenizer(path: Path, where: str | None = None) -> Any:
         ) from error
 
 
+def check_vocabulary(tokenizer: Any, V: int, where: str) -> None:
+    """Raises InputError where the tokenizer has a token beyond the model's `V`."""
+    # Not their number: a vocabulary may have gaps, and JAX reads beyond a table in silence.
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= V:
+        raise InputError(
+            f"{where}: the tokenizer's largest token is {largest}, the model has {V} of them: "
+            "these files do not belong together"
+        )
+
+
 def _placed(abstract: nnx.State, place: Placement) -> nnx.State:
     """The shardings of an abstract state, as a state."""
     return jax.tree.map(

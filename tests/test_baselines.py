@@ -92,8 +92,8 @@ def test_the_best_l2_and_epoch_of_validation_are_kept():
     train, validation = (arrays(data, data.splits[name]) for name in ("train", "val"))
     lines = []
     settings = fit.Settings(1e-2, 64, l2=(10.0, 1e-6), epochs=30, patience=2)
-    found = fit.fit(lambda rngs: NETWORKS["gru4rec"](ITEMS, rngs=rngs), train, validation, settings,
-                    lines.append)  # fmt: skip
+    recipe = fit.Recipe(lambda rngs: NETWORKS["gru4rec"](ITEMS, rngs=rngs))
+    found = fit.fit(recipe, train, validation, settings, lines.append)
     assert found.l2 == 1e-6 and found.hit_ratio == max(found.tried.values())
     assert set(found.tried) == {"10", "1e-06"}
     strong = [line for line in lines if line.startswith("L2 10 ")]

@@ -42,18 +42,38 @@ class Fitted:
     tried: dict[str, float]
 
 
+NOTHING = nnx.State({})
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a network is made and what trains it, by default Adam.
+
+    `depends` is what its weights depend on beside data and settings; `about` is told with them.
+    """
+
+    make: Callable[[nnx.Rngs], nnx.Module]
+    optimizer: optax.GradientTransformation | None = None
+    depends: tuple[Any, ...] = ()
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 class Scores:
     """Scores of every item, [N, I], from a network of one structure; compiled once."""
 
     BATCH = 1024
 
-    def __init__(self, graphdef: nnx.GraphDef):
-        self._scores = jax.jit(lambda state, history: nnx.merge(graphdef, state)(history))
+    def __init__(self, graphdef: nnx.GraphDef, frozen: nnx.State = NOTHING):
+        def scores(state, frozen, history_BT):
+            return nnx.merge(graphdef, state, frozen)(history_BT)
+
+        self._scores, self._frozen = jax.jit(scores), frozen
 
     def __call__(self, state: nnx.State, history_NT: np.ndarray) -> np.ndarray:
         pad = np.resize(history_NT, (-(-len(history_NT) // self.BATCH) * self.BATCH,
                                      history_NT.shape[1]))  # fmt: skip
-        cut = [self._scores(state, part) for part in pad.reshape(-1, self.BATCH, pad.shape[1])]
+        parts = pad.reshape(-1, self.BATCH, pad.shape[1])
+        cut = [self._scores(state, self._frozen, part) for part in parts]
         return np.concatenate(jax.device_get(cut))[: len(history_NT)]
 
 
@@ -67,38 +87,48 @@ def ranks(scores_NI: np.ndarray, windows: Arrays) -> list[int]:
     ]
 
 
-def make_epoch(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation):
-    """Jitted `epoch(state, opt_state, key, l2, history_XBT, target_XB)`; X counts the batches."""
+def make_epoch(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, frozen: nnx.State = NOTHING
+):
+    """Jitted `epoch(state, opt_state, key, l2, history_XBT, target_XB)`; X counts the batches.
 
-    def loss(state, history_BT, target_B, key, l2):
-        scores_BI = nnx.merge(graphdef, state)(history_BT, nnx.Rngs(dropout=key))
+    `state` is trained and under L2, `frozen` is the rest of the network.
+    """
+
+    def loss(state, frozen, history_BT, target_B, key, l2):
+        scores_BI = nnx.merge(graphdef, state, frozen)(history_BT, nnx.Rngs(dropout=key))
         squares = sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(state))
         cross_entropy_B = optax.softmax_cross_entropy_with_integer_labels(scores_BI, target_B)
         return cross_entropy_B.mean() + l2 / 2 * squares
 
-    def step(carry, batch):
+    def step(frozen, carry, batch):
         state, opt_state, key, l2 = carry
         key, dropout = jax.random.split(key)
-        value, gradient = jax.value_and_grad(loss)(state, *batch, dropout, l2)
+        value, gradient = jax.value_and_grad(loss)(state, frozen, *batch, dropout, l2)
         updates, opt_state = optimizer.update(gradient, opt_state)
         return (optax.apply_updates(state, updates), opt_state, key, l2), value
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def epoch(state, opt_state, key, l2, history_XBT, target_XB):
-        carry, losses = jax.lax.scan(step, (state, opt_state, key, l2), (history_XBT, target_XB))
+    def epoch(state, opt_state, key, l2, history_XBT, target_XB, frozen):
+        carry, losses = jax.lax.scan(
+            functools.partial(step, frozen), (state, opt_state, key, l2), (history_XBT, target_XB)
+        )
         return carry[0], carry[1], losses.mean()
 
-    return epoch
+    return functools.partial(epoch, frozen=frozen)
 
 
 def fit(
-    make: Callable[[nnx.Rngs], nnx.Module], train: Arrays, validation: Arrays, settings: Settings,
+    recipe: Recipe, train: Arrays, validation: Arrays, settings: Settings,
     report: Callable[[str], Any] = print,
 ) -> Fitted:  # fmt: skip
-    """The best of one training for each L2 weight; `report` hears a line of each epoch."""
-    graphdef, first = nnx.split(make(nnx.Rngs(settings.seed)))
-    optimizer = optax.adam(settings.learning_rate)
-    epoch, scores = make_epoch(graphdef, optimizer), Scores(graphdef)
+    """The best of one training for each L2 weight; `report` hears a line of each epoch.
+
+    What of a network is no `nnx.Param` stays as it is.
+    """
+    graphdef, first, frozen = nnx.split(recipe.make(nnx.Rngs(settings.seed)), nnx.Param, ...)
+    optimizer = recipe.optimizer or optax.adam(settings.learning_rate)
+    epoch, scores = make_epoch(graphdef, optimizer, frozen), Scores(graphdef, frozen)
 
     def hit_ratio(state: nnx.State) -> float:
         found = ranks(scores(state, validation.history_NT), validation)

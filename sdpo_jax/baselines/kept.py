@@ -19,9 +19,9 @@ ITEMS = "items/table/value"  # the name of the tensor with a vector an item
 AGAIN = "remove it to train again, or choose another --workdir"
 
 
-def key(dataset_fingerprint: str, settings: Any) -> str:
+def key(dataset_fingerprint: str, settings: Any, *more: Any) -> str:
     """SHA-256 of what the weights depend on."""
-    content = [dataset_fingerprint, dataclasses.asdict(settings)]
+    content = [dataset_fingerprint, dataclasses.asdict(settings), *more]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

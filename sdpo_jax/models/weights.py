@@ -8,7 +8,7 @@ layers stacked, where Hugging Face has one [out, in] tensor a layer. Shape lette
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,9 @@ GPT_NEOX = (
 PARTS = (("/kernel", ".weight", True), ("/scale", ".weight", False), ("/bias", ".bias", False))
 TOLD = 20  # tensors that a message lists
 # Buffers of old checkpoints that hold nothing learnt.
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+IGNORED_SUFFIXES = (
+    "rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", "embeddings.position_ids",
+)  # fmt: skip
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -88,15 +90,20 @@ class Source:
 
 def slots(config: DecoderConfig) -> dict[str, Slot]:
     """Hugging Face's name of every base tensor of a decoder -> its slot."""
+    return slots_of(modules(config), abstract_base(config), config.L)
+
+
+def slots_of(modules: Sequence[tuple[str, str]], shapes, layers: int) -> dict[str, Slot]:
+    """Hugging Face's name of every tensor -> its slot; `shapes` has the paths of ours."""
     table = {}
-    for module, ours in modules(config):
+    for module, ours in modules:
         tensors = [(ours + part, module + suffix, turned) for part, suffix, turned in PARTS]
         tensors.append(
             (ours, f"{module}.weight", ours == "head")
         )  # embedding and head have no part
         for path, name, turned in tensors:
-            if path in abstract_base(config):
-                for layer in range(config.L) if "{}" in name else [None]:
+            if path in shapes:
+                for layer in range(layers) if "{}" in name else [None]:
                     table[name.format(layer)] = Slot(path, layer, turned)
     return table
 
@@ -115,15 +122,32 @@ def abstract_base(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def read_base(source: Source, config: DecoderConfig) -> tuple[dict[str, Any], str]:
-    """Reads a source into (our tree of numpy arrays, its dtype), one tensor at a time.
+    """Reads a source into (our tree of numpy arrays, its dtype), as `read_arrays` does.
+
+    Raises InputError also where a tied model's head is not its embedding.
+    """
+    flat, dtype = read_arrays(source, slots(config), abstract_base(config), tied_head(config))
+    _check_tied(source, config, flat["embedding"])
+    return unflatten_dict(flat, sep="/"), dtype
+
+
+def read_arrays(
+    source: Source, table: dict[str, Slot], shapes, spare: str | None = None
+) -> tuple[dict[str, np.ndarray], str]:
+    """Reads a source into (our path -> array, their dtype), one tensor at a time.
 
     The dtype is the checkpoint's; where tensors differ it is the narrowest that holds them all.
+
+    Args:
+      source: the checkpoint.
+      table: Hugging Face's names -> slots.
+      shapes: our path -> the shape of an array.
+      spare: the name of a tensor that may be there and is not read.
 
     Raises:
       InputError: lists missing, unused, mis-shaped and unreadable tensors in one line.
     """
-    table, shapes = slots(config), abstract_base(config)
-    problems = list(_problems(source, table, shapes, config))
+    problems = list(_problems(source, table, shapes, spare))
     if problems:
         more = ["…"] if len(problems) > TOLD else []
         raise InputError(
@@ -138,11 +162,10 @@ def read_base(source: Source, config: DecoderConfig) -> tuple[dict[str, Any], st
         tensor = source.read(name)
         target = flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer]
         target[...] = tensor.T if slot.transposed else tensor
-    _check_tied(source, config, flat["embedding"])
-    return unflatten_dict(flat, sep="/"), jnp.dtype(dtype).name
+    return flat, jnp.dtype(dtype).name
 
 
-def _problems(source: Source, table, shapes, config: DecoderConfig) -> Iterator[str]:
+def _problems(source: Source, table, shapes, spare: str | None) -> Iterator[str]:
     for name, slot in table.items():
         if name not in source.tensors:
             yield f"{name} is missing"
@@ -155,9 +178,9 @@ def _problems(source: Source, table, shapes, config: DecoderConfig) -> Iterator[
         elif dtype not in DTYPES.values():
             yield f"{name} is {dtype}, expected {', '.join(DTYPES.values())}"
     for name, (_, dtype) in source.tensors.items():
-        if name == tied_head(config) and dtype not in DTYPES.values():
+        if name == spare and dtype not in DTYPES.values():
             yield f"{name} is {dtype}, expected {', '.join(DTYPES.values())}"
-        elif not (name in table or name.endswith(IGNORED_SUFFIXES) or name == tied_head(config)):
+        elif not (name in table or name.endswith(IGNORED_SUFFIXES) or name == spare):
             yield f"{name} is not used"
 
 
@@ -256,7 +279,7 @@ def _opened(path: Path):
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 
 

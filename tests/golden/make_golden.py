@@ -1,4 +1,5 @@
-"""Writes the golden files of this folder: tiny random models of each family, and their logits.
+"""Writes the golden files of this folder: tiny random models of each family, and their logits;
+`bert` is an encoder, with its hidden states.
 
 Needs the extra `parity` (PyTorch), which the tests do not:
 
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 FOLDER = Path(__file__).parent
@@ -61,6 +62,26 @@ def make_model(name: str, seed: int) -> torch.nn.Module:
     return model
 
 
+def make_encoder(seed: int) -> BertModel:
+    """A random encoder, its norms and biases far from trivial."""
+    torch.manual_seed(seed)
+    model = BertModel(BertConfig(**SHAPE, max_position_embeddings=24, initializer_range=0.3)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.uniform_(0.5, 1.5)
+    return model
+
+
+def hidden_of(model: BertModel, seed: int) -> dict[str, np.ndarray]:
+    """Tokens, their lengths, and hidden states of the text padded on its right."""
+    torch.manual_seed(seed)
+    tokens, lengths = torch.randint(0, SHAPE["vocab_size"], (3, 11)), torch.tensor([11, 7, 2])
+    mask = (torch.arange(11) < lengths[:, None]).int()
+    with torch.no_grad():
+        hidden = model(tokens, attention_mask=mask).last_hidden_state
+    return dict(tokens=tokens.int().numpy(), lengths=lengths.numpy(), hidden=hidden.numpy())
+
+
 def old_spelling(config: dict) -> dict:
     """config.json as it was before transformers 5."""
     found = config.pop("rope_parameters")
@@ -95,7 +116,12 @@ def logits_of(model: torch.nn.Module, seed: int) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or MODELS:
+    for name in sys.argv[1:] or [*MODELS, "bert"]:
+        if name == "bert":
+            encoder = make_encoder(seed=0)
+            encoder.save_pretrained(FOLDER / name)
+            np.savez_compressed(FOLDER / name / "hidden.npz", **hidden_of(encoder, seed=0))
+            continue
         model = make_model(name, seed=len(name))
         save_model(model, name, FOLDER / name)
         np.savez_compressed(FOLDER / name / "logits.npz", **logits_of(model, seed=len(name)))

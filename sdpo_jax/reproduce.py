@@ -141,9 +141,9 @@ def check(flag: str, values: Sequence[str], known: Collection[str]) -> None:
 
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
-    targets = list(TARGETS) if "all" in args.target else args.target
-    check("target", targets, TARGETS)
+    check("target", args.target, ("all", *TARGETS))
     check("datasets", args.datasets, DATASETS)
+    targets = [name for name in TARGETS if name in args.target or "all" in args.target]
     given = ("scale", "model", "options", "lastfm", "goodreads", *BACKBONES, "endpoint",
              "chat_model")  # fmt: skip
     asked = {key: args[key].value for key in given}

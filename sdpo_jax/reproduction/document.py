@@ -19,7 +19,7 @@ td { white-space: nowrap; }
 th { vertical-align: bottom; border-bottom: 2px solid #999; }
 th:first-child, td:first-child { text-align: left; }
 .wide { overflow-x: auto; margin-top: 1rem; }
-pre { background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: .8rem; }
+pre { background: #f6f6f6; padding: .7rem; white-space: pre-wrap; font-size: .8rem; }
 figure { display: inline-block; max-width: 31rem; margin: 1rem .5rem 0 0; }
 figure svg { max-width: 100%; height: auto; }
 figcaption, .note { color: #555; font-size: .875rem; }

@@ -23,7 +23,7 @@ from sdpo_jax.wheels import ENCODER, cache_folder
 
 GENRES, EACH, OLD = "abcdefgh", 8, 6  # items of a genre, and how many of them training sees
 TITLES = {i: f"{GENRES[i // EACH] * 5} {i % EACH}" for i in range(len(GENRES) * EACH)}
-QUICK = fit.Settings(batch_size=64, l2=(1e-6,), epochs=6, learning_rate=1e-2)
+QUICK = fit.Settings(batch_size=64, l2=(1e-6,), epochs=3, learning_rate=1e-2)
 
 
 def windows(n: int, seed: int, *, new: bool) -> list[Window]:
@@ -67,10 +67,11 @@ def test_neither_padding_nor_the_batch_changes_a_title(encoder):
     model = bert.read_bert(encoder)
     tokens = bert.title_tokens(encoder, ["a", "the longest of them", "b c"], model.config)
     assert tokens.shape == (3, 19) and (tokens[0] < model.config.V).sum() == 1
-    vectors = bert.encoded(model, tokens)
-    for row, title in enumerate(tokens):
-        alone = model.pooled(title[None, title < model.config.V])
-        np.testing.assert_allclose(vectors[row], alone[0], atol=1e-5)
+    vectors = morec.at_once(model, tokens)
+    wider = np.pad(tokens, ((0, 0), (0, 5)), constant_values=model.config.V)
+    np.testing.assert_allclose(morec.at_once(model, wider), vectors, atol=1e-5)
+    alone = morec.at_once(model, tokens[:1, :1])
+    np.testing.assert_allclose(vectors[0], alone[0], atol=1e-5)
 
 
 def test_a_checkpoint_of_the_first_spelling_with_heads_is_the_same(encoder, tmp_path):
@@ -96,7 +97,7 @@ def test_titles_are_enough_for_items_that_training_never_saw(dataset, encoder, t
     path, _ = dataset
     text = morec.Text(str(encoder))
     (summary,) = run("morec", path, tmp_path, settings=QUICK, candidates_only=True, text=text)
-    assert summary["hit_ratio_at_1"] > 0.7 and summary["encoder"] == str(encoder)
+    assert summary["hit_ratio_at_1"] > 0.6 and summary["encoder"] == str(encoder)
     again = run("morec", path, tmp_path, settings=QUICK, limit=20, text=text)
     assert again[0]["validation_by_l2"] == summary["validation_by_l2"]
 
@@ -111,15 +112,19 @@ def test_titles_are_enough_for_items_that_training_never_saw(dataset, encoder, t
 
 
 def test_frozen_vectors_are_neither_trained_nor_under_l2(dataset, encoder):
-    _, data = dataset
+    """The step's gradient and L2 are those of the trained part."""
     recipe = morec.recipe(list(TITLES.values()), morec.Text(str(encoder)), 1e-2)
-    _, trained, frozen = nnx.split(recipe.make(nnx.Rngs(0)), nnx.Param, ...)
+    graphdef, trained, frozen = nnx.split(recipe.make(nnx.Rngs(0)), nnx.Param, ...)
     (vectors,) = jax.tree.leaves(frozen)
+    before = np.array(vectors)
     assert vectors.shape == (len(TITLES), 32)
     assert vectors.shape not in [leaf.shape for leaf in jax.tree.leaves(trained)]
-    before = np.array(vectors)
-    train = arrays(data, data.splits["train"][:64])
-    fit.fit(recipe, train, train, QUICK, report=lambda line: None)
+    train = arrays(dataset[1], dataset[1].splits["train"][:8])
+    epoch = fit.make_epoch(graphdef, recipe.optimizer, frozen)
+    start = jax.tree.map(jnp.copy, trained)
+    batch = (train.history_NT[None], train.target_N[None])
+    moved, _, _ = epoch(start, recipe.optimizer.init(start), jax.random.key(0), 1e-3, *batch)
+    jax.tree.map(lambda new, old: np.any(new != old) or pytest.fail("not trained"), moved, trained)
     np.testing.assert_array_equal(vectors, before)
 
 
@@ -160,12 +165,14 @@ def test_wrong_options_and_folders_are_refused(dataset, encoder, tmp_path):
         run("morec", dataset[0], tmp_path, text=morec.Text("absent"))
     with pytest.raises(InputError, match="found with --model=sasrec, which reads no titles"):
         run("sasrec", dataset[0], tmp_path, text=morec.Text(trained=True))
+    with pytest.raises(InputError, match=r"found no tokenizer\.json nor vocab\.txt: give a whole"):
+        run("morec", dataset[0], tmp_path, text=morec.Text(str(GOLDEN / "bert")))
     small = bert.BertConfig(8, 1, 4, 2, 4, 8, 2, "gelu", 1e-12)
     with pytest.raises(InputError, match=r"largest token is \d+, the model has 8 of them"):
         bert.title_tokens(encoder, ["a"], small)
 
 
-@cases(32)
+@cases(16)
 @given(st.data())
 def test_a_damaged_encoder_is_one_line(encoder, case, data):
     file = data.draw(st.sampled_from(sorted(path.name for path in encoder.iterdir())))

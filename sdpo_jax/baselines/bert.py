@@ -40,6 +40,8 @@ MODULES = (
     ("encoder.layer.{}.output.dense", "layers/down"),
     ("encoder.layer.{}.output.LayerNorm", "layers/mlp_norm"),
 )
+# Without either, transformers makes a tokenizer to which every word is unknown.
+VOCABULARY = ("tokenizer.json", "vocab.txt")
 HEADS = ("pooler.", "cls.")  # of the training before this one
 OLD = ((".gamma", ".weight"), (".beta", ".bias"))  # how the first checkpoints spell norms
 
@@ -194,6 +196,8 @@ def without_heads(source: Source) -> Source:
 
 def title_tokens(folder: Path, titles: Sequence[str], config: BertConfig) -> np.ndarray:
     """[I, S], the first LONGEST tokens of each title. Raises InputError for a wrong tokenizer."""
+    if not any((folder / name).is_file() for name in VOCABULARY):
+        raise InputError(f"{folder}: found no {' nor '.join(VOCABULARY)}: give a whole BERT model")
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config.V, str(folder))
     longest = min(LONGEST, config.P)

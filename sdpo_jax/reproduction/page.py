@@ -30,6 +30,8 @@ LEGEND = (
     "Intervals are of 95%: Wilson's of ratios, which takes windows as independent, and Bonett & "
     "Price's of differences, on the windows that both systems have; p is McNemar's exact test. The "
     f"S-DPO that others are compared with has K = {cells.K} and beta = {cells.BETA:g}.",
+    "Step is the checkpoint with the lowest validation loss; at step 0 training never lowered it, "
+    "and the row is what it started from.",
     "The paper's figures are on candidates that its authors drew, ours on those that the protocol "
     "tells; “–”: not there.",
 )
@@ -203,7 +205,8 @@ def _figure2(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) 
         rows = cells.figure2(place)
         return [*results(place, rows, failed), *_pictures(
             lambda: _bars(place, rows),
-            lambda: _curves(place, rows, "validation/loss", "(b) loss on validation windows"),
+            lambda: _curves(place, rows, "validation/loss",
+                            "(b) loss on validation windows, at first log(K + 1)"),
             lambda: _curves(place, rows, "rewards/chosen", "(c) reward of the preferred title"),
         )]  # fmt: skip
 

@@ -28,7 +28,13 @@ from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
 
+SLOW = ("test_survival", "test_processes", "test_benchmarks", "test_train", "test_step")
 TINY = DecoderConfig(V=97, L=3, D=16, N=4, G=2, H=4, F=24, tied=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that two processes end at about the same time."""
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
 
 
 @dataclasses.dataclass(frozen=True)

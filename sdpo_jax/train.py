@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import flags
 from flax.nnx import replace_by_pure_dict, to_pure_dict
 from ml_collections import config_flags
@@ -54,7 +53,7 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
     templates = templates_of(config, dataset)
     check_dataset(config, dataset)
 
-    vectors_IE = item_vectors(config, dataset)
+    vectors_IE = kept.item_vectors(config.item_vectors, dataset)
     model = load_model(
         config.model, LoraConfig.of(config.lora), dtype=config.dtype, base_dtype=config.base_dtype,
         remat=config.remat, seed=config.seed, shardings=sharding.placement(mesh),
@@ -110,7 +109,7 @@ def explain(config, experiment: str = "") -> None:
     decoder = DecoderConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     encoder = Encoder(
         dataset, load_tokenizer(folder), templates, config.seed, config.max_length,
-        None if item_vectors(config, dataset) is None else decoder.V,
+        None if kept.item_vectors(config.item_vectors, dataset) is None else decoder.V,
     )  # fmt: skip
     rows = loader.spread(len(dataset.splits["train"]), EXPLAINED_WINDOWS)
     negatives = config.num_negatives if "sdpo" in config.stages else 0
@@ -155,14 +154,6 @@ def first_adapter(config, model: Model):
 def templates_of(config, dataset) -> tuple[str, ...]:
     chat = load_tokenizer(Path(config.model)) if config.chat_template else None
     return prompts.templates_of(dataset.domain, config.prompt_file, chat)
-
-
-def item_vectors(config, dataset) -> np.ndarray | None:
-    """Those of `config.item_vectors`, [I, E]; None where it names no file."""
-    if not config.item_vectors:
-        return None
-    fingerprint = dataset.meta["fingerprint"]
-    return kept.item_vectors(Path(config.item_vectors), fingerprint, len(dataset.titles))
 
 
 def file_fingerprints(config) -> dict[str, str]:

@@ -160,6 +160,13 @@ def test_wrong_splits_runs_and_networks_are_refused(folder, tmp_path):
         run("gru4rec", folder, tmp_path / "broken", settings=QUICK)
 
 
+def test_a_workdir_that_cannot_be_written_is_refused_before_training(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "fit", lambda *_: pytest.fail("trained"))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="Not a directory: choose another --workdir"):
+        run("sasrec", folder, tmp_path / "file")
+
+
 def leaky(data: Dataset) -> Dataset:
     """Candidates drawn from the target alone."""
 

@@ -110,6 +110,7 @@ def _network(model: str, data: Dataset, workdir: Path, settings: fit.Settings, t
     key = kept.key(data.meta["fingerprint"], settings, *recipe.depends)
     if (found := kept.read(path, key, fresh)) is not None:
         return graphdef, found[0], frozen, found[1]
+    kept.check_writable(path.parent)
     train, validation = (arrays(data, data.splits[name]) for name in ("train", _validation(data)))
     with tqdm(desc=model, unit="epoch") as bar:
 

@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from sdpo_jax.data.prepared import Dataset
 from sdpo_jax.errors import InputError
 
 ITEMS = "items/table/value"  # the name of the tensor with a vector an item
@@ -25,6 +26,17 @@ def key(dataset_fingerprint: str, settings: Any, *more: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def check_writable(folder: Path) -> None:
+    """Makes the folder; raises InputError, before hours of training, where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}: choose another --workdir") from error
+    if not writable:
+        raise InputError(f"{folder}: found no permission to write: choose another --workdir")
+
+
 def write(path: Path, key: str, dataset: str, state: nnx.State, about: dict[str, Any]) -> None:
     """Writes a network whole or not at all; `dataset` is the fingerprint of its data set.
 
@@ -33,7 +45,6 @@ def write(path: Path, key: str, dataset: str, state: nnx.State, about: dict[str,
     tensors = {name: np.asarray(leaf) for name, leaf in zip(*_named(state), strict=True)}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         meta = {"key": key, "dataset": dataset, "about": json.dumps(about)}
         save_file(tensors, partial, metadata=meta)
         os.replace(partial, path)
@@ -71,15 +82,18 @@ def read(path: Path, key: str, fresh: nnx.State) -> tuple[nnx.State, dict[str, A
     return jax.tree.unflatten(jax.tree.structure(fresh), found), json.loads(meta["about"])
 
 
-def item_vectors(path: Path, dataset: str, items: int) -> np.ndarray:
-    """The vectors [I, D] of a kept network's items. Raises InputError where there are none.
+def item_vectors(path: str, dataset: Dataset) -> np.ndarray | None:
+    """The vectors [I, D] of a kept network's items; None for the path "".
 
-    `dataset` and `items`: fingerprint and number of items of the data set they must be of.
+    Raises InputError where there are none, or of another data set.
     """
+    if not path:
+        return None
+    items, fingerprint = len(dataset.titles), dataset.meta["fingerprint"]
     expected = "expected a network that sdpo_jax.baselines kept for this data set"
     try:
         with safe_open(path, "numpy") as file:
-            if (file.metadata() or {}).get("dataset") != dataset:
+            if (file.metadata() or {}).get("dataset") != fingerprint:
                 raise InputError(f"{path}: found one of another data set, {expected}: train it")
             vectors_ID = file.get_tensor(ITEMS)
     except (OSError, SafetensorError) as error:

@@ -169,11 +169,11 @@ class Evaluator:
 
 def _vectors(run: SimpleNamespace, dataset: Dataset) -> np.ndarray | None:
     """The item vectors of the run's prompts, [I, E], if it has any."""
-    if not run.config.item_vectors:
-        return None
-    path = Path(run.config.item_vectors)
-    found = kept.item_vectors(path, dataset.meta["fingerprint"], len(dataset.titles))
-    same(run, "item_vectors", path, hashlib.sha256(path.read_bytes()).hexdigest())
+    path = run.config.item_vectors
+    found = kept.item_vectors(path, dataset)
+    if found is not None:
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        same(run, "item_vectors", path, digest)
     return found
 
 

@@ -46,8 +46,9 @@ class SASRec(nnx.Module):
         """Scores of every item as the next one, [B, I]."""
         vectors_ID, T = self.items.vectors(), history_BT.shape[1]
         there_BT = history_BT < len(vectors_ID)
-        # Scaled as in the authors' code.
-        x_BTD = looked_up(vectors_ID, history_BT) * vectors_ID.shape[1] ** 0.5 + self.places[...]
+        # Scaled as in the authors' code; places are counted from the end.
+        x_BTD = looked_up(vectors_ID, history_BT) * vectors_ID.shape[1] ** 0.5
+        x_BTD += self.places[...][-T:]
         x_BTD = dropped(x_BTD, self.dropout, rngs) * there_BT[..., None]
         mask = jnp.tril(jnp.ones((T, T), bool)) & there_BT[:, None, None]
         for block in self.blocks:

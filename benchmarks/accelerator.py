@@ -22,7 +22,7 @@ from benchmarks import kernels, large, workload
 from sdpo_jax.errors import InputError, run_command
 from sdpo_jax.runtime import set_up_jax
 
-VARIANT = {"7b": "small", "toy": "smoke"}  # of configs/movielens.py
+VARIANT = {"7b": "medium", "toy": "smoke"}  # of configs/movielens.py
 WINDOWS = 400  # of the test split, that are evaluated
 STEPS = {  # remats, numbers of negatives, batch, microbatches
     "7b": (("least", "full", "cheap"), (3, 15), 128, (4, 8)),

@@ -83,6 +83,23 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def small(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Hundreds of examples in each stage with the quickstart's small model: for a CPU."""
+    config.model = "runs/quickstart/model"
+    # The model is an instruct model: it answers sooner, and ends sooner, in its own chat format.
+    config.chat_template = True
+    config.dtype, config.remat = "float32", "cheap"
+    config.batch_size, config.microbatch = 8, 4
+    config.lora.dropout = 0.0
+    config.clip = 1.0
+    config.sft.epochs = config.sdpo.epochs = 1
+    config.sft.max_steps, config.sft.learning_rate = 80, 1e-3
+    config.sdpo.max_steps, config.sdpo.learning_rate = 40, 6e-5
+    config.validation_windows = 64
+    config.eval_every, config.checkpoint_every = 40, 20
+    return config
+
+
+def medium(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Every training window once in each stage with the quickstart's small model: for one GPU."""
     config.model = "runs/quickstart/model"
     config.microbatch, config.remat = 32, "cheap"

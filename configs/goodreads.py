@@ -3,7 +3,7 @@
 python -m sdpo_jax.train --config=configs/goodreads.py --workdir=runs/goodreads/run
 
 configs/goodreads.py:smoke is the same path in a few steps of the quickstart's small model, :small
-one epoch of each stage with it, for one GPU.
+some hundred examples a stage with it, for a CPU, :medium one epoch of each stage, for one GPU.
 """
 
 import ml_collections
@@ -14,4 +14,4 @@ from configs import common
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = common.get_config()
     config.dataset = "runs/goodreads/data"
-    return common.variant(config, arg, small=common.small, smoke=common.smoke)
+    return common.variant(config, arg, medium=common.medium, small=common.small, smoke=common.smoke)

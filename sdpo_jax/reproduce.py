@@ -4,10 +4,11 @@
     python -m sdpo_jax.reproduce --target=all --scale=paper --workdir=runs/paper \\
         --model=runs/llama2-7b --lastfm=FOLDER --goodreads=FOLDER
 
-Scale `smoke` is a few steps of a small model, to see that all is in place; `small` takes every
-training window once with it; `paper` is the paper's setting with a model that you give. Each cell
-of a table is a workdir below --workdir. The same command goes on where it was stopped, and another
-target adds to the same page: reproduce.html, which needs nothing but itself, and reproduce.md.
+Scale `smoke` is a few steps of a small model, to see that all is in place; `small` some hundred
+examples a stage with it, hours on a CPU; `medium` every training window once, for one GPU; `paper`
+the paper's setting with a model that you give. Each cell of a table is a workdir below --workdir.
+The same command goes on where it was stopped, and another target adds to the same page:
+reproduce.html, which needs nothing but itself, and reproduce.md.
 """
 
 import itertools

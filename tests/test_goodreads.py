@@ -237,6 +237,6 @@ def test_a_folder_that_is_none_or_has_two_of_a_file_is_named(tmp_path):
         prepare("goodreads", None, str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("arg", ["", "small", "smoke"])
+@pytest.mark.parametrize("arg", ["", "medium", "small", "smoke"])
 def test_the_config_trains_on_the_prepared_folder(arg):
     assert config.get_config(arg).dataset == "runs/goodreads/data"

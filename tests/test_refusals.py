@@ -127,7 +127,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     (["--config=configs/lastfm.py", "--beta=2"], "--config.beta"),
     (["--config=configs/lastfm.py", "--config.batch_size=1e3"], "batch_size"),
     (["--config=configs/none.py"], "none.py"),
-    (["--config=configs/lastfm.py:tiny"], "'tiny' is unknown: expected small or smoke"),
+    (["--config=configs/lastfm.py:tiny"], "'tiny' is unknown: expected medium or small or smoke"),
     (["--config=configs/lastfm.py", "extra"], "unexpected argument"),
     ([], "--config: found nothing"),
 ])  # fmt: skip

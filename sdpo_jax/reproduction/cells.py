@@ -39,8 +39,12 @@ SCALES = {
         ":smoke", "test_all", 16, (1, 3, 5), (0.1, 1.0), ("--epochs=1", "--l2=1e-4"),
     ),
     "small": Scale(
+        "Some hundred training windows a stage with a small model: not the paper's setting.",
+        ":small", "test_all", 200, network=("--l2=1e-6",),
+    ),
+    "medium": Scale(
         "Every training window once in each stage with a small model: not the paper's setting.",
-        ":small", "test_all", 1000,
+        ":medium", "test_all", 1000,
     ),
     "paper": Scale("The paper's setting.", "", "test", 0),
 }  # fmt: skip

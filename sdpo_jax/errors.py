@@ -63,13 +63,22 @@ def fail(error: object) -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS([_underscored(argument) for argument in argv])
     except (
         flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError,
         SyntaxError, RecursionError, MemoryError, InputError,
     ) as error:  # fmt: skip
         fail(_told(error))
         raise
+
+
+def _underscored(argument: str) -> str:
+    """`--some-option` as `--some_option`, which is how absl knows it."""
+    name, equals, value = argument.partition("=")
+    known = name.removeprefix("--").replace("-", "_")
+    if not name.startswith("--") or not {known, known.removeprefix("no")} & set(flags.FLAGS):
+        return argument
+    return f"--{known}{equals}{value}"
 
 
 def _told(error: Exception) -> str:

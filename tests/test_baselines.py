@@ -1,6 +1,9 @@
 """Traditional recommenders: what their networks may depend on, that they learn, what they write."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +21,7 @@ from sdpo_jax.data.prepared import Dataset, Window, write_dataset
 from sdpo_jax.errors import InputError
 from sdpo_jax.workdir import open_run
 
+ROOT = Path(__file__).parents[1]
 ITEMS, PLACES = 40, 10
 TITLES = {100 + i: f"title {i}" for i in range(ITEMS)}
 QUICK = fit.Settings(batch_size=64, l2=(1e-6,), epochs=5, learning_rate=1e-2)
@@ -123,6 +127,16 @@ def test_the_floor_is_where_it_must_be(folder, tmp_path):
     assert {p.name for p in (tmp_path / "eval").glob("*.json")} == {
         "random-candidates.json", "random-catalogue.json", "popularity-candidates.json",
     }  # fmt: skip
+
+
+def test_an_option_may_be_written_with_hyphens(folder, tmp_path):
+    command = [
+        "-m", "sdpo_jax.baselines", "--model=popularity", f"--dataset={folder}",
+        f"--workdir={tmp_path}", "--limit=5", "--candidates-only",
+    ]  # fmt: skip
+    subprocess.run([sys.executable, *command], cwd=ROOT, timeout=120, check=True)
+    written = [path.name for path in (tmp_path / "eval").glob("*.json")]
+    assert written == ["popularity-candidates.json"]
 
 
 def test_what_is_written_has_the_keys_of_an_evaluation(folder, tmp_path):

@@ -12,10 +12,9 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sdpo_jax import sharding
 from sdpo_jax.errors import InputError
 from sdpo_jax.files import COUNT, OBJECT, TEXT, check_keys, one_of
-from sdpo_jax.models import weights
+from sdpo_jax.models import item_vectors, weights
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
@@ -90,9 +89,7 @@ def load_model(
     place = shardings or (lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     base = _read_base(path / "weights", abstract_base, config, meta["dtype"], place)
     if vectors_IE is not None:
-        variable = base["vectors"]["vectors"]
-        placed = place(abstract_base["vectors"]["vectors"])
-        variable.set_value(sharding.put_whole(vectors_IE, placed))
+        item_vectors.fill(base, vectors_IE, place)
     # Under jit the unused draws of the base are removed, so only the adapter is ever made.
     init = jax.jit(
         lambda key: nnx.split(make(key), nnx.LoRAParam, ...)[1],

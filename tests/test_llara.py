@@ -19,6 +19,7 @@ from sdpo_jax.errors import InputError
 from sdpo_jax.evaluate import evaluate
 from sdpo_jax.export import export
 from sdpo_jax.model_folder import load_tokenizer
+from sdpo_jax.models.item_vectors import fill
 from sdpo_jax.objectives.logprobs import padded_logp, shared_prefix_logp
 from sdpo_jax.train import train
 from sdpo_jax.training.stage import curriculum
@@ -30,8 +31,8 @@ ITEMS, SIZE = 12, 6
 def hybrid():
     """The tiny model with item vectors that are not zero."""
     model = tiny_model(vectors=(ITEMS, SIZE))
-    vectors = model.base["vectors"]["vectors"]
-    vectors.set_value(jax.random.normal(jax.random.key(7), (ITEMS, SIZE)))
+    vectors = 0.01 * np.random.default_rng(7).normal(size=(ITEMS, SIZE))
+    fill(model.base, vectors, lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     return model
 
 
@@ -51,9 +52,14 @@ def test_text_is_embedded_as_before_and_an_item_by_its_vector(hybrid):
     np.testing.assert_array_equal(found[2], table[96])
     vectors = hybrid.decoder.vectors
     hidden = jax.nn.gelu(vectors.vectors[...][3] @ vectors.inner[...] + vectors.inner_bias[...])
-    np.testing.assert_allclose(
-        found[1], hidden @ vectors.outer[...] + vectors.outer_bias[...], atol=1e-6
-    )
+    expected = vectors.token_rms[...] * (hidden @ vectors.outer[...] + vectors.outer_bias[...])
+    np.testing.assert_allclose(found[1], expected, atol=1e-6)
+
+
+def test_an_item_is_at_first_as_long_as_a_token_however_long_its_vector_is(hybrid):
+    items = hybrid.decoder.embed(TINY.V + jnp.arange(ITEMS)[None])
+    table = hybrid.decoder.embedding[...]
+    assert 0.5 < jnp.std(items) / jnp.std(table) < 2
 
 
 def test_hybrid_prompts_give_the_log_probs_of_padded_rows_and_train_the_projector(hybrid):

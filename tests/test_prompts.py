@@ -85,12 +85,12 @@ CHAT = (
 )
 
 
-def test_the_models_chat_format_goes_around_each_template_without_its_bos(model_folder):
+def test_the_models_chat_format_goes_around_each_template(model_folder):
     tokenizer = load_tokenizer(model_folder)
     tokenizer.chat_template = CHAT
     found = prompts.templates_of("book", chat=tokenizer)
     plain = prompts.TEMPLATES["book"]
-    assert found == tuple(f"<user>{text.strip()}<assistant>" for text in plain)
+    assert found == tuple(f"<s><user>{text.strip()}<assistant>" for text in plain)
     assert prompts.fingerprint(found) != prompts.fingerprint(plain)
 
 

@@ -7,6 +7,7 @@ import pytest
 from tiny import tiny_dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from sdpo_jax.data import prompts
 from sdpo_jax.data.prepared import Dataset
 from sdpo_jax.data.tokens import Encoder, check_titles
 from sdpo_jax.errors import InputError
@@ -91,6 +92,25 @@ def test_a_prompt_begins_with_bos_exactly_where_the_tokenizer_has_one(encoder, k
     made = encoder(kind)
     (example,) = made.examples("train", [0], [[0, 1]])
     assert (example.prompt[0] == 1) == bos and (example.prompt == 1).sum() == bos
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte-level with BOS", "byte-level"])
+def test_a_chat_prompt_is_what_transformers_makes_of_it(encoder, kind):
+    """Where no BOS is put before a text, that of the chat format stays: SmolLM2's begins a turn."""
+    made = encoder(kind)
+    made.tokenizer.chat_template = "{{ bos_token }}user: {{ messages[0]['content'] }}\nassistant:"
+    data, tokenizer = made.dataset, made.tokenizer
+    templates = [prompts.in_chat("[HistoryHere], then one of [CansHere]", tokenizer)]
+    chat = Encoder(data, tokenizer, templates, 0, 512)
+    (example,) = chat.examples("train", [0], [[0, 1]])
+    window = chat.window("train", 0)
+    history, candidates = (
+        ", ".join(data.titles[item] for item in items)
+        for items in (window.history, window.candidates)
+    )
+    message = {"role": "user", "content": f"{history}, then one of {candidates}"}
+    whole = tokenizer.apply_chat_template([message], tokenize=True, return_dict=False)
+    assert example.prompt.tolist() == whole and whole.count(1) == 1
 
 
 def test_a_sentencepiece_title_begins_with_its_space(encoder):

@@ -100,6 +100,8 @@ def item_vectors(path: str, dataset: Dataset) -> np.ndarray | None:
         raise InputError(f"{path}: found {error}, {expected}: train --model=sasrec") from error
     if vectors_ID.ndim != 2 or len(vectors_ID) != items or vectors_ID.dtype != np.float32:
         raise InputError(f"{path}: found vectors {vectors_ID.shape}, expected {items} of float32")
+    if not np.isfinite(vectors_ID).all() or not vectors_ID.any():
+        raise InputError(f"{path}: found vectors that are zeros or no numbers, {expected}: {AGAIN}")
     return vectors_ID
 
 

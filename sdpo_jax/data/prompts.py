@@ -98,8 +98,8 @@ def templates_of(domain: str, prompt_file: str = "", chat: Any = None) -> tuple[
 def in_chat(template: str, tokenizer: Any) -> str:
     """The template as a user's message, up to where the answer begins.
 
-    Without the BOS that many chat formats write: the encoder puts it before every prompt. Raises
-    InputError where the tokenizer has no chat format, or one that changes the placeholders.
+    Without the BOS that many chat formats write, where the encoder puts it before every prompt.
+    Raises InputError where the tokenizer has no chat format, or one that changes the placeholders.
     """
     message = [{"role": "user", "content": template.strip()}]
     try:
@@ -115,7 +115,16 @@ def in_chat(template: str, tokenizer: Any) -> str:
             "config.chat_template: found a chat format that changes the placeholders, expected "
             "one that keeps them: set it to False"
         )
-    return text.removeprefix(tokenizer.bos_token or "")
+    return text.removeprefix(tokenizer.bos_token) if bos(tokenizer) else text
+
+
+def bos(tokenizer: Any) -> list[int]:
+    """BOS, if it is what the tokenizer puts before every text (Llama's does), else nothing.
+
+    SmolLM2's `<|im_start|>` is BOS too, but begins each turn of its chat format instead.
+    """
+    first = tokenizer("", add_special_tokens=True).input_ids[:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def fingerprint(templates: Sequence[str]) -> str:

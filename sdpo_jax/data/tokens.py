@@ -82,8 +82,7 @@ class Encoder:
         self.dataset, self.tokenizer, self.templates = dataset, tokenizer, templates
         self.seed, self.max_length = seed, max_length
         self.encoded = self.truncated = 0
-        start = tokenizer("", add_special_tokens=True).input_ids[:1]
-        self.bos = start if start == [tokenizer.bos_token_id] else []
+        self.bos = prompts.bos(tokenizer)
         self._answers: dict[int, np.ndarray] = {}
         self.first_vector = first_vector
         self._place = {item: n for n, item in enumerate(dataset.titles)}

@@ -39,7 +39,8 @@ SCALES = {
         ":smoke", "test_all", 16, (1, 3, 5), (0.1, 1.0), ("--epochs=1", "--l2=1e-4"),
     ),
     "small": Scale(
-        "Some hundred training windows a stage with a small model: not the paper's setting.",
+        "Not the paper's setting: a small language model that sees some hundred training windows "
+        "a stage; the networks see all.",
         ":small", "test_all", 200, network=("--l2=1e-6",),
     ),
     "medium": Scale(
@@ -169,7 +170,8 @@ def trained(
 ) -> Cell:  # fmt: skip
     """A run of one stage with these keys of its config, and its evaluation."""
     folder, study = place.folder / name, place.study
-    keys = {"dataset": place.data, "model": place.model, "stages": f'("{stage}",)'} | keys
+    own = {} if converted(place) else {"chat_template": False}  # not every model has a format
+    keys = {"dataset": place.data, "model": place.model, "stages": f'("{stage}",)'} | own | keys
     train = (
         "sdpo_jax.train", f"--config=configs/{place.dataset}.py{study.scale.variant}",
         f"--workdir={folder}", *(f"--config.{key}={value}" for key, value in keys.items()),
@@ -224,7 +226,8 @@ def chatrec(place: Place) -> Cell:
 
 def tallrec(place: Place) -> Cell:
     file = f"configs/prompts/{DOMAIN[place.dataset]}-tallrec.txt"
-    return trained(place, "tallrec", "sft", ("sft",), prompt_file=file)
+    keys = {"prompt_file": file, "chat_template": False}  # its format is a part of the system
+    return trained(place, "tallrec", "sft", ("sft",), **keys)
 
 
 def llara(place: Place) -> Cell:

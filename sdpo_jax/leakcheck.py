@@ -5,13 +5,15 @@
 A look-up that never sees a history is trained on the train split: for each candidate, the most
 candidates that a training window with it as the target has in common with this window's; of equals
 the more popular. Where candidates are drawn without regard to the target it does no better than
-popularity. Prints one line of JSON with both hit ratios for each other split, and warns where the
-look-up is clearly above popularity.
+popularity. Beside it, the place in the list that the target has most often in training. Prints one
+line of JSON with these hit ratios for each other split, and warns where the look-up is clearly
+above popularity, the place above chance, or popularity is nearly always right, as when negatives
+are items that are never a target.
 """
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,12 @@ from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.errors import run_command
 from sdpo_jax.evaluation import metrics
 
-MARGIN = 0.05  # of HR@1 above popularity that is no accident of the draw
+MARGIN = 0.05  # of HR@1 above popularity, or chance, that is no accident of the draw
+NEARLY_ALWAYS = 0.9
 
 
 def leakcheck(dataset: str) -> dict[str, dict[str, Any]]:
-    """Per split but train: HR@1 of the look-up and of popularity, the look-up's 95% interval, n.
+    """Per split but train: HR@1 of look-up, place and popularity with 95% intervals, n.
 
     Raises InputError where `dataset` is no prepared folder.
     """
@@ -35,16 +38,16 @@ def leakcheck(dataset: str) -> dict[str, dict[str, Any]]:
     train = arrays(data, data.splits["train"])
     popularity_I = floor.popularity(train.target_N, len(data.titles))
     lookup = Lookup(train, popularity_I)
+    usual = np.bincount(places(train)).argmax()
     found = {}
     for split in list(data.splits)[1:]:
-        windows = arrays(data, data.splits[split])
-        hits = [hits_of(lookup.scores, windows), hits_of(lambda c: popularity_I[c], windows)]
-        n = len(windows.target_N)
+        windows, users = arrays(data, data.splits[split]), [w.user for w in data.splits[split]]
         found[split] = {
-            "lookup_hit_ratio_at_1": sum(hits[0]) / n,
-            "lookup_hit_ratio_at_1_ci95": metrics.wilson(sum(hits[0]), n),
-            "popularity_hit_ratio_at_1": sum(hits[1]) / n,
-            "n": n,
+            **ratio("lookup", hits_of(lookup.scores, windows), users),
+            **ratio("place", [at == usual for at in places(windows)], users),
+            **ratio("popularity", hits_of(lambda c: popularity_I[c], windows), users),
+            "candidates": windows.candidates_NC.shape[1],
+            "n": len(users),
         }
     return found
 
@@ -70,6 +73,21 @@ class Lookup:
         return common_C + self._tie_I[candidates_C]
 
 
+def places(windows: Arrays) -> list[int]:
+    """Where each window's target stands among its candidates."""
+    return [
+        place(candidates_C, target)
+        for candidates_C, target in zip(windows.candidates_NC, windows.target_N, strict=True)
+    ]
+
+
+def ratio(name: str, hits: Sequence[bool], users: Sequence[Hashable]) -> dict[str, Any]:
+    """HR@1 with its interval."""
+    n, effect = len(hits), metrics.design_effect(hits, users)
+    key = f"{name}_hit_ratio_at_1"
+    return {key: sum(hits) / n, f"{key}_ci95": metrics.wilson(sum(hits), n, effect)}
+
+
 def hits_of(scores: Callable[[np.ndarray], np.ndarray], windows: Arrays) -> list[bool]:
     """Whether `scores` of each window's candidates put its target alone at the top."""
     return [
@@ -78,20 +96,34 @@ def hits_of(scores: Callable[[np.ndarray], np.ndarray], windows: Arrays) -> list
     ]
 
 
+def warnings_of(at: dict[str, Any]) -> list[str]:
+    """What a split's figures say against its candidates."""
+    ratios = {name: at[f"{name}_hit_ratio_at_1"] for name in ("lookup", "place", "popularity")}
+    least = {name: at[f"{name}_hit_ratio_at_1_ci95"][0] for name in ratios}
+    told = []
+    if least["lookup"] > ratios["popularity"] + MARGIN:
+        told.append(f"a look-up that ignores the history is right in {ratios['lookup']:.3f} of the "
+                    f"windows, popularity in {ratios['popularity']:.3f}")  # fmt: skip
+    if least["place"] > 1 / at["candidates"] + MARGIN:
+        told.append(f"the target stands at one place of the list in {ratios['place']:.3f} of the "
+                    f"windows, by chance in {1 / at['candidates']:.3f}")  # fmt: skip
+    if ratios["popularity"] > NEARLY_ALWAYS:
+        told.append(f"popularity is right in {ratios['popularity']:.3f} of the windows: negatives "
+                    "are hardly ever a target in training")  # fmt: skip
+    return told
+
+
 def main(argv: Sequence[str]) -> None:
     dataset = flags.FLAGS.dataset
     found = leakcheck(dataset)
     print(json.dumps(found))
-    for split, at in found.items():
-        lookup, popularity = at["lookup_hit_ratio_at_1"], at["popularity_hit_ratio_at_1"]
-        if at["lookup_hit_ratio_at_1_ci95"][0] > popularity + MARGIN:
-            print(
-                f"warning: {dataset}, {split}: a look-up that ignores the history is right in "
-                f"{lookup:.3f} of the windows, popularity in {popularity:.3f}: the candidates "
-                "give the target away; report scores on them only beside scores on independent "
-                "ones (sdpo_jax.prepare --candidates=independent)",
-                file=sys.stderr,
-            )
+    for split, told in ((split, told) for split, at in found.items() for told in warnings_of(at)):
+        print(
+            f"warning: {dataset}, {split}: {told}: the candidates give the target away; report "
+            "scores on them only beside scores on independent ones (sdpo_jax.prepare "
+            "--candidates=independent)",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Traditional recommenders: what their networks may depend on, that they learn, what they write."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -191,6 +192,31 @@ def test_a_look_up_finds_the_target_where_candidates_depend_on_it(tmp_path):
     found = leakcheck.leakcheck(str(tmp_path / "leaky"))
     assert list(found) == ["val", "test"] and found["test"]["n"] == 80
     assert found["test"]["lookup_hit_ratio_at_1"] > 0.9
+    assert leakcheck.warnings_of(found["test"])[0].startswith(
+        "a look-up that ignores the history is right in"
+    )
+
+
+@pytest.mark.parametrize(("others", "said"), [
+    # The target always comes first; negatives are items that are never a target.
+    (range(100, 140), "the target stands at one place of the list in 1.000 of the windows"),
+    (range(140, 180), "popularity is right in 1.000 of the windows: negatives"),
+])  # fmt: skip
+def test_lists_that_tell_the_target_otherwise_are_told(others, said, tmp_path):
+    rng, titles = np.random.default_rng(1), {100 + i: f"title {i}" for i in range(80)}
+
+    def listed(window: Window) -> Window:
+        known = {*window.history, window.target}
+        drawn = rng.choice([item for item in others if item not in known], 19, replace=False)
+        found = [window.target, *drawn.tolist()]
+        if others[0] != 100:
+            rng.shuffle(found)
+        return dataclasses.replace(window, candidates=tuple(found))
+
+    splits = {name: [listed(w) for w in part] for name, part in dataset().splits.items()}
+    write_dataset(tmp_path / "data", Dataset("movie", titles, splits, {}))
+    for at in leakcheck.leakcheck(str(tmp_path / "data")).values():
+        assert any(told.startswith(said) for told in leakcheck.warnings_of(at))
 
 
 def test_on_independent_candidates_the_look_up_does_no_better_than_popularity(tmp_path):
@@ -205,6 +231,7 @@ def test_on_independent_candidates_the_look_up_does_no_better_than_popularity(tm
     write_dataset(tmp_path / "data", Dataset("movie", titles, splits, {}))
     for at in leakcheck.leakcheck(str(tmp_path / "data")).values():
         assert at["lookup_hit_ratio_at_1"] < at["popularity_hit_ratio_at_1"] + 0.05
+        assert leakcheck.warnings_of(at) == []
 
 
 def test_the_look_up_counts_common_candidates_and_then_popularity():

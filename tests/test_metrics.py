@@ -1,5 +1,6 @@
 """Metrics against values worked by hand, and their edge cases."""
 
+import itertools
 import math
 
 import pytest
@@ -74,6 +75,30 @@ def test_wilson_intervals_equal_published_ones(successes, n, low, high):
     assert metrics.wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
 
 
+def test_the_design_effect_by_hand():
+    """Mean 1/2, so deviations are +-1/2: users' sums 1, -1, 0; 3/2 (1 + 1 + 0) / (6/4) 5/6."""
+    assert metrics.design_effect([1, 1, 0, 0, 1, 0], list("aabbcc")) == pytest.approx(5 / 3)
+
+
+def test_the_design_effect_is_one_for_one_window_a_user_and_never_less():
+    hits = [True, False, False, True, True]
+    assert metrics.design_effect(hits, range(5)) == pytest.approx(1)
+    assert metrics.design_effect([1, 0, 1, 0], list("aabb")) == 1  # users are all the same
+    assert metrics.design_effect([1, 1], "ab") == metrics.design_effect([1, 0], "aa") == 1
+
+
+def test_ten_copies_of_each_window_tell_no_more_than_the_windows_do():
+    hits, users = [i % 3 == 0 for i in range(60)], range(60)
+    low, high = metrics.wilson(20, 60)
+    effect = metrics.design_effect(hits * 10, [*users] * 10)
+    assert metrics.wilson(200, 600, effect) == pytest.approx((low, high), abs=2e-3)
+    other = [i % 4 == 0 for i in range(60)]
+    once = metrics.paired_difference(hits, other, users)
+    copied = metrics.paired_difference(hits * 10, other * 10, [*users] * 10)
+    assert copied.p == pytest.approx(once.p)
+    assert copied.high - copied.low == pytest.approx(once.high - once.low, rel=0.05)
+
+
 @pytest.mark.parametrize(
     "only_a, only_b, p",
     [
@@ -82,19 +107,26 @@ def test_wilson_intervals_equal_published_ones(successes, n, low, high):
         (5, 0, 2 / 32),
         (0, 5, 2 / 32),
         (3, 1, 2 * (1 + 4) / 16),
-        (6, 6, 1.0),  # the doubled tail passes 1
+        (6, 6, 1.0),
         (1000, 1000, 1.0),  # beyond a float's 2**n
     ],
 )
-def test_mcnemar_is_exact(only_a, only_b, p):
-    assert metrics.mcnemar(only_a, only_b) == pytest.approx(p)
+def test_with_one_window_a_user_the_test_is_mcnemars(only_a, only_b, p):
+    assert metrics.exchanged([1] * only_a + [0] * 3 + [-1] * only_b) == pytest.approx(p)
+
+
+def test_the_exchange_of_systems_counts_every_sign_of_every_user():
+    nets = [3, -1, 2, 0, 2]
+    sums = [abs(sum(s * n for s, n in zip(signs, nets, strict=True)))
+            for signs in itertools.product((1, -1), repeat=5)]  # fmt: skip
+    assert metrics.exchanged(nets) == pytest.approx(sum(s >= 6 for s in sums) / 32)
 
 
 def test_paired_difference_by_hand():
     """n = 10, b = 4, c = 1: p_a = 5/12, p_b = 2/12, sqrt((7/12 - 1/16) / 12) = 0.20833."""
     a = [1, 1, 1, 1, 0, 1, 0, 0, 0, 0]
     b = [0, 0, 0, 0, 1, 1, 0, 0, 0, 0]
-    d = metrics.paired_difference(a, b)
+    d = metrics.paired_difference(a, b, range(10))
     assert (d.value, d.only_a, d.only_b, d.n) == (pytest.approx(0.3), 4, 1, 10)
     assert d.low == pytest.approx(0.25 - 1.96 * 0.20833, abs=1e-3)
     assert d.high == pytest.approx(0.25 + 1.96 * 0.20833, abs=1e-3)
@@ -102,10 +134,10 @@ def test_paired_difference_by_hand():
 
 
 def test_equal_systems_differ_by_nothing():
-    d = metrics.paired_difference([True, False] * 50, [True, False] * 50)
+    d = metrics.paired_difference([True, False] * 50, [True, False] * 50, range(100))
     assert d.value == 0 and d.p == 1 and d.low == -d.high and 0 < d.high < 0.05
 
 
 def test_systems_of_other_examples_cannot_be_paired():
     with pytest.raises(ValueError):
-        metrics.paired_difference([1, 0], [1])
+        metrics.paired_difference([1, 0], [1], [1])

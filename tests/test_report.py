@@ -20,7 +20,7 @@ N = 40
 
 def predictions(hits, decoder):
     records = [
-        {"row": row, "user": row // 3, "target": "heat", "valid": True, "hit": bool(hit),
+        {"row": row, "user": row, "target": "heat", "valid": True, "hit": bool(hit),
          "rank": 1 if hit else 3, "generation": "heat"}
         for row, hit in enumerate(hits)
     ]  # fmt: skip

@@ -1,13 +1,16 @@
 """Metrics of next-item recommendation among C candidates, one relevant item each.
 
 Values are per example; a system's value is their mean over all examples, invalid ones included.
-Intervals are 95% and take examples as independent: windows of one user are not quite, so with
-many windows of few users the true interval is somewhat wider.
+Intervals are 95%. Windows of one user are not independent, so users are what is taken as drawn: see
+`design_effect`.
 """
 
+import collections
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+
+import numpy as np
 
 Z = 1.959963984540054  # the normal distribution's 0.975 quantile
 
@@ -62,20 +65,38 @@ def chance(metric, candidates: int) -> float:
     return mean([metric(rank) for rank in range(1, candidates + 1)])
 
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Score interval of a proportion p = s/n.
+def design_effect(values: Sequence[float], users: Sequence[Hashable]) -> float:
+    """Variance of the mean of `values`, users being drawn, over that of independent examples.
+
+    With G users: G/(G-1) sum_g (sum_{i of g} (x_i - mean))^2 / n^2, over s^2/n; Kish 1965, Survey
+    Sampling. 1 where each user has one example, and never less than 1: by chance few users may
+    seem more alike than independent examples are.
+    """
+    n, centre = len(values), mean(values)
+    of_user: dict[Hashable, float] = collections.defaultdict(float)
+    for value, user in zip(values, users, strict=True):
+        of_user[user] += value - centre
+    G, squares = len(of_user), math.fsum((value - centre) ** 2 for value in values)
+    if G < 2 or not squares:
+        return 1.0
+    between = math.fsum(total**2 for total in of_user.values())
+    return max(1.0, G / (G - 1) * between / squares * (n - 1) / n)
+
+
+def wilson(successes: float, n: float, effect: float = 1.0) -> tuple[float, float]:
+    """Score interval of a proportion p = s/n; n/effect independent examples would tell as much.
 
     (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n): Wilson 1927
     (doi 10.1080/01621459.1927.10502953). It stays within [0, 1] and has a positive width even at
     p = 0 and p = 1.
     """
-    p = successes / n
+    p, n = successes / n, n / effect
     centre = p + Z * Z / (2 * n)
     half = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
     scale = 1 + Z * Z / n
     # At p = 0 and 1 an end is exact, but for rounding.
-    low = (centre - half) / scale if successes > 0 else 0.0
-    return low, (centre + half) / scale if successes < n else 1.0
+    low = (centre - half) / scale if p > 0 else 0.0
+    return low, (centre + half) / scale if p < 1 else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,34 +112,47 @@ class Difference:
     n: int
 
 
-def paired_difference(hits_a: Sequence[bool], hits_b: Sequence[bool]) -> Difference:
+def paired_difference(
+    hits_a: Sequence[bool], hits_b: Sequence[bool], users: Sequence[Hashable]
+) -> Difference:
     """Compares two systems on the same examples, in the same order.
 
     With b examples hit by `a` only and c by `b` only, the value is (b - c)/n. The interval is
     Bonett & Price's (2012, doi 10.3102/1076998611411915): Wald's with one added to b and c
-    and two to n, which keeps its coverage at small counts. p is McNemar's exact two-sided test:
-    twice the binomial(b + c, 1/2) tail, at most 1. Raises ValueError for unequal lengths.
+    and two to n, which keeps its coverage at small counts; its variance times `design_effect`.
+    p is that of `exchanged`. Raises ValueError for unequal lengths.
     """
-    pairs = list(zip(hits_a, hits_b, strict=True))
-    n = len(pairs)
-    only_a = sum(bool(a) and not b for a, b in pairs)
-    only_b = sum(bool(b) and not a for a, b in pairs)
+    nets = [int(bool(a)) - int(bool(b)) for a, b in zip(hits_a, hits_b, strict=True)]
+    n, only_a, only_b = len(nets), nets.count(1), nets.count(-1)
     p_a, p_b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
-    half = Z * math.sqrt((p_a + p_b - (p_a - p_b) ** 2) / (n + 2))
+    variance = (p_a + p_b - (p_a - p_b) ** 2) / (n + 2) * design_effect(nets, users)
+    half = Z * math.sqrt(variance)
+    of_user: dict[Hashable, int] = collections.defaultdict(int)
+    for net, user in zip(nets, users, strict=True):
+        of_user[user] += net
     return Difference(
         value=(only_a - only_b) / n,
         low=max(-1.0, p_a - p_b - half),
         high=min(1.0, p_a - p_b + half),
-        p=mcnemar(only_a, only_b),
+        p=exchanged(list(of_user.values())),
         only_a=only_a,
         only_b=only_b,
         n=n,
     )
 
 
-def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p-value of McNemar's test (1947, doi 10.1007/BF02295996)."""
-    n = only_a + only_b
-    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
-    # Integers: 2**n is beyond a float's range for n > 1023.
-    return min(1.0, 2 * tail / 2**n)
+def exchanged(nets: Sequence[int]) -> float:
+    """Exact two-sided p-value: how often a sum so far from 0 comes of exchanging the systems.
+
+    `nets` are, user by user, the hits of one system less those of the other. Were the systems
+    equal, each could as well have the other sign (Fisher's randomisation test). Where each user
+    has one example, that is McNemar's exact test (1947, doi 10.1007/BF02295996).
+    """
+    reach = sum(map(abs, nets))
+    share = np.zeros(2 * reach + 1)  # of all exchanges, by the sum that they give: [-reach, reach]
+    share[reach] = 1.0
+    for net in map(abs, nets):
+        if net:
+            share = (np.roll(share, net) + np.roll(share, -net)) / 2  # nothing passes the ends
+    distance = np.abs(np.arange(-reach, reach + 1))
+    return min(1.0, float(share[distance >= abs(sum(nets))].sum()))

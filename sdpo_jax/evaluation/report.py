@@ -10,7 +10,7 @@ from sdpo_jax.config import method
 from sdpo_jax.errors import InputError
 from sdpo_jax.evaluation import metrics
 from sdpo_jax.evaluation.markdown import plain
-from sdpo_jax.evaluation.results import DECODERS, SYSTEMS, read_predictions, read_results
+from sdpo_jax.evaluation.results import DECODERS, SYSTEMS, read_predictions, read_results, users_of
 from sdpo_jax.training.metrics import read_metrics
 from sdpo_jax.workdir import stage_result
 
@@ -155,11 +155,11 @@ def differences(run: SimpleNamespace, rows: Sequence[Row]) -> list[list[str]]:
 
 def paired(a: dict[str, Any], b: dict[str, Any]) -> metrics.Difference | None:
     """The difference of HR@1 on the rows that both evaluations have; None if there is none."""
-    hits_a, hits_b = ({p["row"]: p["hit"] for p in read_predictions(s)} for s in (a, b))
-    rows = sorted(hits_a.keys() & hits_b.keys())
-    if not rows:
+    of_a, of_b = ({p["row"]: p for p in read_predictions(s)} for s in (a, b))
+    if not (rows := sorted(of_a.keys() & of_b.keys())):
         return None
-    return metrics.paired_difference([hits_a[r] for r in rows], [hits_b[r] for r in rows])
+    hits_a, hits_b = ([of_row[row]["hit"] for row in rows] for of_row in (of_a, of_b))
+    return metrics.paired_difference(hits_a, hits_b, users_of(of_a[row] for row in rows))
 
 
 def render(run: SimpleNamespace, split: str, rows: Sequence[Row], picture: str | None) -> str:
@@ -174,13 +174,17 @@ def render(run: SimpleNamespace, split: str, rows: Sequence[Row], picture: str |
         "\n".join(markdown(cells)),
         "HR@1 greedy and valid are the paper's: the generation names exactly one candidate. "
         "HR@5, NDCG@10 and MRR rank the candidates by log-probability. Reward accuracy is on the "
-        f"{plain(run.config.validation_split)} split. Intervals are Wilson's and take windows as "
-        "independent. Evaluation seconds are per decoder, in the order of the columns.",
+        f"{plain(run.config.validation_split)} split. Intervals are Wilson's, wider where windows "
+        "of one user are alike. Evaluation seconds are per decoder, in the order of the columns.",
     ]
     compared = differences(run, rows)
     if len(compared) > 1:
-        parts += ["## Paired differences", "\n".join(markdown(compared)),
-                  "Interval: Bonett & Price; p: McNemar's exact test, two-sided."]  # fmt: skip
+        parts += [
+            "## Paired differences",
+            "\n".join(markdown(compared)),
+            "Interval: Bonett & Price, with the same care for users; p: exact test, two-sided, "
+            "of exchanging the systems user by user (McNemar's where each has one window).",
+        ]
     if picture:
         parts.append(f"![training curves]({picture})")
     return "\n\n".join(parts) + "\n"

@@ -24,34 +24,35 @@ from sdpo_jax.workdir import write_json
 SYSTEMS = ("random", "popularity", "gru4rec", "caser", "sasrec", "morec", "chatrec")
 # How they choose: among a window's candidates, or among all items. Both rank, as `score` does.
 RANKINGS = ("candidates", "catalogue")
+INTERVAL = ("two numbers", lambda value: files.list_of(NUMBER)[1](value) and len(value) == 2)
 # Stage, step, decoder and split are also parts of names of files.
 SUMMARY = {
     "stage": one_of("base", *STAGES, *SYSTEMS), "step": COUNT,
     "decoder": one_of(*DECODERS, *RANKINGS),
     "split": one_of(*SPLITS), "n": POSITIVE, "hit_ratio_at_1": SHARE, "seconds?": NUMBER,
-    "hit_ratio_at_1_ci95?": (
-        "two numbers", lambda value: files.list_of(NUMBER)[1](value) and len(value) == 2
-    ),
+    "hit_ratio_at_1_ci95?": INTERVAL, "valid_ratio_ci95?": INTERVAL, "users?": POSITIVE,
     "candidates?": POSITIVE,
     **dict.fromkeys(
         ("valid_ratio?", "hit_ratio_at_5?", "hit_ratio_at_10?", "ndcg_at_5?", "ndcg_at_10?",
          "mrr?"), SHARE
     ),
 }  # fmt: skip
-PREDICTION = {"row": COUNT, "hit": ("true or false", lambda value: type(value) is bool)}
+PREDICTION = {
+    "row": COUNT, "hit": ("true or false", lambda value: type(value) is bool),
+    "user?": ("a number or a text", lambda value: type(value) in (int, str)),
+}  # fmt: skip
 AGAIN = "remove it and evaluate again"
 Prediction = dict[str, Any]
 
 
 def summarise(decoder: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Metrics over all predictions; those of ranks only for decoders that rank."""
-    n, hits = len(predictions), sum(p["hit"] for p in predictions)
-    summary = {
-        "hit_ratio_at_1": hits / n,
-        "hit_ratio_at_1_ci95": list(metrics.wilson(hits, n)),
-        "valid_ratio": sum(p["valid"] for p in predictions) / n,
-        "n": n,
-    }
+    n, users = len(predictions), users_of(predictions)
+    summary = {"n": n, "users": len(set(users))}
+    for key, name in (("hit", "hit_ratio_at_1"), ("valid", "valid_ratio")):
+        values = [p[key] for p in predictions]
+        interval = metrics.wilson(sum(values), n, metrics.design_effect(values, users))
+        summary |= {name: sum(values) / n, f"{name}_ci95": list(interval)}
     if decoder in ("score", *RANKINGS):
         ranks = [p["rank"] for p in predictions]
         summary |= {
@@ -62,6 +63,11 @@ def summarise(decoder: str, predictions: Sequence[Prediction]) -> dict[str, Any]
             "mrr": metrics.mean([metrics.reciprocal_rank(rank) for rank in ranks]),
         }
     return summary
+
+
+def users_of(predictions: Iterable[Prediction]) -> list[Any]:
+    """Whose window each is; each that does not tell is taken as of a user of its own."""
+    return [prediction.get("user", (prediction["row"],)) for prediction in predictions]
 
 
 def result_path(folder: Path, stage: str, step: int, decoder: str) -> Path:

@@ -27,11 +27,13 @@ LEGEND = (
     "HR@1 and valid are the paper's metric: what the model says names exactly one of the "
     "candidates, and it is the target. Systems that rank take their first candidate. HR@1 by score "
     "is that of the candidate with the highest log-probability.",
-    "Intervals are of 95%: Wilson's of ratios, which takes windows as independent, and Bonett & "
-    "Price's of differences, on the windows that both systems have; p is McNemar's exact test. The "
+    "Intervals are of 95%: Wilson's of ratios, Bonett & Price's of differences, on the windows "
+    "that both systems have, wider where windows of one user are alike; p is that of exchanging "
+    "the systems user by user, McNemar's exact test where each user has one window. The "
     f"S-DPO that others are compared with has K = {cells.K} and beta = {cells.BETA:g}.",
     "Step is the checkpoint with the lowest validation loss; at step 0 training never lowered it, "
-    "and the row is what it started from.",
+    "and the row is what it started from. That of a network is the epoch with the highest HR@1 on "
+    "validation.",
     "The paper's figures are on candidates that its authors drew, ours on those that the protocol "
     "tells; “–”: not there.",
 )
@@ -118,7 +120,7 @@ def _difference(d: metrics.Difference) -> tuple[str, str]:
 def interval(summary: Summary, key: str) -> pictures.Interval:
     """A ratio of the summary with its interval."""
     value, n = summary[key], summary["n"]
-    return value, *metrics.wilson(value * n, n)
+    return value, *(summary.get(f"{key}_ci95") or metrics.wilson(value * n, n))
 
 
 def _ratio(summary: Summary | None, key: str) -> str:

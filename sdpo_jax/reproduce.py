@@ -24,13 +24,24 @@ from absl import flags
 from sdpo_jax.errors import InputError, run_command, shown
 from sdpo_jax.files import TEXT, check_keys, read_json
 from sdpo_jax.reproduction import page
-from sdpo_jax.reproduction.cells import BACKBONES, DATASETS, SCALES, TARGETS, Study, left_out, plan
+from sdpo_jax.reproduction.cells import (
+    BACKBONES,
+    DATASETS,
+    KEYS,
+    SCALES,
+    TARGETS,
+    Study,
+    left_out,
+    plan,
+)
 from sdpo_jax.reproduction.document import to_html, to_markdown
 from sdpo_jax.reproduction.running import Stopped, pasted, run
 from sdpo_jax.workdir import write_json
 
 ASKED = "reproduce.json"  # what was asked for in a folder so far
 FIXED = ("scale", "model", "options")  # all figures of a page are of the same
+# Once given, cells are made with it: only what was not given can be added.
+ADDED = ("lastfm", "goodreads", *BACKBONES, "endpoint", "chat_model")
 
 
 def reproduce(workdir: str | Path, asked: Mapping[str, Any], dry_run: bool = False) -> bool:
@@ -70,15 +81,16 @@ def reproduce(workdir: str | Path, asked: Mapping[str, Any], dry_run: bool = Fal
 def merged(root: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     """`asked` together with what was asked for before in the same folder.
 
-    Raises InputError where that was of another scale, model or options.
+    Raises InputError where that was of another scale, model, options, source or endpoint.
     """
     if not os.path.lexists(root / ASKED):
         return dict(asked)
     advice = "restore it or choose another --workdir"
     before = read_json(root / ASKED, f"expected what was asked for: {advice}")
     check_keys(root / ASKED, before, {key: TEXT for key in asked} | {"wanted": WANTED}, advice)
-    for key in FIXED:
-        if before[key] != asked[key]:
+    for key in (*FIXED, *ADDED):
+        given = key in FIXED or (before[key] and asked[key])
+        if given and before[key] != asked[key]:
             raise InputError(
                 f"--{key}: found {shown(asked[key])}, expected {shown(before[key])} as in "
                 f"{root / ASKED}: give that, or another --workdir"
@@ -117,10 +129,28 @@ def study_of(root: Path, asked: Mapping[str, Any]) -> Study:
             "from the root of the clone"
         )
     return Study(
-        root, scale, asked["model"], tuple(shlex.split(asked["options"])),
+        root, scale, asked["model"], options_of(asked["options"]),
         {name: asked[name] for name in ("lastfm", "goodreads")},
         {name: asked[name] for name in BACKBONES}, asked["endpoint"], asked["chat_model"],
     )  # fmt: skip
+
+
+def options_of(text: str) -> tuple[str, ...]:
+    """Raises InputError where they cannot be read, or would make one cell into another."""
+    try:
+        options = tuple(shlex.split(text))
+    except ValueError as error:
+        raise InputError(
+            f"--options: found {text!r} ({error}), expected what a shell takes"
+        ) from error
+    for option in options:
+        key = option.removeprefix("--config.").partition("=")[0]
+        if not option.startswith("--config.") or "=" not in option or key in KEYS:
+            raise InputError(
+                f"--options: found {option!r}, expected --config.KEY=VALUE, and none of the keys "
+                f"that make a cell what it is ({', '.join(KEYS)}): leave it out"
+            )
+    return options
 
 
 def write_page(

@@ -88,9 +88,10 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
         announce(config, run, model, encoder)
         for stage in stages:
             lora = stage.run(lora)
+    base = [] if config.item_vectors else ["base"]  # which cannot read them
     print(
         f"next: python -m sdpo_jax.evaluate --workdir={run} "
-        f"--stage=base,{','.join(config.stages)} --decoder=greedy,score\n"
+        f"--stage={','.join([*base, *config.stages])} --decoder=greedy,score\n"
         f"      python -m sdpo_jax.report --workdir={run}"
     )
 

@@ -130,6 +130,12 @@ def test_the_floor_is_where_it_must_be(folder, tmp_path):
     }  # fmt: skip
 
 
+def test_a_training_that_diverges_is_told_and_nothing_is_kept(folder, tmp_path):
+    with pytest.raises(InputError, match="L2 nan, epoch 1: found a loss of nan"):
+        run("gru4rec", folder, tmp_path, settings=dataclasses.replace(QUICK, l2=(float("nan"),)))
+    assert not [*tmp_path.rglob("*.safetensors")] and not (tmp_path / "eval").exists()
+
+
 def test_an_option_may_be_written_with_hyphens(folder, tmp_path):
     command = [
         "-m", "sdpo_jax.baselines", "--model=popularity", f"--dataset={folder}",

@@ -110,12 +110,13 @@ def test_training_goes_from_texts_to_hybrid_prompts():
     assert not any(hybrid for _, hybrid in curriculum(range(9), False, True, 0))
 
 
-def test_a_run_with_item_vectors_trains_resumes_and_is_evaluated(config, tmp_path):
+def test_a_run_with_item_vectors_trains_resumes_and_is_evaluated(config, tmp_path, capsys):
     settings = fit.Settings(epochs=1, l2=(1e-6,))
     run_baseline("sasrec", config.dataset, tmp_path / "b", settings=settings)
     config.item_vectors = str(tmp_path / "b" / "baselines" / "sasrec.safetensors")
     config.stages, config.mesh.data = ("sft",), -1
     train(config, tmp_path / "run", NEVER)
+    assert "--stage=sft --decoder" in capsys.readouterr().out  # the base cannot read vectors
     (summary,) = evaluate(tmp_path / "run", ["sft"], decoders=["score"])
     assert summary["n"] == 12
     train(config, tmp_path / "run", NEVER)  # finished: the fingerprints fit

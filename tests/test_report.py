@@ -113,6 +113,23 @@ def test_windows_that_only_one_evaluation_has_are_left_out(run):
     assert rows["S-DPO", "30"][9] == "10/40"
 
 
+def test_a_system_trained_again_is_shown_whatever_its_older_catalogue_says(run):
+    add(run, "sasrec", 30, np.arange(N) < 3, "catalogue")
+    add(run, "sasrec", 12, np.arange(N) < 10, "candidates")
+    rows = rows_of(report(run))
+    assert rows["SASRec", "12"][4].startswith("0.250")
+    assert ("S-DPO – SASRec", "score") in rows
+
+
+def test_windows_of_one_user_that_agree_widen_the_interval():
+    records = [{"row": i, "user": i // 4, "hit": i // 4 < 3, "valid": True} for i in range(N)]
+    alike, apart = (results.summarise("greedy", found) for found in (
+        records, [record | {"user": record["row"]} for record in records]))  # fmt: skip
+    assert (alike["users"], apart["users"]) == (10, 40)
+    widths = [np.ptp(found["hit_ratio_at_1_ci95"]) for found in (alike, apart)]
+    assert widths[0] > 1.5 * widths[1]
+
+
 def test_other_systems_stand_above_the_stages_and_beside_s_dpo(run):
     add(run, "sasrec", 7, np.arange(N) < 10, "candidates")
     add(run, "sasrec", 7, np.arange(N) < 3, "catalogue")

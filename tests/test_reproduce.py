@@ -92,6 +92,25 @@ def test_all_that_is_tuned_on_preferences_starts_from_the_one_sft_stage(study):
     }
 
 
+@pytest.mark.parametrize("options", [
+    "--config.beta=2", "--config.lora.init_from=x", "'--config.microbatch=2", "--workdir=x", "2",
+])  # fmt: skip
+def test_options_that_would_make_a_cell_another_are_refused(options, tmp_path):
+    with pytest.raises(InputError, match=r"^--options: found "):
+        reproduce(tmp_path, asked("fig2", options=options), dry_run=True)
+
+
+def test_what_cells_were_made_with_is_added_once_and_never_changed(tmp_path):
+    first = asked("table3")
+    (tmp_path / "reproduce.json").write_text(json.dumps(first))
+    second = asked("table1", endpoint="http://localhost/v1", chat_model="weak")
+    reproduce(tmp_path, second, dry_run=True)
+    (tmp_path / "reproduce.json").write_text(json.dumps(second))
+    with pytest.raises(InputError, match="--chat_model: found 'strong', expected 'weak' as in"):
+        reproduce(tmp_path, second | {"chat_model": "strong"}, dry_run=True)
+    reproduce(tmp_path, first, dry_run=True)
+
+
 def test_a_scale_says_what_is_run(study):
     (smoke,) = (c for c in plan(study, {"fig2": ["movielens"]}) if c.folder.name == "sft")
     assert "--config=configs/movielens.py:smoke" in smoke.steps[0].command

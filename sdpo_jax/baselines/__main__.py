@@ -3,9 +3,10 @@
     python -m sdpo_jax.baselines --model=sasrec --dataset=runs/movielens/data --workdir=DIR
 
 Writes eval/<model>-candidates.json, with the keys of sdpo_jax.evaluate, and
-eval/<model>-catalogue.json, which ranks all items outside the history; the predictions lie beside
-each. In the workdir of a language model's run the report shows both on the same windows. `random`
-and `popularity` are the floor and need no training. The trained network is kept in baselines/.
+eval/<model>-catalogue.json, which ranks all items outside the window's history; the predictions
+lie beside each. In the workdir of a language model's run the report shows both on the same
+windows. `random` and `popularity` are the floor and need no training. The trained network is kept
+in baselines/.
 
 `morec` is SASRec over the titles, which a BERT encoder turns into vectors:
 
@@ -17,6 +18,7 @@ once; --train_encoder trains the encoder too and encodes all titles in each step
 without an accelerator.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -144,14 +146,16 @@ def _predictions(
 ) -> Iterator[results.Prediction]:
     """A prediction for each window: the first titles of the ranking, and the target's rank.
 
-    The catalogue's leaves out the items of the history, but for the target.
+    The catalogue's leaves out the items of the window's history, but for the target.
     """
     titles, items = list(data.titles.values()), np.arange(len(data.titles))
-    for row, history_T, among_X, target, scores_I in zip(
-        rows, found.history_NT, found.candidates_NC, found.target_N, scores_NI, strict=True
+    number = {item: n for n, item in enumerate(data.titles)}
+    for row, among_X, target, scores_I in zip(
+        rows, found.candidates_NC, found.target_N, scores_NI, strict=True
     ):
         if ranking == "catalogue":
-            among_X = np.setdiff1d(items, np.setdiff1d(history_T, target))
+            history = [number[item] for item in data.splits[split][row].history]
+            among_X = np.setdiff1d(items, np.setdiff1d(history, target))
         scores_X = scores_I[among_X]
         rank = metrics.target_rank(scores_X, place(among_X, target))
         first = among_X[np.argsort(-scores_X, kind="stable")[:SHOWN]]
@@ -164,6 +168,8 @@ def _predictions(
 
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
+    if wrong := [value for value in args.l2 if not math.isfinite(value)]:
+        raise InputError(f"--l2: found {wrong[0]}, expected a number: give one, as 1e-6")
     settings = fit.Settings(epochs=args.epochs, l2=tuple(args.l2), seed=args.seed)
     run(args.model, args.dataset, args.workdir, args.split, args.limit or 0, args.candidates_only,
         settings, morec.Text(args.encoder, args.train_encoder))  # fmt: skip

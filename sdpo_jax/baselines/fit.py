@@ -6,6 +6,7 @@ counts hits among a window's candidates, as the evaluation does.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import optax
 from flax import nnx
 
 from sdpo_jax.baselines.arrays import Arrays, place
+from sdpo_jax.errors import InputError
 from sdpo_jax.evaluation import metrics
 
 
@@ -124,7 +126,7 @@ def fit(
 ) -> Fitted:  # fmt: skip
     """The best of one training for each L2 weight; `report` hears a line of each epoch.
 
-    What of a network is no `nnx.Param` stays as it is.
+    What of a network is no `nnx.Param` stays as it is. Raises InputError where training diverges.
     """
     graphdef, first, frozen = nnx.split(recipe.make(nnx.Rngs(settings.seed)), nnx.Param, ...)
     optimizer = recipe.optimizer or optax.adam(settings.learning_rate)
@@ -156,8 +158,14 @@ def _until_no_better(first, epoch, optimizer, train, settings, l2, hit_ratio, re
         batches = _shuffled(train, order, settings.batch_size)
         key = jax.random.fold_in(jax.random.key(settings.seed), number)
         state, opt_state, loss = epoch(state, opt_state, key, l2, *batches)
+        loss = float(loss)
+        if not math.isfinite(loss):
+            raise InputError(
+                f"L2 {l2:g}, epoch {number}: found a loss of {loss}, expected a number: training "
+                "diverged: leave out this --l2"
+            )
         value = hit_ratio(state)
-        report(f"L2 {l2:g} epoch {number}: loss {float(loss):.4f}, validation HR@1 {value:.4f}")
+        report(f"L2 {l2:g} epoch {number}: loss {loss:.4f}, validation HR@1 {value:.4f}")
         if value > best[0]:
             best = (value, number, jax.tree.map(jnp.copy, state))
         if number - best[1] >= settings.patience:

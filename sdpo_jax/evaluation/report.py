@@ -53,7 +53,8 @@ def choose_rows(run: SimpleNamespace, split: str | None = None) -> tuple[str, li
             f"sdpo_jax.evaluate --workdir={run.path} --stage=base,sft,sdpo --decoder=greedy,score"
         )
     split = split or found[-1]["split"]
-    kept = [summary for summary in found if summary["split"] == split]
+    # The catalogue's ranking is no column of the table.
+    kept = [s for s in found if s["split"] == split and s["decoder"] != "catalogue"]
     if not kept:
         known = sorted({summary["split"] for summary in found})
         raise InputError(
@@ -61,10 +62,11 @@ def choose_rows(run: SimpleNamespace, split: str | None = None) -> tuple[str, li
         )
     rows = []
     for stage in names(run):
-        steps = {summary["step"] for summary in kept if summary["stage"] == stage}
+        steps = [summary["step"] for summary in kept if summary["stage"] == stage]
         if steps:
             best = (stage_result(run.path, stage) or {}).get("best_step")
-            step = best if best in steps else max(steps)
+            latest = steps[-1] if stage in SYSTEMS else max(steps)
+            step = best if best in steps else latest
             of_step = [s for s in kept if (s["stage"], s["step"]) == (stage, step)]
             # Another system's ranking of the candidates is what `score` is of a language model.
             decoders = {s["decoder"].replace("candidates", "score"): s for s in of_step}

@@ -17,6 +17,9 @@ DATASETS = {"movielens": "MovieLens-100K", "lastfm": "LastFM", "goodreads": "Goo
 DOMAIN = {"movielens": "movie", "lastfm": "music", "goodreads": "book"}
 BACKBONES = {"llama1": "LLaMA1-7B", "mistral": "Mistral-7B", "pythia": "Pythia-2.8B"}
 K, BETA = 3, 1.0  # [paper]
+# Keys of a config that make a training the one that its row names.
+KEYS = ("dataset", "model", "stages", "num_negatives", "beta", "objective", "lora.init_from",
+        "prompt_file", "item_vectors")  # fmt: skip
 DECODERS = ("greedy", "score")  # the paper's metric, and the ranking of all candidates
 
 
@@ -236,9 +239,13 @@ def llara(place: Place) -> Cell:
     return trained(place, "llara", "sft", ("sft",), (items,), item_vectors=vectors)
 
 
+LABELS = {"morec": "MoRec, frozen encoder"}
 # System -> its name, the stage that its figures are of, and its cell.
 ROWS: dict[str, tuple[str, str, Callable[[Place], Cell]]] = {
-    **{name: (NAMES[name], name, lambda place, name=name: network(place, name)) for name in MODELS},
+    **{
+        name: (LABELS.get(name, NAMES[name]), name, lambda place, name=name: network(place, name))
+        for name in MODELS
+    },
     "base": ("base model, zero-shot", "base", sft),
     "chatrec": ("ChatRec", "chatrec", chatrec),
     "tallrec": ("TALLRec", "sft", tallrec),

@@ -13,6 +13,7 @@ again: the same command goes on where it was stopped. In the workdir of a traini
 must be that run's, and `report` then has ChatRec beside its stages.
 """
 
+import collections
 import itertools
 import json
 import operator
@@ -73,7 +74,7 @@ def chatrec(
     todo = {key: request for key, request in zip(keys, requests, strict=True)
             if key not in asked_before}  # fmt: skip
     if todo:
-        with chat.Endpoint(endpoint, requests_per_minute) as server:
+        with chat.Endpoint(endpoint, requests_per_minute, answered=bool(used)) as server:
             _ask(server, path, list(todo.values()), used, parallel, prices)
     answers = {answer["key"]: answer for answer in used}
     predictions = [
@@ -94,12 +95,15 @@ def chatrec(
         "model": model,
         "endpoint": ", ".join(sorted({answer["endpoint"] for answer in used})),
         "parameters": given,
+        "finishes": dict(collections.Counter(answers[key]["finish"] for key in keys)),
         "prompts_fingerprint": prompts.fingerprint(_templates(data)),
         **_cost(used, prices),
     }
     written = results.write_result(Path(workdir) / "eval", summary, predictions)
     print(results.line(summary, written))
-    print(f"asked now: {len(todo)}, in all: {len(used)} ({_spent(used, prices)}), {path}")
+    ends = ", ".join(f"{n} {name}" for name, n in summary["finishes"].items())
+    print(f"asked now: {len(todo)}, in all: {len(used)} ({_spent(used, prices)}), ended by {ends}; "
+          f"{path}")  # fmt: skip
     return summary
 
 

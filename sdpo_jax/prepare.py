@@ -52,7 +52,7 @@ _PROTOCOL = {
     "goodreads": "ratings >= 3 of books with a title, cut at '('; users and books with 20 or more; "
     f"{_BY_TIME}",
     "stand-in": "goodbooks-10k's sequences and users per split, titles cut at '('; " + _LAST,
-    "csv": f"ratings >= 3, or all rows where there is no rating, {_BY_TIME}",
+    "csv": f"ratings >= 3, or all rows where there is no rating, of an item the first, {_BY_TIME}",
     "lastfm": "the authors' sequences and users per split; history 3 to 10 items; every window",
     "independent": "20 candidates: the target and 19 items of titles that differ from each other "
     "and from the history's, uniform, by (seed, split, row), independent of the target",
@@ -143,7 +143,8 @@ def _read(dataset: str, source: str | None):
     for name, rows in windows.items():
         if not rows:
             raise InputError(
-                f"{source or dataset}: found no window with 3 items of history in {name}, "
+                f"{source or dataset}: found no window with 3 items of history in {name} from "
+                f"{kept:,} interactions kept (rating >= 3, of an item the first) of {raw:,}, "
                 "expected at least one: give a source with more users and interactions"
             )
     for item, title in found.titles.items():
@@ -222,6 +223,8 @@ def _note(meta: dict) -> str:
         return "(a stand-in of goodbooks-10k: the paper's sequences are not public)"
     least = "; users and books with 20 or more" if meta["dataset"] == "goodreads" else ""
     raw = meta["counts"]["interactions_in_source"]
+    if meta["dataset"] == "csv":
+        return f"(interactions: {meta['protocol'].partition(' by time')[0]}; of {raw:,})"
     return f"(interactions: rating >= 3{least}; of {raw:,} in the source)"
 
 

@@ -237,7 +237,25 @@ def test_on_independent_candidates_the_look_up_does_no_better_than_popularity(tm
     write_dataset(tmp_path / "data", Dataset("movie", titles, splits, {}))
     for at in leakcheck.leakcheck(str(tmp_path / "data")).values():
         assert at["lookup_hit_ratio_at_1"] < at["popularity_hit_ratio_at_1"] + 0.05
-        assert leakcheck.warnings_of(at) == []
+        assert at["order_hit_ratio_at_1"] is None and leakcheck.warnings_of(at) == []
+
+
+def test_sequences_of_one_order_are_told_however_candidates_are_drawn(tmp_path):
+    """As LastFM's, which were sorted by artist."""
+    rng = np.random.default_rng(2)
+    found = [sorted(rng.choice(400, 5, replace=False).tolist()) for _ in range(3000)]
+    rows = [Window(n, tuple(row[:4]), (), row[4]) for n, row in enumerate(found)]
+    titles = {i: f"title {i}" for i in range(400)}
+    splits = {
+        name: candidates.independent(part, titles, 0, name)
+        for name, part in (("train", rows[:2600]), ("val", rows[2600:2800]), ("test", rows[2800:]))
+    }
+    write_dataset(tmp_path / "data", Dataset("music", titles, splits, {}))
+    at = leakcheck.leakcheck(str(tmp_path / "data"))["test"]
+    chosen = [min((c for c in w.candidates if c > w.history[-1]), default=None) == w.target
+              for w in splits["test"]]  # fmt: skip
+    assert at["order_hit_ratio_at_1"] == pytest.approx(np.mean(chosen), abs=0.05)
+    assert "all training sequences follow one order of the items" in leakcheck.warnings_of(at)[0]
 
 
 def test_the_look_up_counts_common_candidates_and_then_popularity():

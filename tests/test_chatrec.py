@@ -189,6 +189,22 @@ def test_a_server_that_is_busy_is_asked_again_at_the_pace(server, ask):
     assert server.times[-1] - server.times[0] >= 0.95 * 6 * 60 / 1200
 
 
+def test_a_window_that_is_refused_is_invalid_and_stops_nothing(server, ask, dataset_folder, capfd):
+    """As by a content filter, or for a prompt beyond the context."""
+    refused = list(windows_of(dataset_folder))[3]
+
+    def reply(text):
+        return (
+            (400, {}, '{"error": {"message": "filtered"}}') if text == refused else completion("")
+        )
+
+    server.reply = reply
+    summary = ask()
+    assert summary["n"] == 12 and summary["finishes"] == {"stop": 11, "refused": 1}
+    assert "ended by 11 stop, 1 refused" in capfd.readouterr().out
+    assert ask() == summary and len(server.sent) == 12
+
+
 def told(status: int, text: str, **headers):
     return lambda _: (status, {"Retry-After-Ms": "1"} | headers, text)
 
@@ -202,9 +218,14 @@ def told(status: int, text: str, **headers):
         (told(400, '"no temperature"'), "400 .*no temperature.* see --model and --parameters"),
         (told(429, ""), r"429 \(nothing\), .* --requests_per_minute and run this again"),
         (told(500, "<p>\noops"), "500 .*oops"),
+        (told(429, "", **{"Retry-After": "300"}), "run this again in 300 seconds, as it says"),
         (told(200, "<html>", **{"Content-Type": "text/html"}), "found <html>, expected a chat"),
         (told(200, "[1]"), r"found \[1\], expected a chat completion"),
         (told(200, '{"choices": []}'), "expected a chat completion"),
+        (
+            told(200, '{"choices": [{"message": {"content": ""}, "finish_reason": "error"}]}'),
+            "an answer that is an error",
+        ),
         (told(200, '{"choices": [{"message": {"content": 7}}]}'), "expected a chat completion"),
         (told(200, "[" * 100_000), "expected a chat completion"),
         (told(200, ""), "found nothing, expected a chat completion"),

@@ -1,6 +1,7 @@
 """A CSV file of one's own: its forms, its protocol, and the line of each error."""
 
 import os
+import re
 
 import pytest
 
@@ -40,6 +41,18 @@ def test_a_csv_file_follows_the_protocol_of_movielens(tmp_path):
         prepare("csv", source, str(tmp_path / "out"))
 
 
+def test_of_several_interactions_with_an_item_the_first_counts(tmp_path):
+    """Else the target stands in its history, and no other candidate does."""
+    once, file = write_csv(tmp_path / "once.csv"), tmp_path / "twice.csv"
+    head, *rows = once.read_text().splitlines()
+    later = [re.sub(r",(\d+),(\d)$", lambda m: f",{int(m[1]) + 9999},{m[2]}", row) for row in rows]
+    file.write_text("\n".join([head, *rows, *rows, *later]))
+    for source in (once, file):
+        prepare("csv", str(source), str(tmp_path / source.stem))
+    read = [read_dataset(tmp_path / name) for name in ("once", "twice")]
+    assert read[0].splits == read[1].splits
+
+
 def test_columns_may_be_in_any_order_quoted_and_with_a_byte_order_mark(tmp_path):
     (tmp_path / "my.csv").write_bytes(
         "\ufefftitle, timestamp,extra,user,item\r\n"
@@ -75,6 +88,9 @@ def test_columns_may_be_in_any_order_quoted_and_with_a_byte_order_mark(tmp_path)
         (f"{HEADER}\na,b,c,1,nan\n", ":2: found rating 'nan', expected a number"),
         (f"{HEADER}\na,b,c,1,\n", ":2: found rating '', expected a number"),
         (f"{HEADER}\na,b,c,inf,5\n", ":2: found timestamp 'inf', expected a number or ISO 8601"),
+        (f"{HEADER}\na,b,c,1_580,5\n", ":2: found timestamp '1_580'"),
+        (f"{HEADER}\na,b,c,1,5\na,d,e,2001-09-09,5\n", ":3: found timestamp '2001-09-09', ISO"),
+        ("user,item,title,timestamp,Rating\n", ":1: found column 'Rating', expected rating, in"),
         (f"{HEADER}\na,b,c,12/30/1999,5\n", ":2: found timestamp '12/30/1999'"),
         (f"{HEADER}\na,b,c,1,5\n\nz,b,d,1,5\n", ":4: found item 'b' with the title 'd', expected"),
         (f'{HEADER}\na,b,"c,1,5\n', ":2: found no CSV (unexpected end of data)"),

@@ -17,16 +17,19 @@ Splits = dict[str, dict[User, list[int]]]
 
 
 def by_user(interactions: Iterable[Interaction]) -> dict[User, list[int]]:
-    """user -> item ids with rating >= 3, by time; users by their first such interaction.
+    """user -> item ids with rating >= 3, by time, each once; users by their first interaction.
+
+    Of several interactions with an item the first counts. What a history shows is never a negative,
+    so a later one could be told without a model: the candidate that the history has.
 
     The sort is stable. GroupLens shuffled u.data, so ties in time stay in a random order; a
     tie-break by item id would put a pattern into the sequences.
     """
     kept = [row for row in interactions if row[2] >= MIN_RATING]
-    sequences: dict[User, list[int]] = {}
+    sequences: dict[User, dict[int, None]] = {}
     for user, item, _, _ in sorted(kept, key=lambda row: row[3]):
-        sequences.setdefault(user, []).append(item)
-    return sequences
+        sequences.setdefault(user, {})[item] = None
+    return {user: list(items) for user, items in sequences.items()}
 
 
 def split_users(sequences: dict[User, list[int]]) -> Splits:

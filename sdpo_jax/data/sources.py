@@ -80,6 +80,9 @@ def _user_and_items(
         raise raw.bad(where, shown(items), "a list of item ids")
     if unknown := [item for item in items if item not in titles]:
         raise raw.bad(where, f"item {unknown[0]}", f"an id of {id2name}")
+    if len(set(items)) < len(items):
+        twice = next(item for n, item in enumerate(items) if item in items[:n])
+        raise raw.bad(where, f"item {twice} twice", "each item of a user once, the first time")
     return user, items
 
 

@@ -20,11 +20,13 @@ def read_csv(path: Path) -> Ratings:
     """A CSV file with the columns user, item, title, timestamp and, if there is one, rating.
 
     Users are kept as they are written; items are numbered by their first appearance. Without
-    ratings every row counts. Raises InputError naming file and line.
+    ratings every row counts. All timestamps are numbers, or all ISO 8601. Raises InputError naming
+    file and line.
     """
     ids: dict[str, int] = {}
     titles: dict[int, str] = {}
     interactions: list[Interaction] = []
+    numbers = None
     for where, row in _rows(path):
         item = ids.setdefault(row["item"], len(ids))
         title = titles.setdefault(item, row["title"])
@@ -32,7 +34,13 @@ def read_csv(path: Path) -> Ratings:
             found = f"item {shown(row['item'])} with the title {shown(row['title'])}"
             raise raw.bad(where, found, f"{shown(title)} as in its first line")
         rating = raw.number(where, "rating", row["rating"]) if "rating" in row else MIN_RATING
-        interactions.append((row["user"], item, rating, _seconds(where, row["timestamp"])))
+        seconds, number = _seconds(where, row["timestamp"])
+        if numbers not in (None, number):
+            forms = ("ISO 8601", "a number") if number else ("a number", "ISO 8601")
+            found = f"timestamp {shown(row['timestamp'])}, {forms[1]}"
+            raise raw.bad(where, found, f"{forms[0]} as in the lines before")
+        numbers = number
+        interactions.append((row["user"], item, rating, seconds))
     return Ratings(titles, interactions, raw.file_digests(path))
 
 
@@ -69,6 +77,8 @@ def _places(path: Path, header: list[str]) -> dict[str, int]:
         if count > 1 or (count == 0 and name != "rating"):
             found = f"{count} columns {name!r} in {shown(header)}"
             raise raw.bad(f"{path}:1", found, f"one of each of {', '.join(COLUMNS)}")
+    if odd := [name for name in header if name.lower() == "rating" != name]:
+        raise raw.bad(f"{path}:1", f"column {shown(odd[0])}", "rating, in small letters")
     return {name: header.index(name) for name in (*COLUMNS, "rating") if name in header}
 
 
@@ -80,17 +90,17 @@ def _check(where: str, row: dict[str, str]) -> None:
         raise raw.bad(where, f"title {shown(row['title'])}", "one line of text")
 
 
-def _seconds(where: str, text: str) -> float:
-    """A number as it is; ISO 8601 in seconds since 1970, without a zone in UTC."""
+def _seconds(where: str, text: str) -> tuple[float, bool]:
+    """A number as it is; ISO 8601 in seconds since 1970, without a zone in UTC; which it was."""
     try:
-        number = float(text)
+        number = math.nan if "_" in text else float(text)
     except ValueError:
         number = math.nan
     if math.isfinite(number):
-        return number
+        return number, True
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
         expected = "a number or ISO 8601 (2026-11-24T12:30:00Z)"
         raise raw.bad(where, f"timestamp {shown(text)}", expected) from error
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp(), False

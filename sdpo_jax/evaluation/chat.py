@@ -23,8 +23,11 @@ from urllib.parse import urlsplit
 from sdpo_jax.errors import InputError
 from sdpo_jax.files import COUNT, NUMBER, TEXT, check_keys, parse_json, read_text
 
-RETRIES = 6  # after 0.5, 1, 2, 4, 8, 8 seconds, or as long as the server asks for
+# After 0.5, 1, 2, 4, 8, 8, … seconds, or as long as the server asks for, up to two minutes: in all
+# over the minute for which most servers count requests.
+RETRIES = 12
 TIMEOUT = 300.0  # seconds for one answer: a large model on a small machine reads slowly
+UNFIT = (400, 413, 422)  # statuses by which a server says that a request is not for it
 ANSWER = {
     "key": TEXT, "endpoint": TEXT, "text": TEXT, "finish": TEXT,
     "tokens_in?": COUNT, "tokens_out?": COUNT, "seconds": NUMBER,
@@ -47,13 +50,15 @@ class Endpoint:
 
     The openai client repeats what failed for a while (status 408, 409, 429, 5xx, a broken
     connection). Every request sent counts for `requests_per_minute` (0: no limit), repeated ones
-    too. The key is read from OPENAI_API_KEY and appears in no message.
+    too. The key is read from OPENAI_API_KEY and appears in no message. Once a request was answered,
+    one that the server will not take (a filter, too long a prompt) has an empty answer, whose
+    `finish` is "refused".
 
     Raises InputError for a key that is none, and without the package openai.
     """
 
-    def __init__(self, url: str, requests_per_minute: int = 0):
-        self._url, self._key = url, _key()
+    def __init__(self, url: str, requests_per_minute: int = 0, answered: bool = False):
+        self._url, self._key, self._answered = url, _key(), answered
         try:
             import openai
         except ImportError as error:
@@ -94,15 +99,20 @@ class Endpoint:
                 model=request["model"], messages=request["messages"], extra_body=extra
             )
         except self._openai.APIStatusError as error:
+            if self._answered and error.status_code in UNFIT:
+                return self._answer(request, {"text": "", "finish": "refused"})
             raise self._refused(error) from error
         except self._openai.OpenAIError as error:
             raise InputError(
                 f"{self._url}: found no answer ({self._plain(error.__cause__ or error)}), expected "
                 "an OpenAI-compatible server: start it or correct --endpoint, then run this again"
             ) from error
-        return {"key": key_of(request), "endpoint": self._url} | self._parse(
-            response.http_response.text
-        )
+        answer = self._answer(request, self._parse(response.http_response.text))
+        self._answered = True
+        return answer
+
+    def _answer(self, request: Request, said: Answer) -> Answer:
+        return {"key": key_of(request), "endpoint": self._url} | said
 
     def _refused(self, error: Any) -> InputError:
         status = error.status_code
@@ -117,9 +127,11 @@ class Endpoint:
                 f"or --model, which {self._url.rstrip('/')}/models lists"
             )
         if status in (408, 409, 429) or status >= 500:
+            wait = error.response.headers.get("retry-after")
+            later = f"in {self._plain(wait)} seconds, as it says" if wait else "later"
             return Busy(
-                f"{self._url}: {found} an answer after {RETRIES} repeats: lower --parallel or "
-                "--requests_per_minute and run this again; what was answered is kept"
+                f"{self._url}: {found} an answer: lower --parallel or --requests_per_minute and "
+                f"run this again {later}; what was answered is kept"
             )
         return InputError(f"{self._url}: {found} an answer: see --model and --parameters")
 
@@ -127,6 +139,11 @@ class Endpoint:
         try:
             body = json.loads(text)
             choice, usage = body["choices"][0], body.get("usage") or {}
+            if choice.get("error") or choice.get("finish_reason") == "error":
+                raise Busy(
+                    f"{self._url}: found an answer that is an error ({self._plain(choice)}), "
+                    "expected a chat completion: run this again later; what was answered is kept"
+                )
             said = choice["message"]["content"] or ""  # null: it refused, or thought too long
             texts = {"text": said, "finish": str(choice.get("finish_reason"))}
             # Half of a surrogate pair could not be written.

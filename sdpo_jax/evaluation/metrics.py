@@ -11,6 +11,7 @@ import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from scipy.special import stdtrit
 
 Z = 1.959963984540054  # the normal distribution's 0.975 quantile
 
@@ -69,18 +70,24 @@ def design_effect(values: Sequence[float], users: Sequence[Hashable]) -> float:
     """Variance of the mean of `values`, users being drawn, over that of independent examples.
 
     With G users: G/(G-1) sum_g (sum_{i of g} (x_i - mean))^2 / n^2, over s^2/n; Kish 1965, Survey
-    Sampling. 1 where each user has one example, and never less than 1: by chance few users may
-    seem more alike than independent examples are.
+    Sampling. For few users times the square of the quantile of Student's t, G-1 degrees of freedom,
+    over that of the normal distribution. 1 where each user has one example. Never less than 1, as
+    by chance few users may seem more alike than independent examples are, nor more than n: then
+    all examples tell as much as one.
     """
     n, centre = len(values), mean(values)
     of_user: dict[Hashable, float] = collections.defaultdict(float)
     for value, user in zip(values, users, strict=True):
         of_user[user] += value - centre
     G, squares = len(of_user), math.fsum((value - centre) ** 2 for value in values)
-    if G < 2 or not squares:
+    if n == G:
         return 1.0
+    if G < 2:
+        return float(n)
+    few = (float(stdtrit(G - 1, 0.975)) / Z) ** 2
     between = math.fsum(total**2 for total in of_user.values())
-    return max(1.0, G / (G - 1) * between / squares * (n - 1) / n)
+    alike = G / (G - 1) * between / squares * (n - 1) / n if squares else 1.0
+    return min(max(1.0, alike) * few, float(n))
 
 
 def wilson(successes: float, n: float, effect: float = 1.0) -> tuple[float, float]:

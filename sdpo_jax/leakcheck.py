@@ -103,7 +103,7 @@ def one_order(windows: Arrays, items: int) -> np.ndarray | None:
         order = list(sorter.static_order())
     except graphlib.CycleError:
         return None
-    order_I = np.full(items, np.nan)
+    order_I = np.full(items + 1, np.nan)  # the last is the padding's, of an empty history
     order_I[order] = range(len(order))
     return order_I
 

@@ -43,8 +43,8 @@ SCALES = {
     ),
     "small": Scale(
         "Not the paper's setting: a small language model that sees some hundred training windows "
-        "a stage, the networks see all. Where the model is the default one, prompts are in its chat "
-        "format, but for TALLRec's.",
+        "a stage, the networks see all. Prompts for the default model are in its chat format, but "
+        "for TALLRec's.",
         ":small", "test_all", 200, network=("--l2=1e-6",),
     ),
     "medium": Scale(

@@ -11,18 +11,11 @@ from configs import common
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    config = common.get_config()
+    config = common.small(common.get_config())
     config.dataset = "runs/quickstart/data"
-    config.model = "runs/quickstart/model"
-    # The model is an instruct model: it answers sooner, and ends sooner, in its own chat format.
-    config.prompt_file = "configs/prompts/movie-chatml.txt"
-    config.dtype, config.remat = "float32", "cheap"
-    config.batch_size, config.microbatch = 8, 4
-    config.lora.dropout = 0.0
-    config.clip = 1.0
-    config.sft.epochs = config.sdpo.epochs = 1
-    config.sft.max_steps, config.sft.learning_rate = 32, 1e-3
-    config.sdpo.max_steps, config.sdpo.learning_rate = 24, 6e-5
+    # The model's chat format as a prompt file, which leaves out its default system turn.
+    config.chat_template, config.prompt_file = False, "configs/prompts/movie-chatml.txt"
+    config.sft.max_steps, config.sdpo.max_steps = 32, 24
     config.validation_split, config.validation_windows = "val_all", 96
     config.eval_every, config.checkpoint_every = 24, 8
     return common.variant(config, arg, smoke=common.smoke, long=long)

@@ -53,7 +53,9 @@ _PROTOCOL = {
     f"{_BY_TIME}",
     "stand-in": "goodbooks-10k's sequences and users per split, titles cut at '('; " + _LAST,
     "csv": f"ratings >= 3, or all rows where there is no rating, of an item the first, {_BY_TIME}",
-    "lastfm": "the authors' sequences and users per split; history 3 to 10 items; every window",
+    "lastfm": "the authors' sequences and users per split, which follow one order of the artists "
+    "and not time, so the next candidate in that order scores HR@1 0.76; history 3 to 10 items; "
+    "every window",
     "independent": "20 candidates: the target and 19 items of titles that differ from each other "
     "and from the history's, uniform, by (seed, split, row), independent of the target",
     "released": "20 candidates as the authors released them: seeded by the target, so a look-up "

@@ -177,7 +177,8 @@ def render(run: SimpleNamespace, split: str, rows: Sequence[Row], picture: str |
         "HR@1 greedy and valid are the paper's: the generation names exactly one candidate. "
         "HR@5, NDCG@10 and MRR rank the candidates by log-probability. Reward accuracy is on the "
         f"{plain(run.config.validation_split)} split. Intervals are Wilson's, wider where windows "
-        "of one user are alike. Evaluation seconds are per decoder, in the order of the columns.",
+        "of one user are alike, but for reward accuracy's. Evaluation seconds are per decoder, in "
+        "the order of the columns.",
     ]
     compared = differences(run, rows)
     if len(compared) > 1:

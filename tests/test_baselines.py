@@ -206,7 +206,7 @@ def test_a_look_up_finds_the_target_where_candidates_depend_on_it(tmp_path):
 @pytest.mark.parametrize(("others", "said"), [
     # The target always comes first; negatives are items that are never a target.
     (range(100, 140), "the target stands at one place of the list in 1.000 of the windows"),
-    (range(140, 180), "popularity is right in 1.000 of the windows: negatives"),
+    (range(140, 180), "popularity is right in 1.000 of the windows, so negatives"),
 ])  # fmt: skip
 def test_lists_that_tell_the_target_otherwise_are_told(others, said, tmp_path):
     rng, titles = np.random.default_rng(1), {100 + i: f"title {i}" for i in range(80)}

@@ -1,5 +1,6 @@
 """Errors a person can cause, and the wrapper that turns them into one line and exit status 2."""
 
+import os
 import re
 import reprlib
 import sys
@@ -46,6 +47,9 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
             main(argv)
         except InputError as error:
             fail(error)
+        except BrokenPipeError:  # as of `| head`: whoever read the output has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
     app.run(guarded, flags_parser=_parse)
 

@@ -146,6 +146,17 @@ def test_an_option_may_be_written_with_hyphens(folder, tmp_path):
     assert written == ["popularity-candidates.json"]
 
 
+def test_output_that_nobody_reads_ends_without_a_traceback(folder, tmp_path):
+    """As `| head -1` does it, which is gone after the first line."""
+    command = ["-m", "sdpo_jax.baselines", "--model=popularity", f"--dataset={folder}"]
+    with subprocess.Popen(
+        [sys.executable, *command, f"--workdir={tmp_path}"], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(120)) == ("", 1)
+
+
 def test_what_is_written_has_the_keys_of_an_evaluation(folder, tmp_path):
     run("popularity", folder, tmp_path)
     summary = json.loads((tmp_path / "eval" / "popularity-candidates.json").read_text())
@@ -243,7 +254,8 @@ def test_on_independent_candidates_the_look_up_does_no_better_than_popularity(tm
 def test_sequences_of_one_order_are_told_however_candidates_are_drawn(tmp_path):
     """As LastFM's, which were sorted by artist."""
     rng = np.random.default_rng(2)
-    found = [sorted(rng.choice(400, 5, replace=False).tolist()) for _ in range(3000)]
+    starts, steps = rng.integers(0, 380, 3000), rng.integers(1, 5, (3000, 4))
+    found = [np.cumsum([a, *more]).tolist() for a, more in zip(starts, steps, strict=True)]
     rows = [Window(n, tuple(row[:4]), (), row[4]) for n, row in enumerate(found)]
     titles = {i: f"title {i}" for i in range(400)}
     splits = {

@@ -48,15 +48,15 @@ class JaxSide:
 
     def prepare(self, examples: Sequence[Example]) -> tuple[Callable[[], float], dict]:
         """Compiles for a batch; returns what runs and times one step of it, and its facts."""
-        C = len(examples[0].answers)
+        C = examples[0].C
         at_once = len(examples)
         if self.layout == "padded":
             at_once = full_rows_at_once(len(examples), C)
         batch, real = self.batch(examples, at_once)
         logp = make_logp(self.model.graphdef, self.layout)
         reference = jax.jit(lambda *args: jax.lax.map(lambda part: logp(*args[:2], part), args[2]))
-        logp_MBC = reference(self.model.lora, self.model.base, batch)
-        batch["reference_logp_BC"] = logp_MBC
+        logp_XBMC = reference(self.model.lora, self.model.base, batch)
+        batch["reference_logp_BMC"] = logp_XBMC
         objective = functools.partial(preference_objective, beta=1.0) if C > 1 else sft_objective
         optimizer = make_optimizer(1e-5, 1000, warmup=0.05, clip=0.3, weight_decay=0.0)
         placed = state_shardings(self.model.lora, optimizer, self.mesh)
@@ -83,10 +83,17 @@ class JaxSide:
             "examples_at_once": at_once,
             "flops": flops,
             "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-            "logp_BC": np.asarray(logp_MBC).reshape(-1, C),
+            "logp_NC": np.concatenate(
+                [
+                    logp_MC[: e.M]
+                    for logp_MC, e in zip(
+                        np.asarray(logp_XBMC).reshape(len(examples), -1, C), examples, strict=True
+                    )
+                ]
+            ),
         }
         if self.layout == "shared_prefix":
-            facts["real_tokens_of_fed"] = real / batch["slot_RT"].size
+            facts["real_tokens_of_fed"] = real / batch["slot_WT"].size
         return run, facts
 
     def batch(self, examples: Sequence[Example], at_once: int) -> tuple[dict[str, jax.Array], int]:

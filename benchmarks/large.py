@@ -71,7 +71,7 @@ def time_step(size: str, remat: str, k: int, batch: int, microbatch: int, repeat
     rows = batch // microbatch
     arrays = loader.collate(examples, loader.choose_shapes([examples], rows)[0], rows)
     arrays = {name: jnp.asarray(x.reshape(rows, -1, *x.shape[1:])) for name, x in arrays.items()}
-    arrays["reference_logp_BC"] = jnp.zeros((rows, microbatch, k + 1))
+    arrays["reference_logp_BMC"] = jnp.zeros((rows, microbatch, 1, k + 1))
     started = time.perf_counter()
     compiled = step.lower(state, base, arrays).compile()
     compile_seconds = time.perf_counter() - started

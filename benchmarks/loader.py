@@ -28,10 +28,10 @@ def benchmark(model: Path, dataset: Path, windows: int, num_negatives: int) -> d
     lengths = {i: len(example.prompt) for i, example in enumerate(examples)}
     order = [int(i) for i in loader.stream(windows // BATCH * BATCH, 0, 1)]
     cut = []
-    for part in loader.grouped_batches(order, lengths, BATCH, 0):
+    for part in loader.grouped_batches(order, lengths, BATCH, 0, alike=True):
         dealt = loader.deal([examples[i].tokens for i in part], ROWS)
         cut.append([examples[part[j]] for j in dealt])
-    fed = sum(batch["slot_RT"].size for batch in loader.batches(cut, rows=ROWS))
+    fed = sum(batch["slot_WT"].size for batch in loader.batches(cut, rows=ROWS))
     made = time.perf_counter()
     real = sum(example.tokens for part in cut for example in part)
     return {

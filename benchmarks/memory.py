@@ -43,12 +43,12 @@ def one_device() -> jax.sharding.Mesh:
 
 
 def official_logp(decoder: Decoder, batch: Batch) -> jax.Array:
-    """`logp_BC` as the official code computes it: float32 logits at every position of every row."""
-    hidden_RTD, answers_RA, mask_RA = padded_hidden(decoder, batch)
-    A = answers_RA.shape[1]
-    logp_RTV = jax.nn.log_softmax(decoder.logits(hidden_RTD))
-    logp_RA = jnp.take_along_axis(logp_RTV[:, -A:], answers_RA[..., None], -1)[..., 0]
-    return jnp.where(mask_RA, logp_RA, 0.0).sum(-1).reshape(batch["answers_BCA"].shape[:2])
+    """`logp_BMC` as the official code computes it: float32 logits at every position of every row."""
+    hidden_ZTD, answers_ZA, mask_ZA = padded_hidden(decoder, batch)
+    A = answers_ZA.shape[1]
+    logp_ZTV = jax.nn.log_softmax(decoder.logits(hidden_ZTD))
+    logp_ZA = jnp.take_along_axis(logp_ZTV[:, -A:], answers_ZA[..., None], -1)[..., 0]
+    return jnp.where(mask_ZA, logp_ZA, 0.0).sum(-1).reshape(batch["answers_BMCA"].shape[:3])
 
 
 def temporaries(config: DecoderConfig, examples: Sequence[Example], remat: str, official: bool):
@@ -66,12 +66,12 @@ def temporaries(config: DecoderConfig, examples: Sequence[Example], remat: str, 
     )
 
     def loss(lora, reference, base, batch):
-        decoder, reference_BC = nnx.merge(graphdef, lora, base), batch["reference_logp_BC"]
+        decoder, reference_BMC = nnx.merge(graphdef, lora, base), batch["reference_logp_BMC"]
         if not official:
-            return sdpo_loss(shared_prefix_logp(decoder, batch), reference_BC, 1.0).mean()
-        reference_BC = official_logp(nnx.merge(graphdef, reference, base), batch)
-        reference_BC = jax.lax.stop_gradient(reference_BC)
-        return sdpo_loss(official_logp(decoder, batch), reference_BC, 1.0).mean()
+            return sdpo_loss(shared_prefix_logp(decoder, batch), reference_BMC, 1.0).mean()
+        reference_BMC = official_logp(nnx.merge(graphdef, reference, base), batch)
+        reference_BMC = jax.lax.stop_gradient(reference_BMC)
+        return sdpo_loss(official_logp(decoder, batch), reference_BMC, 1.0).mean()
 
     lowered = jax.jit(jax.value_and_grad(loss)).lower(lora, lora, base, batch)
     return lowered.compile().memory_analysis().temp_size_in_bytes

@@ -38,7 +38,7 @@ def outputs(model: Path, base_dtype: str, batches: Sequence[dict]) -> tuple[np.n
         decoder = nnx.merge(found.graphdef, found.lora, base)
         prefix = decode.prefill(decoder, batch)
         logits_B1V = decoder.logits(prefix.last_BD[:, None])
-        return logits_B1V[:, 0], decode.score(decoder, prefix, batch)
+        return logits_B1V[:, 0], decode.score(decoder, prefix, batch)[:, 0]
 
     logits, logp = zip(*(both(found.base, batch) for batch in batches), strict=True)
     size = sum(x.nbytes for x in jax.tree.leaves(found.base))

@@ -33,7 +33,7 @@ CANDIDATES = 20
 
 def copies(decoder, batch):
     """One example at a time: 20 rows are many enough to fill any device."""
-    each = {name: x[:, None] for name, x in batch.items() if name != "slot_RT"}
+    each = {name: x[:, None] for name, x in batch.items() if name != "slot_WT"}
     return jax.lax.map(lambda one: padded_logp(decoder, one)[0], each)
 
 
@@ -58,7 +58,7 @@ class Side:
             return time.perf_counter() - started
 
         found = np.asarray(call())
-        return run, {"logp_BC": found if self.scores else None}
+        return run, {"logp_NC": found.reshape(-1, found.shape[-1]) if self.scores else None}
 
 
 def make_sides(model: Model) -> dict[str, Side]:
@@ -71,7 +71,7 @@ def make_sides(model: Model) -> dict[str, Side]:
         return decode.greedy(decoder, decode.prefill(decoder, batch), eos)
 
     def trie(decoder, batch):
-        return decode.trie(decoder, decode.prefill(decoder, batch), batch["answers_BCA"])
+        return decode.trie(decoder, decode.prefill(decoder, batch), batch["answers_BMCA"][:, 0])
 
     return {
         "copies": Side(model, copies, scores=True),

@@ -56,7 +56,7 @@ def make_sides(names: Sequence[str], model: Path, dtype: str) -> dict:
 def measure(sides: dict, examples: Sequence, repeats: int) -> tuple[dict, dict]:
     """Seconds of each repeat, and each side's own facts."""
     ready = {name: side.prepare(examples) for name, side in sides.items()}
-    check_log_probs({name: facts.pop("logp_BC", None) for name, (_, facts) in ready.items()})
+    check_log_probs({name: facts.pop("logp_NC", None) for name, (_, facts) in ready.items()})
     seconds = {name: [] for name in ready}
     for _ in range(repeats):
         for name, (run, _) in ready.items():
@@ -67,10 +67,10 @@ def measure(sides: dict, examples: Sequence, repeats: int) -> tuple[dict, dict]:
 
 def check_log_probs(found: dict) -> None:
     """All sides that tell their log-probs must tell the same ones."""
-    told = {name: logp_BC for name, logp_BC in found.items() if logp_BC is not None}
+    told = {name: logp_NC for name, logp_NC in found.items() if logp_NC is not None}
     expected = next(iter(told.values()), None)
-    for name, logp_BC in told.items():
-        difference = float(np.abs(logp_BC - expected).max())
+    for name, logp_NC in told.items():
+        difference = float(np.abs(logp_NC - expected).max())
         if not difference < TOLERANCE:
             raise InputError(
                 f"side {name}: found log-probs that differ by {difference:.2g} from "

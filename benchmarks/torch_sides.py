@@ -59,7 +59,7 @@ class OfficialSide:
         self.start = [p.detach().clone() for p in self.parameters]
 
     def prepare(self, examples: Sequence[Example]) -> tuple[Callable[[], float], dict]:
-        at_once = full_rows_at_once(len(examples), len(examples[0].answers))
+        at_once = full_rows_at_once(len(examples), examples[0].C)
         parts = [examples[i : i + at_once] for i in range(0, len(examples), at_once)]
         batches = [padded_rows(part) for part in parts]
         for parameter, start in zip(self.parameters, self.start, strict=True):
@@ -81,12 +81,12 @@ class OfficialSide:
 
         self.model.eval()
         with torch.no_grad():
-            logp_BC = np.concatenate([self.logp(batch).numpy() for batch in batches])
+            logp_NC = np.concatenate([self.logp(batch).numpy() for batch in batches])
         self.set_checkpointing()
         # A counter holds all that was computed under it, so each part has its own.
         flops = sum(flops_of(functools.partial(backward, batch)) for batch in batches)
         optimizer.zero_grad(set_to_none=True)
-        return run, {"examples_at_once": at_once, "flops": flops, "logp_BC": logp_BC}
+        return run, {"examples_at_once": at_once, "flops": flops, "logp_NC": logp_NC}
 
     def loss(self, batch: dict) -> torch.Tensor:
         """S-DPO's loss [B] with its reference pass; with one answer SFT's."""
@@ -115,7 +115,12 @@ class OfficialSide:
 
 def padded_rows(examples: Sequence[Example]) -> dict:
     """K+1 rows a prompt, padded on the right; labels are -1 but on answers."""
-    rows = [(e.prompt, answer) for e in examples for answer in e.answers]
+    rows = [
+        (e.prompt[: place + 1], answer)
+        for e in examples
+        for place, answers in zip(e.places, e.answers, strict=True)
+        for answer in answers
+    ]
     size = max(len(prompt) + len(answer) for prompt, answer in rows)
     tokens, mask = np.zeros((len(rows), size), np.int64), np.zeros((len(rows), size), np.int64)
     labels = np.full((len(rows), size), -1, np.int64)
@@ -124,7 +129,7 @@ def padded_rows(examples: Sequence[Example]) -> dict:
         mask[i, : len(prompt) + len(answer)] = 1
         labels[i, len(prompt) : len(prompt) + len(answer)] = answer
     arrays = {"tokens": tokens, "mask": mask, "labels": labels}
-    shape = (len(examples), len(examples[0].answers))
+    shape = (-1, examples[0].C)
     return {key: torch.from_numpy(value) for key, value in arrays.items()} | {"shape": shape}
 
 
@@ -139,8 +144,8 @@ class TrlSide:
         from trl import DPOConfig, DPOTrainer
 
         decode = self.tokenizer.decode
-        rows = [{"prompt": decode(e.prompt), "chosen": decode(e.answers[0][:-1]),
-                 "rejected": decode(e.answers[1][:-1])} for e in examples]  # fmt: skip
+        rows = [{"prompt": decode(e.prompt), "chosen": decode(e.answers[0][0][:-1]),
+                 "rejected": decode(e.answers[0][1][:-1])} for e in examples]  # fmt: skip
         flags = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
             config = DPOConfig(

@@ -15,12 +15,16 @@ import numpy as np
 
 from sdpo_jax.data import loader, prompts
 from sdpo_jax.data.prepared import Dataset, read_dataset
-from sdpo_jax.data.tokens import Encoder, Example, training_items
+from sdpo_jax.data.negatives import Negatives
+from sdpo_jax.data.segments import units
+from sdpo_jax.data.tokens import Encoder, Example
 from sdpo_jax.errors import InputError
 from sdpo_jax.model_folder import load_tokenizer
+from sdpo_jax.training.stage import Key, encode
 from sdpo_jax.workdir import write_json
 
 PROMPT, ANSWER = 300, 9  # Llama tokens of a prompt and of a title with EOS
+SEGMENT = 60  # targets of a history at most
 ROWS = 16  # full rows in memory at once: more of them, with all logits, do not fit 24 GB
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "trl")
@@ -37,22 +41,27 @@ class Workload:
         shown = len(self.dataset.splits["train"][0].candidates)
         if num_negatives >= shown:
             raise InputError(f"--k: found {num_negatives}, the data set shows {shown} candidates")
-        rows = loader.spread(len(self.dataset.splits["train"]), count)
-        items = [training_items(self.encoder, "train", row, num_negatives) for row in rows]
-        return self.encoder.examples("train", rows, items)
+        of_train = units(self.encoder, "train", SEGMENT)
+        keys = [Key(unit) for unit in loader.spread(len(of_train), count)]
+        negatives = Negatives(self.dataset, "shown", self.encoder.seed)
+        made = encode(self.encoder, "train", of_train, keys, negatives, num_negatives)
+        return list(made.values())
 
 
-def read_workload(model: str | Path, dataset: str | Path, seed: int = 0) -> Workload:
+def read_workload(
+    model: str | Path, dataset: str | Path, seed: int = 0, prompt: str = "candidates"
+) -> Workload:
     """From a converted model's tokenizer and a prepared folder."""
     data = read_dataset(dataset, ["train"])
-    templates = prompts.TEMPLATES[data.domain]
-    return Workload(data, Encoder(data, load_tokenizer(Path(model)), templates, seed, 512))
+    templates = prompts.TEMPLATES[prompt][data.domain]
+    tokenizer = load_tokenizer(Path(model))
+    return Workload(data, Encoder(data, tokenizer, templates, seed, 512, prompt=prompt))
 
 
 def equal_examples(count: int, num_negatives: int, prompt: int = PROMPT) -> list[Example]:
     """Examples of the lengths that a Llama tokenizer gives, for models without one."""
     answers = (np.ones(ANSWER, np.int32),) * (num_negatives + 1)
-    return [Example(np.ones(prompt, np.int32), answers)] * count
+    return [Example.single(np.ones(prompt, np.int32), answers)] * count
 
 
 def full_rows_at_once(count: int, answers: int) -> int:
@@ -65,7 +74,9 @@ def lengths(examples: Sequence[Example]) -> dict[str, float]:
     """Medians, in tokens."""
     return {
         "prompt_tokens": statistics.median(len(e.prompt) for e in examples),
-        "answer_tokens": statistics.median(len(a) for e in examples for a in e.answers),
+        "answer_tokens": statistics.median(
+            len(a) for e in examples for answers in e.answers for a in answers
+        ),
     }
 
 

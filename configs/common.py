@@ -12,15 +12,32 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = "runs/llama2-7b"  # folder written by sdpo_jax.convert
     config.seed = 0  # of templates, negatives, example order, adapter and dropout
     config.stages = ("sft", "sdpo")  # or one of them
+    # What a prompt shows: candidates, the last titles and those among which to choose [paper]; or
+    # history, the titles alone, each of which is a target of its own in training.
+    config.prompt = "candidates"
+    config.history = 10  # titles of a history's prompt; before a segment's first target too
+    config.segment = 60  # targets of a history that are one example, at most
     config.prompt_file = ""  # templates in the authors' format; "" = the built-in ones
     config.chat_template = False  # True: prompts in the model's own chat format
     # A network that sdpo_jax.baselines kept: its item vectors stand behind the titles (LLaRA).
     config.item_vectors = ""
     config.max_length = 512  # [paper] tokens of prompt and answer; a longer prompt keeps its end
 
-    config.batch_size = 128  # [paper] examples a step over all devices; accumulation follows
+    # Examples per step over all devices; accumulation follows. An example of a history is a segment
+    # with up to config.segment targets; the loss is the mean over the targets. [paper] 128
+    config.batch_size = 128
     config.microbatch = 4  # examples a device takes at once
     config.num_negatives = 3  # [paper] K; 1 is DPO
+    # Whence the negatives come: shown, the candidates of the prompt's window [paper]; uniform, all
+    # titles; popularity, all by their share of the training targets to a power; hard, of a uniform
+    # pool those in a band of the reference's log-probs; disliked, what the user rated lowest.
+    # But for shown, none is a title of the user's own.
+    config.negatives = "shown"
+    config.redraw = False  # True: other negatives in each epoch
+    config.popularity_power = 1.0
+    config.hard_pool = 32  # titles of which hard negatives are chosen
+    # Shares of the pool, the most likely first: those before the band are left out.
+    config.hard_band = (0.05, 0.3)
     config.objective = "sdpo"  # or "dpo_pairwise": DPO's loss, the mean over the K pairs
     config.beta = 1.0  # [paper] of the rewards
     config.batch_layout = "shared_prefix"  # or "padded": K+1 full rows, the oracle

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from sdpo_jax.data.negatives import NEGATIVES
+from sdpo_jax.data.prompts import PROMPTS
 from sdpo_jax.errors import InputError, shown
 from sdpo_jax.evaluation.decode import DECODERS
 from sdpo_jax.files import ABOVE_ZERO, COUNT, NUMBER, POSITIVE, TEXT, Kind, one_of
@@ -12,6 +14,7 @@ from sdpo_jax.models.quantize import BASE_DTYPES
 from sdpo_jax.objectives.logprobs import LAYOUTS
 from sdpo_jax.objectives.losses import OBJECTIVES
 
+BOOLEAN: Kind = ("True or False", lambda value: type(value) is bool)
 STAGES = ("sft", "sdpo")
 DTYPES = ("float32", "bfloat16")
 
@@ -28,28 +31,39 @@ def _below_one(value: Any) -> bool:
     return NUMBER[1](value) and 0 <= value < 1
 
 
+def _band(value: Any) -> bool:
+    shares = list(value) if type(value) in (list, tuple) else []
+    return len(shares) == 2 and all(map(NUMBER[1], shares)) and 0 <= shares[0] < shares[1] <= 1
+
+
 def _axis(value: Any) -> bool:
     return type(value) is int and -1 <= value < 2**31
 
 
 KINDS: dict[str, Kind] = {
+    "prompt": one_of(*PROMPTS),
+    "negatives": one_of(*NEGATIVES),
+    "redraw": BOOLEAN,
+    "hard_band": ("two shares, the lower first", _band),
     "batch_layout": one_of(*LAYOUTS),
     "remat": one_of(*REMAT),
     "dtype": one_of(*DTYPES),
     "base_dtype": one_of(*BASE_DTYPES),
     "objective": one_of(*OBJECTIVES),
     "best_by": one_of("loss", *DECODERS),
-    "chat_template": ("True or False", lambda value: type(value) is bool),
+    "chat_template": BOOLEAN,
     "stages": _some_of(STAGES),
     "lora.targets": _some_of(PROJECTIONS),
     "seed": ("a whole number, 0 or more, below 2**32", lambda v: COUNT[1](v) and v < 2**32),
+    "popularity_power": ("a finite number, 0 or more", lambda v: NUMBER[1](v) and v >= 0),
     "weight_decay": ("a finite number, 0 or more", lambda v: NUMBER[1](v) and v >= 0),
     **dict.fromkeys(
         ("dataset", "model", "prompt_file", "validation_split", "lora.init_from", "item_vectors"),
         TEXT,
     ),
     **dict.fromkeys(
-        ("batch_size", "microbatch", "num_negatives", "max_length", "log_every", "eval_every",
+        ("batch_size", "microbatch", "num_negatives", "max_length", "history", "segment",
+         "hard_pool", "log_every", "eval_every",
          "checkpoint_every", "lora.rank", "sft.epochs", "sdpo.epochs",
          "distributed.start_seconds", "distributed.heartbeat_seconds"), POSITIVE
     ),
@@ -79,3 +93,16 @@ def check(config) -> None:
             value = value.get(part) if isinstance(value, dict) else None
         if not right(value):
             raise InputError(f"config.{key} is {shown(value)}, expected {expected}")
+    if config.prompt == "history":
+        for key in ("chat_template", "item_vectors"):
+            if getattr(config, key):
+                raise InputError(
+                    f"config.{key} is {shown(getattr(config, key))} beside "
+                    "config.prompt='history', whose prompt is lines of titles: leave it out, or "
+                    "set --config.prompt=candidates"
+                )
+    if config.negatives == "hard" and config.hard_pool < config.num_negatives:
+        raise InputError(
+            f"config.hard_pool is {config.hard_pool}, expected at least config.num_negatives="
+            f"{config.num_negatives}, which are chosen from it: raise --config.hard_pool"
+        )

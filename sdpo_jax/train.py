@@ -22,7 +22,9 @@ from sdpo_jax import sharding, workdir
 from sdpo_jax.baselines import kept
 from sdpo_jax.config import check
 from sdpo_jax.data import loader, prompts
+from sdpo_jax.data.negatives import Negatives
 from sdpo_jax.data.prepared import read_dataset
+from sdpo_jax.data.segments import units
 from sdpo_jax.data.tokens import Encoder, check_titles
 from sdpo_jax.errors import InputError, run_command
 from sdpo_jax.evaluation.decode import MAX_NEW_TOKENS
@@ -33,9 +35,9 @@ from sdpo_jax.models.peft import TENSORS, read_adapter
 from sdpo_jax.models.weights import read_json
 from sdpo_jax.runtime import Interrupted, StopSignal, first_process, join_processes, set_up_jax
 from sdpo_jax.training import memory
-from sdpo_jax.training.stage import Inference, Stage, encode
+from sdpo_jax.training.stage import Inference, Key, Stage, encode
 
-EXPLAINED_WINDOWS = 512  # spread over the training split, of which --explain takes the longest
+EXPLAINED = 512  # examples spread over the training split, of which --explain takes the longest
 
 
 def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
@@ -61,8 +63,8 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
     )  # fmt: skip
     check_length(config, model.config)
     lora = first_adapter(config, model)
-    encoder = Encoder(
-        dataset, model.tokenizer, templates, config.seed, config.max_length,
+    encoder = Encoder.of(
+        config, dataset, model.tokenizer, templates,
         None if vectors_IE is None else model.config.V,
     )  # fmt: skip
     check_titles(dataset.titles, model.tokenizer)
@@ -108,18 +110,21 @@ def explain(config, experiment: str = "") -> None:
     check_dataset(config, dataset)
     folder = Path(config.model)
     decoder = DecoderConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    encoder = Encoder(
-        dataset, load_tokenizer(folder), templates, config.seed, config.max_length,
+    encoder = Encoder.of(
+        config, dataset, load_tokenizer(folder), templates,
         None if kept.item_vectors(config.item_vectors, dataset) is None else decoder.V,
     )  # fmt: skip
-    rows = loader.spread(len(dataset.splits["train"]), EXPLAINED_WINDOWS)
-    negatives = config.num_negatives if "sdpo" in config.stages else 0
-    keys = [(row, encoder.first_vector is not None) for row in rows]
-    longest = sorted(encode(encoder, "train", keys, negatives).values(), key=lambda e: -e.tokens)
+    of_train = units(encoder, "train", config.segment)
+    count = config.num_negatives if "sdpo" in config.stages else 0
+    vectors = encoder.first_vector is not None
+    keys = [Key(unit, vectors) for unit in loader.spread(len(of_train), EXPLAINED)]
+    negatives = Negatives(dataset, config.negatives, config.seed, config.popularity_power)
+    made = encode(encoder, "train", of_train, keys, negatives, count)
+    longest = sorted(made.values(), key=lambda e: -e.tokens)
     limit = memory.limit_of(jax.local_devices()[0])
     print(
-        f"GiB a device of {limit / 2**30:.1f} that are there; K={negatives}, the longest of "
-        f"{len(longest)} windows, dtype={config.dtype}, remat={config.remat}"
+        f"GiB a device of {limit / 2**30:.1f} that are there; K={count}, the longest of "
+        f"{len(longest)} examples, dtype={config.dtype}, remat={config.remat}"
     )
     for microbatch in (1, 2, 4, 8, 16, 32):
         if config.batch_size % (microbatch * shards) or microbatch * shards > len(longest):
@@ -154,7 +159,7 @@ def first_adapter(config, model: Model):
 
 def templates_of(config, dataset) -> tuple[str, ...]:
     chat = load_tokenizer(Path(config.model)) if config.chat_template else None
-    return prompts.templates_of(dataset.domain, config.prompt_file, chat)
+    return prompts.templates_of(dataset.domain, config.prompt_file, chat, config.prompt)
 
 
 def file_fingerprints(config) -> dict[str, str]:
@@ -220,10 +225,10 @@ def check_dataset(config, dataset) -> None:
             f"{', '.join(splits)}: choose one of them (the best step must not be one of the test's)"
         )
     shown = len(dataset.splits["train"][0].candidates)
-    if config.num_negatives > shown - 1:
+    if config.negatives == "shown" and config.num_negatives > shown - 1:
         raise InputError(
             f"config.num_negatives is {config.num_negatives}, {config.dataset} shows {shown} "
-            f"candidates: at most {shown - 1}"
+            f"candidates: at most {shown - 1}, or set --config.negatives to draw from all items"
         )
 
 
@@ -252,9 +257,11 @@ def announce(config, run: Path, model, encoder: Encoder) -> None:
         print(f"this run has no SFT stage: S-DPO starts from {start} and refers to it")
     if encoder.first_vector is not None:
         print(f"the vectors of {config.item_vectors} follow the titles in the prompts")
-    window = encoder.window("train", 0)
-    print(f"\n--- train example 0 ---\n{encoder.prompt_text('train', 0)}"
-          f"{encoder.dataset.titles[window.target]}<eos>\n---\n")  # fmt: skip
+    rows = units(encoder, "train", config.segment)[0]
+    titles = [encoder.dataset.titles[encoder.window("train", row).target] for row in rows]
+    end = "\n" if config.prompt == "history" else "<eos>"
+    print(f"\n--- train example 0, {len(rows)} target(s) ---\n{encoder.prompt_text('train', 0)}"
+          f"{''.join(title + end for title in titles)}\n---\n")  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:

@@ -16,17 +16,13 @@ from sdpo_jax.config import KINDS
 from sdpo_jax.errors import InputError
 from sdpo_jax.files import COUNT, NUMBER, OBJECT, TEXT, check_keys, read_json
 
-# Keys that runs of an earlier version lack, with the values that mean what those runs did.
-ADDED = {
-    "base_dtype": "same", "lora.init_from": "", "best_by": "loss", "objective": "sdpo",
-    "item_vectors": "", "chat_template": False,
-}  # fmt: skip
 # Keys that may change when a run goes on: the numbers that it computes do not depend on them.
 FREE = ("mesh.", "distributed.", "profile_steps")
 LOCK = ".lock"
 # Keys of a stored config without which a run cannot be evaluated, reported or exported.
 READ = (
-    "dataset", "model", "seed", "stages", "prompt_file", "chat_template", "max_length",
+    "dataset", "model", "seed", "stages", "prompt", "history", "prompt_file", "chat_template",
+    "max_length", "negatives", "best_by",
     "batch_size", "num_negatives", "objective", "beta", "validation_split", "dtype", "base_dtype",
     "lora.rank", "lora.alpha", "lora.dropout", "lora.targets", "lora.init_from", "item_vectors",
     "mesh.fsdp", "mesh.tensor",
@@ -80,7 +76,7 @@ def check_run(workdir: Path, config: dict[str, Any], fingerprints: dict[str, str
         return
     config = json.loads(json.dumps(config))  # tuples become lists, as they are when read back
     stored = _read(path)
-    before = ADDED | _flat(stored["config"]) | _flat(stored["fingerprints"], "fingerprint of ")
+    before = _flat(stored["config"]) | _flat(stored["fingerprints"], "fingerprint of ")
     now = _flat(config) | _flat(fingerprints, "fingerprint of ")
     changed = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
@@ -132,7 +128,7 @@ def read_run(workdir: Path) -> SimpleNamespace:
             "sdpo_jax.train --config=configs/quickstart.py --workdir=DIR"
         )
     stored = _read(path)
-    flat = ADDED | _flat(stored["config"])
+    flat = _flat(stored["config"])
     check_keys(path, flat, {k if k in READ else f"{k}?": KINDS[k] for k in KINDS}, RESTORE)
     check_keys(path, stored["fingerprints"], dict.fromkeys(stored["fingerprints"], TEXT), RESTORE)
     try:

@@ -76,19 +76,51 @@ def random_examples(rng, B: int, C: int, P: int = 11, A: int = 5, V: int = 97) -
         return np.array([*rng.integers(3, V, n), 2], np.int32)
 
     return [
-        Example(rng.integers(3, V, rng.integers(4, P + 1)).astype(np.int32),
-                tuple(answer() for _ in range(C)))
+        Example.single(rng.integers(3, V, rng.integers(4, P + 1)).astype(np.int32),
+                       [answer() for _ in range(C)])
         for _ in range(B)
     ]  # fmt: skip
 
 
-def random_batch(B: int, C: int, seed: int = 0, rows: int = 1) -> dict[str, np.ndarray]:
+def random_segments(rng, B: int, C: int, M: int = 5, A: int = 5, V: int = 97) -> list[Example]:
+    """Histories of a head, 0 to 2 context titles and 1 to M targets, each title ending in 2."""
+
+    def title():
+        return np.array([*rng.integers(3, V, rng.integers(0, A)), 2], np.int32)
+
+    def example():
+        context, targets = int(rng.integers(0, 3)), int(rng.integers(1, M + 1))
+        head = rng.integers(3, V, rng.integers(1, 5)).astype(np.int32)
+        answers = tuple(tuple(title() for _ in range(C)) for _ in range(targets))
+        titles = [title() for _ in range(context)]
+        start = np.concatenate([head, *titles])
+        sizes = [len(of[0]) for of in answers]
+        places = len(start) - 1 + np.cumsum([0, *sizes[:-1]])
+        prompt = np.concatenate([start, *(of[0] for of in answers)])[:-1]
+        return Example(prompt, tuple(map(int, places)), answers, continued=True)
+
+    return [example() for _ in range(B)]
+
+
+def random_batch(
+    B: int, C: int, seed: int = 0, rows: int = 1, make=random_examples
+) -> dict[str, np.ndarray]:
+    """`make`: random_examples, of one target each, or random_segments."""
     rng = np.random.default_rng(seed)
-    examples = random_examples(rng, B, C)
+    batch = collate_padded(make(rng, B, C), rows)
+    shape = batch["answers_BMCA"].shape[:3]
+    return batch | {"reference_logp_BMC": rng.normal(-9, 2, shape).astype(np.float32)}
+
+
+def collate_padded(examples: list[Example], rows: int = 1) -> dict[str, np.ndarray]:
+    """A batch whose every axis has padding."""
     fullest = max(sum(e.tokens for e in part) for part in np.array_split(examples, rows))
-    shape = Shape(P=12, S=max(1, max(e.packed for e in examples)), A=5, T=round_up(fullest + 1))
-    batch = collate(examples, shape, rows)
-    return batch | {"reference_logp_BC": rng.normal(-9, 2, (B, C)).astype(np.float32)}
+    P, S, E, M = (
+        max(of)
+        for of in zip(*((len(e.prompt), e.packed, e.heads, e.M) for e in examples), strict=True)
+    )
+    shape = Shape(P + 1, S + 1, E + (E > 1), M + (M > 1), A=5, T=round_up(fullest + 1))
+    return collate(examples, shape, rows)
 
 
 @pytest.fixture(scope="session")

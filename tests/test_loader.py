@@ -59,7 +59,7 @@ def test_a_stage_has_at_most_four_shapes_and_every_example_fits():
     for examples, shape in zip(batches, shapes, strict=True):
         batch = loader.collate(examples, shape, rows=2)
         tokens = sum(e.tokens for e in examples[:2]), sum(e.tokens for e in examples[2:])
-        assert tuple((batch["slot_RT"] >= 0).sum(-1)) == tokens
+        assert tuple((batch["slot_WT"] >= 0).sum(-1)) == tokens
         for b, example in enumerate(examples):
             np.testing.assert_array_equal(
                 batch["prompt_BP"][b][batch["prompt_mask_BP"][b]], example.prompt

@@ -17,10 +17,13 @@ ROUND = 8
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Padded sizes: P prompt tokens, S packed answer tokens, A tokens an answer, T of a row."""
+    """Padded sizes: P prompt tokens, S packed answer tokens, E prompt tokens that predict, M
+    targets, A tokens of an answer, T of a row."""
 
     P: int
     S: int
+    E: int
+    M: int
     A: int
     T: int
 
@@ -43,31 +46,68 @@ def deal(sizes: Sequence[int], rows: int) -> list[int]:
 
 def collate(examples: Sequence[Example], shape: Shape, rows: int = 1) -> dict[str, np.ndarray]:
     """The batch that `sdpo_jax.objectives.logprobs` describes, padded to `shape`."""
-    B, C = len(examples), len(examples[0].answers)
+    B, C, A = len(examples), examples[0].C, shape.A
     batch = {
         "prompt_BP": np.zeros((B, shape.P), np.int32),
         "prompt_mask_BP": np.zeros((B, shape.P), bool),
-        "answers_BCA": np.zeros((B, C, shape.A), np.int32),
-        "answers_mask_BCA": np.zeros((B, C, shape.A), bool),
+        "place_BM": np.full((B, shape.M), -1, np.int32),
+        "answers_BMCA": np.zeros((B, shape.M, C, A), np.int32),
+        "answers_mask_BMCA": np.zeros((B, shape.M, C, A), bool),
         "packed_BS": np.full((B, shape.S), -1, np.int32),
-        "slot_RT": np.full((rows, shape.T), -1, np.int32),
+        "head_BE": np.full((B, shape.E), -1, np.int32),
+        "predictor_BMCA": np.zeros((B, shape.M, C, A), np.int32),
+        "slot_WT": np.full((rows, shape.T), -1, np.int32),
     }
     for b, example in enumerate(examples):
-        batch["prompt_BP"][b, shape.P - len(example.prompt) :] = example.prompt
-        batch["prompt_mask_BP"][b, shape.P - len(example.prompt) :] = True
-        for c, answer in enumerate(example.answers):
-            batch["answers_BCA"][b, c, : len(answer)] = answer
-            batch["answers_mask_BCA"][b, c, : len(answer)] = True
-        fed_CA = batch["answers_mask_BCA"][b].copy()
-        fed_CA[:, :-1] = fed_CA[:, 1:]
-        fed_CA[:, -1] = False
-        packed = np.flatnonzero(fed_CA)
-        batch["packed_BS"][b, : len(packed)] = packed
+        _fill(example, {name: x[b] for name, x in batch.items() if name != "slot_WT"})
     valid_BX = np.concatenate([batch["prompt_mask_BP"], batch["packed_BS"] >= 0], 1)
-    for r, valid_X in enumerate(valid_BX.reshape(rows, -1)):
+    for w, valid_X in enumerate(valid_BX.reshape(rows, -1)):
         slots = np.flatnonzero(valid_X)
-        batch["slot_RT"][r, : len(slots)] = slots
+        batch["slot_WT"][w, : len(slots)] = slots
     return batch
+
+
+def stack_targets(values: Sequence[np.ndarray], M: int) -> np.ndarray:
+    """Arrays [targets of an example, C] as one [B, M, C] of float32; zeros where no target is."""
+    out = np.zeros((len(values), M, values[0].shape[1]), np.float32)
+    for b, value in enumerate(values):
+        out[b, : len(value)] = value
+    return out
+
+
+def _fill(example: Example, row: dict[str, np.ndarray]) -> None:
+    """Writes one example into its part of the batch's arrays."""
+    M, C, (E, A) = example.M, example.C, (len(row["head_BE"]), row["answers_BMCA"].shape[-1])
+    padding = len(row["prompt_BP"]) - len(example.prompt)
+    row["prompt_BP"][padding:] = example.prompt
+    row["prompt_mask_BP"][padding:] = True
+    row["place_BM"][:M] = places_M = padding + np.asarray(example.places, np.int32)
+
+    sizes_MC = np.array([[len(answer) for answer in answers] for answers in example.answers])
+    mask_MCA = np.arange(A) < sizes_MC[..., None]
+    row["answers_BMCA"][:M][mask_MCA] = np.concatenate([a for of in example.answers for a in of])
+    row["answers_mask_BMCA"][:M] = mask_MCA
+
+    fed_MCA = np.arange(A) < sizes_MC[..., None] - 1
+    # How many prompt tokens predict a token of each target: its place, or the chosen answer's all.
+    heads_M = np.ones(M, np.int64)
+    if example.continued:
+        fed_MCA[:, 0], heads_M = False, sizes_MC[:, 0]
+    packed = np.flatnonzero(fed_MCA)
+    row["packed_BS"][: len(packed)] = packed
+    first_M = np.cumsum(heads_M) - heads_M  # of each target in head_BE
+    within = np.arange(heads_M.sum()) - np.repeat(first_M, heads_M)
+    row["head_BE"][: len(within)] = np.repeat(places_M, heads_M) + within
+
+    # An answer's first token is predicted at the place, each other one by the token before it.
+    before = np.full(M * C * A, -1)
+    before[packed] = E + np.arange(len(packed))
+    predictor_MCA = row["predictor_BMCA"][:M]
+    predictor_MCA[..., 1:] = before.reshape(M, C, A)[..., :-1]
+    predictor_MCA[..., 0] = first_M[:, None]
+    if example.continued:
+        predictor_MCA[:, 0] = first_M[:, None] + np.arange(A)
+    predictor_MCA[~mask_MCA] = 0
 
 
 def choose_shapes(
@@ -78,7 +118,7 @@ def choose_shapes(
     The batches, sorted by the tokens of their fullest row, are cut again and again where that
     saves the most tokens.
     """
-    A = max(len(a) for examples in batches for e in examples for a in e.answers)
+    A = max(len(a) for examples in batches for e in examples for of in e.answers for a in of)
     needs = np.array([_needs(examples, rows) for examples in batches])
     parts = [np.argsort(needs[:, 0], kind="stable")]
     while len(parts) < limit:
@@ -86,11 +126,12 @@ def choose_shapes(
         if not saved:
             break
         parts[i : i + 1] = np.split(parts[i], [count])
-    shapes: list[Shape] = [Shape(0, 0, 0, 0)] * len(batches)
+    shapes: list[Any] = [None] * len(batches)
     for part in parts:
-        T, P, S = (round_up(max(int(n), 1)) for n in needs[part].max(0))
+        T, P, S, E, M = map(int, needs[part].max(0))
+        E = E if E == 1 else round_up(E)  # the paper's prompt has one place that predicts
         for i in part:
-            shapes[i] = Shape(P, S, A, T)
+            shapes[i] = Shape(round_up(P), round_up(S), E, M, A, round_up(T))
     return shapes
 
 
@@ -102,10 +143,13 @@ def _best_cut(sizes: np.ndarray) -> tuple[int, int]:
     return int(saved[best]), best
 
 
-def _needs(examples: Sequence[Example], rows: int) -> tuple[int, int, int]:
-    """Tokens of the fullest row, of the longest prompt, and of the most answers."""
+def _needs(examples: Sequence[Example], rows: int) -> tuple[int, int, int, int, int]:
+    """Tokens of the fullest row; prompt, packed, predicting tokens and targets at their most."""
     fullest = np.reshape([e.tokens for e in examples], (rows, -1)).sum(-1).max()
-    return int(fullest), max(len(e.prompt) for e in examples), max(e.packed for e in examples)
+    most = [max(of) for of in zip(
+        *((len(e.prompt), e.packed, e.heads, e.M) for e in examples), strict=True
+    )]  # fmt: skip
+    return int(fullest), *most
 
 
 def stream(rows: int, seed: int, epochs: int) -> grain.MapDataset:
@@ -113,15 +157,21 @@ def stream(rows: int, seed: int, epochs: int) -> grain.MapDataset:
     return grain.MapDataset.range(rows).seed(seed).shuffle().repeat(epochs)
 
 
-def grouped_batches(order: Sequence[Any], lengths: Mapping[Any, int], batch_size: int, seed: int):
-    """Cuts `order` into batches of similar length.
+def grouped_batches(
+    order: Sequence[Any], lengths: Mapping[Any, int], batch_size: int, seed: int, alike: bool
+):
+    """Cuts `order` into batches, in runs of GROUP that are put into a drawn order.
 
-    Runs of GROUP batches are sorted by length, cut, and put into a drawn order, so a batch has
-    little padding while any row still can come at any place of its run.
+    With `alike`, a run is sorted by length and cut, so that a batch has little padding while any
+    row still can come at any place of its run. Else it is dealt by length, so that all batches of a
+    run have about as many tokens: what segments of histories need, each token of which is part of a
+    target, and whose batches would else hold ten targets or hundreds.
     """
     batches = []
     for start in range(0, len(order), GROUP * batch_size):
         run = sorted(order[start : start + GROUP * batch_size], key=lengths.__getitem__)
+        if not alike:
+            run = [run[i] for i in deal([lengths[key] for key in run], len(run) // batch_size)]
         cut = [run[i : i + batch_size] for i in range(0, len(run), batch_size)]
         draw = generator(seed, "batches", "train", start).permutation(len(cut))
         batches += [cut[i] for i in draw]
@@ -137,7 +187,7 @@ def spread(n: int, limit: int = 0) -> list[int]:
 
 def batches(
     examples: Sequence[Sequence[Example]],
-    extra: Sequence[dict[str, np.ndarray]] | None = None,
+    references: Sequence[Sequence[np.ndarray]] | None = None,
     start: int = 0,
     rows: int = 1,
     limit: int = MAX_SHAPES,
@@ -147,7 +197,7 @@ def batches(
 
     Args:
       examples: the examples of each batch.
-      extra: for each batch, further arrays to carry along (reference log-probs).
+      references: for each batch the reference's log-probs of each example, [M, C].
       start: the first batch's number, for going on after a restart.
       rows: in how many rows of tokens a batch lies.
       limit: how many distinct shapes there may be.
@@ -160,7 +210,10 @@ def batches(
         size = len(examples[i]) // rows
         places = [row * size + place for row in chosen for place in range(size)]
         batch = collate([examples[i][place] for place in places], shapes[i], len(chosen))
-        return batch | {name: x[places] for name, x in (extra[i] if extra else {}).items()}
+        if references:
+            found = [references[i][place] for place in places]
+            batch["reference_logp_BMC"] = stack_targets(found, shapes[i].M)
+        return batch
 
     source = grain.MapDataset.range(start, len(examples)).map(make)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)

@@ -11,10 +11,15 @@ from sdpo_jax.data.draws import generator
 from sdpo_jax.errors import InputError
 from sdpo_jax.files import read_text
 
-PLACEHOLDERS = ("[HistoryHere]", "[CansHere]")
+PROMPTS = ("candidates", "history")
+# What a template of each kind of prompt holds.
+PLACEHOLDERS = {"candidates": ("[HistoryHere]", "[CansHere]"), "history": ("[HistoryHere]",)}
 _PLACEHOLDER = re.compile(r"\[(HistoryHere|CansHere)\]")
 
-_LISTS = "{before}\n[HistoryHere]\n{between}\n[CansHere]\n{after}\n"
+_LISTS = {
+    "candidates": "{before}\n[HistoryHere]\n{between}\n[CansHere]\n{after}\n",
+    "history": "{before}\n[HistoryHere]\n",
+}
 
 # (what comes before the history, between the lists, after the candidates)
 _WORDING = {
@@ -77,21 +82,30 @@ _WORDING = {
     ),
 }  # fmt: skip
 
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    domain: tuple(
-        _LISTS.format(before=before, between=between, after=after)
-        for before, between, after in wordings
-    )
-    for domain, wordings in _WORDING.items()
+# prompt -> domain -> templates
+TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
+    prompt: {
+        domain: tuple(
+            lists.format(before=before, between=between, after=after)
+            for before, between, after in wordings
+        )
+        for domain, wordings in _WORDING.items()
+    }
+    for prompt, lists in _LISTS.items()
 }
 
 
-def templates_of(domain: str, prompt_file: str = "", chat: Any = None) -> tuple[str, ...]:
+def templates_of(
+    domain: str, prompt_file: str = "", chat: Any = None, prompt: str = "candidates"
+) -> tuple[str, ...]:
     """The built-in templates of a domain, or those of `prompt_file`.
 
-    `chat`: a tokenizer in whose chat format they are put, or None. Raises InputError.
+    `chat`: a tokenizer in whose chat format they are put, or None. `prompt`: one of PROMPTS. Raises
+    InputError.
     """
-    templates = read_templates(prompt_file) if prompt_file else TEMPLATES[domain]
+    templates = TEMPLATES[prompt][domain]
+    if prompt_file:
+        templates = read_templates(prompt_file, prompt)
     return tuple(in_chat(template, chat) for template in templates) if chat else templates
 
 
@@ -110,7 +124,7 @@ def in_chat(template: str, tokenizer: Any) -> str:
             f"config.chat_template: found a model without a chat format that works ({reason}), "
             "expected one: set it to False"
         ) from error
-    if any(text.count(name) != template.count(name) for name in PLACEHOLDERS):
+    if any(text.count(name) != template.count(name) for name in PLACEHOLDERS["candidates"]):
         raise InputError(
             "config.chat_template: found a chat format that changes the placeholders, expected "
             "one that keeps them: set it to False"
@@ -132,6 +146,25 @@ def fingerprint(templates: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(templates)).encode()).hexdigest()
 
 
+def end_of_line(tokenizer: Any) -> int:
+    """The token id of a line break, which ends each title of a history.
+
+    Raises InputError where the tokenizer has no token for it alone.
+    """
+    ids = tokenizer("\n", add_special_tokens=False).input_ids[-1:]
+    if not ids or tokenizer.decode(ids) != "\n" or ids[0] == tokenizer.unk_token_id:
+        raise InputError(
+            "config.prompt is 'history': found a tokenizer without a token for a line break alone, "
+            "expected one, as it ends each title: use another model, or prompt=candidates"
+        )
+    return ids[0]
+
+
+def head(template: str) -> str:
+    """What a history's template has before the titles."""
+    return template.removesuffix("\n").removesuffix("[HistoryHere]")
+
+
 def render(template: str, history_titles: Sequence[str], candidate_titles: Sequence[str]) -> str:
     """The prompt text: a placeholder alone on its line becomes one title a line, else ", "."""
     titles = {"HistoryHere": history_titles, "CansHere": candidate_titles}
@@ -150,34 +183,53 @@ def template_index(seed: int, split: str, row: int, n: int) -> int:
     return int(generator(seed, "template", split, row).integers(n))
 
 
-def read_templates(prompt_file: str | Path) -> tuple[str, ...]:
+def read_templates(prompt_file: str | Path, prompt: str = "candidates") -> tuple[str, ...]:
     r"""Templates of a file in the authors' format: one a line, with [HistoryHere] and [CansHere].
 
     The two characters \n stand for a line break (the authors' files have none). A template that
-    does not end in one gets a single space at its end, as in the authors' Prompt.py. Raises
-    InputError naming file and line.
+    does not end in one gets a single space at its end, as in the authors' Prompt.py. Templates of
+    `prompt` history hold [HistoryHere] alone and end with it, as the titles follow line by line.
+    Raises InputError naming file and line.
     """
-    path = Path(prompt_file)
+    path, names = Path(prompt_file), PLACEHOLDERS[prompt]
     text = _read(path)
     templates = []
     for number, line in enumerate(text.split("\n"), 1):
         if not (line := line.strip()):
             continue
-        for name in PLACEHOLDERS:
+        for name in names:
             if name not in line:
                 raise InputError(
                     f"{path}:{number}: found {line[:40]!r} without {name}, expected a prompt "
-                    f"template with {' and '.join(PLACEHOLDERS)}: add it, or give a file with "
+                    f"template with {' and '.join(names)}: add it, or give a file with "
                     "one template a line"
                 )
         template = line.replace("\\n", "\n")
-        templates.append(template if template.endswith("\n") else template + " ")
+        if prompt == "history":
+            templates.append(_history_template(f"{path}:{number}", template))
+        else:
+            templates.append(template if template.endswith("\n") else template + " ")
     if not templates:
         raise InputError(
             f"{path}: found no template, expected at least one line with "
-            f"{' and '.join(PLACEHOLDERS)}: give another prompt file"
+            f"{' and '.join(names)}: give another prompt file"
         )
     return tuple(templates)
+
+
+def _history_template(where: str, template: str) -> str:
+    template = template.removesuffix("\n") + "\n"
+    if not template.endswith("[HistoryHere]\n") or template.count("[HistoryHere]") > 1:
+        raise InputError(
+            f"{where}: found text after [HistoryHere], expected the template of a history to end "
+            "with it, since the titles follow line by line: move the text before it"
+        )
+    if "[CansHere]" in template:
+        raise InputError(
+            f"{where}: found [CansHere], expected a history's template without it: remove it, or "
+            "set --config.prompt=candidates"
+        )
+    return template
 
 
 def _read(path: Path) -> str:

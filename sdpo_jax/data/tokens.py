@@ -1,13 +1,13 @@
 """From windows to token ids: prompt and answers are tokenised apart, so sharing is always legal."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from sdpo_jax.data import prompts
-from sdpo_jax.data.draws import generator
 from sdpo_jax.data.prepared import Dataset, Window
 from sdpo_jax.errors import InputError
 
@@ -17,15 +17,40 @@ _MARKED = re.compile(f"{MARK}(\\d+){MARK}")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids of one prompt and of C answers, each ending in EOS; all int32."""
+    """Token ids of a prompt and of C answers for each of its M targets; all int32.
+
+    An answer ends in its end token. `places`: of each target the index of the prompt token that
+    predicts its answers' first token. `continued`: the prompt goes on with each target's first
+    answer, so only the others are fed beside it.
+    """
 
     prompt: np.ndarray
-    answers: tuple[np.ndarray, ...]
+    places: tuple[int, ...]
+    answers: tuple[tuple[np.ndarray, ...], ...]
+    continued: bool = False
+
+    @classmethod
+    def single(cls, prompt: np.ndarray, answers: Sequence[np.ndarray]) -> "Example":
+        """One target, whose answers follow the prompt's end."""
+        return cls(prompt, (len(prompt) - 1,), (tuple(answers),))
+
+    @property
+    def M(self) -> int:
+        return len(self.answers)
+
+    @property
+    def C(self) -> int:
+        return len(self.answers[0])
 
     @property
     def packed(self) -> int:
-        """How many answer tokens are fed: all but each answer's last."""
-        return sum(len(answer) - 1 for answer in self.answers)
+        """How many answer tokens are fed beside the prompt: all but each answer's last."""
+        return sum(len(a) - 1 for answers in self.answers for a in answers[self.continued :])
+
+    @property
+    def heads(self) -> int:
+        """How many prompt tokens predict a token of an answer."""
+        return sum(len(answers[0]) for answers in self.answers) if self.continued else self.M
 
     @property
     def tokens(self) -> int:
@@ -33,18 +58,18 @@ class Example:
         return len(self.prompt) + self.packed
 
 
-def title_ids(item: int, title: str, tokenizer) -> np.ndarray:
-    """Token ids of a title, no special tokens, then EOS.
+def title_ids(item: int, title: str, tokenizer, end: int) -> np.ndarray:
+    """Token ids of a title, no special tokens, then `end`.
 
     Raises InputError when the title encodes to nothing or to special tokens.
     """
     ids = tokenizer(title, add_special_tokens=False).input_ids
-    if not ids or set(ids) & set(tokenizer.all_special_ids):
+    if not ids or set(ids) & {*tokenizer.all_special_ids, end}:
         raise InputError(
             f"item {item}: title {title!r} encodes to {ids}, expected one or more ordinary "
             "tokens: correct the title in items.jsonl"
         )
-    return np.array([*ids, tokenizer.eos_token_id], np.int32)
+    return np.array([*ids, end], np.int32)
 
 
 def check_titles(titles: Mapping[int, str], tokenizer) -> None:
@@ -54,7 +79,7 @@ def check_titles(titles: Mapping[int, str], tokenizer) -> None:
     """
     changed = []
     for item, title in titles.items():
-        ids = title_ids(item, title, tokenizer)[:-1]
+        ids = title_ids(item, title, tokenizer, tokenizer.eos_token_id)[:-1]
         back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if back.strip() != title.strip():
             changed.append(f"item {item}: {title!r} comes back as {back!r}")
@@ -72,22 +97,36 @@ class Encoder:
     `max_length` bounds prompt plus longest answer: a longer prompt keeps its end, as in the
     official recipe, and is counted in `truncated`, of `encoded` in all.
 
+    `prompt` is one of `prompts.PROMPTS`. A history shows up to `history` titles, each on a line of
+    its own whose end is the answers' end too; one that is too long loses its oldest titles.
+
     With `first_vector`, the size of the model's vocabulary, a title in a prompt can be followed by
     its item's vector (`sdpo_jax.models.item_vectors`): as the token id `first_vector` plus the
     item's place in items.jsonl.
     """
 
     def __init__(self, dataset: Dataset, tokenizer, templates: Sequence[str], seed: int,
-                 max_length: int, first_vector: int | None = None):  # fmt: skip
+                 max_length: int, first_vector: int | None = None,
+                 prompt: str = "candidates", history: int = 10):  # fmt: skip
         self.dataset, self.tokenizer, self.templates = dataset, tokenizer, templates
         self.seed, self.max_length = seed, max_length
+        self.prompt, self.history = prompt, history
         self.encoded = self.truncated = 0
         self.bos = prompts.bos(tokenizer)
+        self.end = prompts.end_of_line(tokenizer) if prompt == "history" else tokenizer.eos_token_id
         self._answers: dict[int, np.ndarray] = {}
+        self._heads: dict[int, list[int]] = {}
         self.first_vector = first_vector
         self._place = {item: n for n, item in enumerate(dataset.titles)}
         if any(MARK in text for text in (*templates, *dataset.titles.values())):
             raise InputError(f"found the character {MARK!r} in a title or prompt: remove it")
+
+    @classmethod
+    def of(cls, config, dataset: Dataset, tokenizer, templates: Sequence[str],
+           first_vector: int | None = None) -> "Encoder":  # fmt: skip
+        """That of a run's config."""
+        return cls(dataset, tokenizer, templates, config.seed, config.max_length, first_vector,
+                   config.prompt, config.history)  # fmt: skip
 
     def window(self, split: str, row: int) -> Window:
         return self.dataset.splits[split][row]
@@ -99,26 +138,38 @@ class Encoder:
         """
         window, titles = self.window(split, row), self.dataset.titles
         index = prompts.template_index(self.seed, split, row, len(self.templates))
+        history = window.history if self.prompt == "candidates" else self.before(window)
 
         def title(item: int) -> str:
             return titles[item] + (f"{MARK}{self._place[item]}{MARK}" if vectors else "")
 
         return prompts.render(
-            self.templates[index], [*map(title, window.history)], [*map(title, window.candidates)]
+            self.templates[index], [*map(title, history)], [*map(title, window.candidates)]
         )
+
+    def before(self, window: Window) -> tuple[int, ...]:
+        """The items that a history's prompt may show before a window's target, oldest first."""
+        items = self.dataset.sequences[window.user].items
+        return items[max(0, window.place - self.history) : window.place]
 
     def answer(self, item: int) -> np.ndarray:
         """`title_ids` of an item, computed once."""
         if item not in self._answers:
-            self._answers[item] = title_ids(item, self.dataset.titles[item], self.tokenizer)
+            title = self.dataset.titles[item]
+            self._answers[item] = title_ids(item, title, self.tokenizer, self.end)
         return self._answers[item]
 
     def examples(self, split: str, rows: Sequence[int], items: Sequence[Sequence[int]],
-                 vectors: Sequence[bool] | None = None):  # fmt: skip
+                 vectors: Sequence[bool] | None = None) -> list[Example]:  # fmt: skip
         """Examples of `rows`, the answers of each being the titles of `items[i]`, in that order.
 
         `vectors`: whether item vectors stand in each prompt; by default where there are any.
         """
+        if self.prompt == "history":
+            return [
+                self._history(split, row, [self.answer(item) for item in of_row])
+                for row, of_row in zip(rows, items, strict=True)
+            ]
         vectors = vectors or [self.first_vector is not None] * len(rows)
         texts = [
             self.prompt_text(split, row, shown) for row, shown in zip(rows, vectors, strict=True)
@@ -127,6 +178,58 @@ class Encoder:
             self._example(ids, [self.answer(item) for item in of_row])
             for ids, of_row in zip(self._ids(texts), items, strict=True)
         ]
+
+    def segment(self, split: str, rows: Sequence[int], items: Sequence[Sequence[int]]) -> Example:
+        """One example of a history whose titles at `rows`, one after the other, all are targets.
+
+        `items[i]`: the target of `rows[i]`, and the titles beside it.
+        """
+        targets = [self.answer(of_row[0]) for of_row in items]
+        ids = self.head(split, rows[0]) + self._lines(self.context(split, rows[0]))
+        sizes = [len(answer) for answer in targets]
+        places = len(ids) - 1 + np.cumsum([0, *sizes[:-1]])
+        # The last end is predicted and never fed.
+        prompt = np.concatenate([np.array(ids, np.int32), *targets])[:-1]
+        self.encoded += 1
+        answers = tuple(tuple(self.answer(item) for item in of_row) for of_row in items)
+        return Example(prompt, tuple(map(int, places)), answers, continued=True)
+
+    def head(self, split: str, row: int) -> list[int]:
+        """Token ids of a history's prompt before its titles."""
+        index = prompts.template_index(self.seed, split, row, len(self.templates))
+        if index not in self._heads:
+            text = prompts.head(self.templates[index])
+            self._heads[index] = self.bos + self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._heads[index]
+
+    @functools.cached_property
+    def room(self) -> int:
+        """How many tokens the titles of a history may have beside any head."""
+        heads = [prompts.head(template) for template in self.templates]
+        longest = max(map(len, self.tokenizer(heads, add_special_tokens=False).input_ids))
+        return self.max_length - len(self.bos) - longest
+
+    def context(self, split: str, row: int) -> Sequence[int]:
+        """The items before a segment's first target, in at most half of the room."""
+        return self._fitting(self.before(self.window(split, row)), self.room // 2)
+
+    def _history(self, split: str, row: int, answers: list[np.ndarray]) -> Example:
+        shown, head = self.before(self.window(split, row)), self.head(split, row)
+        fitting = self._fitting(shown, self.max_length - len(head) - max(map(len, answers)))
+        self.encoded += 1
+        self.truncated += len(fitting) < len(shown)
+        return Example.single(np.array(head + self._lines(fitting), np.int32), answers)
+
+    def _lines(self, items: Sequence[int]) -> list[int]:
+        return [int(token) for item in items for token in self.answer(item)]
+
+    def _fitting(self, items: Sequence[int], room: int) -> Sequence[int]:
+        """The latest of `items` whose titles have at most `room` tokens together."""
+        sizes = np.cumsum([len(self.answer(item)) for item in reversed(items)])
+        count = int(np.searchsorted(sizes, room, side="right"))
+        if items and count == 0:
+            raise self._no_room(len(self.answer(items[-1])))
+        return items[len(items) - count :]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, what lies between marks tokenised apart."""
@@ -144,19 +247,13 @@ class Encoder:
     def _example(self, ids: list[int], answers: list[np.ndarray]) -> Example:
         room = self.max_length - max(map(len, answers)) - len(self.bos)
         if room < 1:
-            raise InputError(
-                f"max_length={self.max_length} leaves no room for a prompt beside an answer of "
-                f"{max(map(len, answers))} tokens: raise --config.max_length"
-            )
+            raise self._no_room(max(map(len, answers)))
         self.encoded += 1
         self.truncated += len(ids) > room
-        return Example(np.array(self.bos + ids[-room:], np.int32), tuple(answers))
+        return Example.single(np.array(self.bos + ids[-room:], np.int32), answers)
 
-
-def training_items(encoder: Encoder, split: str, row: int, num_negatives: int) -> list[int]:
-    """The target and `num_negatives` of the other candidates shown, drawn once per example."""
-    window = encoder.window(split, row)
-    others = [item for item in window.candidates if item != window.target]
-    draw = generator(encoder.seed, "negatives", split, row)
-    chosen = draw.choice(len(others), num_negatives, replace=False)
-    return [window.target, *(others[i] for i in chosen)]
+    def _no_room(self, tokens: int) -> InputError:
+        return InputError(
+            f"max_length={self.max_length} leaves no room for a prompt beside an answer of "
+            f"{tokens} tokens: raise --config.max_length"
+        )

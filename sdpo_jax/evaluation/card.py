@@ -23,7 +23,7 @@ def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
     trained = _trained(stage, method(c))
     data = read_dataset_meta(Path(c.dataset))
     chat = load_tokenizer(Path(c.model)) if c.chat_template else None
-    templates = prompts.templates_of(data["domain"], c.prompt_file, chat)
+    templates = prompts.templates_of(data["domain"], c.prompt_file, chat, c.prompt)
     base, _ = name_and_revision(meta["source"])
     header = ModelCardData(
         base_model=base if is_hub_name(base) else None,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from sdpo_jax.models.attention import attend, attend_causal, near
 from sdpo_jax.models.decoder import Decoder
-from sdpo_jax.objectives.logprobs import Batch, PackedAnswers, prompt_positions
+from sdpo_jax.objectives.logprobs import Batch, PackedAnswers, answers_logp, prompt_positions
 
 DECODERS = ("greedy", "trie", "score")
 MAX_NEW_TOKENS = 20  # the authors' evaluate_batch.py
@@ -50,7 +50,10 @@ def prefill(decoder: Decoder, batch: Batch) -> Prefix:
 
 
 def score(decoder: Decoder, prefix: Prefix, batch: Batch) -> jax.Array:
-    """Log-probs `logp_BC` of all candidates in one pass; equal to `shared_prefix_logp`."""
+    """Log-probs `logp_BMC` of all answers in one pass; equal to `shared_prefix_logp`.
+
+    Each example has one target, at its prompt's end.
+    """
     packed = PackedAnswers(batch, decoder.config.window)
 
     def attention(q, k, v, prompt):
@@ -58,22 +61,23 @@ def score(decoder: Decoder, prefix: Prefix, batch: Batch) -> jax.Array:
 
     cache = (prefix.keys_LBPGH, prefix.values_LBPGH)
     hidden_BSD, _ = decoder(packed.tokens_BS, packed.positions_BS, attention, cache)
-    return packed.logp(decoder, prefix.last_BD, hidden_BSD, batch)
+    logits_BYV = decoder.logits(jnp.concatenate([prefix.last_BD[:, None], hidden_BSD], 1))
+    return answers_logp(logits_BYV, batch["predictor_BMCA"], batch)
 
 
 def greedy(
-    decoder: Decoder, prefix: Prefix, eos: int, max_new_tokens: int = MAX_NEW_TOKENS
+    decoder: Decoder, prefix: Prefix, end: int, max_new_tokens: int = MAX_NEW_TOKENS
 ) -> jax.Array:
-    """The most likely token at every step, `tokens_BN`; from a row's EOS on all is EOS."""
+    """The most likely token at every step, `tokens_BN`; from a row's `end` on all is `end`."""
 
     def choose(logits_BV, i, state):
         tokens_BN, done_B = state
-        token_B = jnp.where(done_B, eos, jnp.argmax(logits_BV, -1)).astype(jnp.int32)
-        done_B |= token_B == eos
+        token_B = jnp.where(done_B, end, jnp.argmax(logits_BV, -1)).astype(jnp.int32)
+        done_B |= token_B == end
         return token_B, done_B, (tokens_BN.at[:, i].set(token_B), done_B)
 
     B = prefix.last_BD.shape[0]
-    start = (jnp.full((B, max_new_tokens), eos, jnp.int32), jnp.zeros(B, bool))
+    start = (jnp.full((B, max_new_tokens), end, jnp.int32), jnp.zeros(B, bool))
     return _generate(decoder, prefix, choose, start, max_new_tokens)[0]
 
 
@@ -81,7 +85,7 @@ def trie(decoder: Decoder, prefix: Prefix, answers_BCA: jax.Array) -> jax.Array:
     """Greedy decoding among the tokens that continue a candidate; the candidate's index, [B].
 
     A candidate is alive while its tokens equal those generated. A row is done when one is left,
-    which happens at the latest at the EOS that ends one of two answers with a common beginning.
+    which happens at the latest at the end of one of two answers with a common beginning.
     """
 
     def choose(logits_BV, i, alive_BC):

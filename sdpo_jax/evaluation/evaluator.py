@@ -21,6 +21,7 @@ from sdpo_jax.evaluation import decode, metrics
 from sdpo_jax.evaluation.results import Prediction
 from sdpo_jax.model_folder import load_model, read_meta
 from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.objectives.logprobs import Batch
 from sdpo_jax.runtime import set_up_jax
 from sdpo_jax.workdir import same
 
@@ -61,16 +62,17 @@ class Evaluator:
             vectors_IE=vectors_IE,
         )
         templates = prompts.templates_of(
-            self.dataset.domain, c.prompt_file, self.model.tokenizer if c.chat_template else None
+            self.dataset.domain,
+            c.prompt_file,
+            self.model.tokenizer if c.chat_template else None,
+            c.prompt,
         )
         same(run, "prompts", c.prompt_file or "built-in", prompts.fingerprint(templates))
         self.windows = self.dataset.splits[split]
         self.rows = loader.spread(len(self.windows), limit)
         first_vector = None if vectors_IE is None else self.model.config.V
-        encoder = Encoder(
-            self.dataset, self.model.tokenizer, templates, c.seed, c.max_length, first_vector
-        )
-        self.examples = encoder.examples(
+        self.encoder = Encoder.of(c, self.dataset, self.model.tokenizer, templates, first_vector)
+        self.examples = self.encoder.examples(
             split, self.rows, [self.windows[row].candidates for row in self.rows]
         )
         batch_size = batch_size or (8 if jax.default_backend() == "cpu" else 32)
@@ -89,7 +91,7 @@ class Evaluator:
         return [order[i : i + size] for i in range(0, len(order), size)]
 
     def _compile(self):
-        graphdef, eos = self.model.graphdef, self.model.tokenizer.eos_token_id
+        graphdef, end = self.model.graphdef, self.encoder.end
 
         def jitted(function: Callable) -> Callable:
             return jax.jit(
@@ -97,11 +99,11 @@ class Evaluator:
             )
 
         decoders = {
-            "greedy": jitted(lambda decoder, prefix, batch: decode.greedy(decoder, prefix, eos)),
+            "greedy": jitted(lambda decoder, prefix, batch: decode.greedy(decoder, prefix, end)),
             "trie": jitted(
-                lambda decoder, prefix, batch: decode.trie(decoder, prefix, batch["answers_BCA"])
+                lambda decoder, prefix, batch: decode.trie(decoder, prefix, only(batch))
             ),
-            "score": jitted(decode.score),
+            "score": jitted(lambda *args: decode.score(*args)[:, 0]),
         }
         return jitted(decode.prefill), decoders
 
@@ -158,13 +160,17 @@ class Evaluator:
         }  # fmt: skip
 
     def _text(self, tokens: list[int]) -> str:
-        tokenizer = self.model.tokenizer
-        tokens = [*tokens, tokenizer.eos_token_id]
-        return tokenizer.decode(
-            tokens[: tokens.index(tokenizer.eos_token_id)],
+        end = self.encoder.end
+        return self.model.tokenizer.decode(
+            [*tokens, end][: [*tokens, end].index(end)],
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,  # would change titles with spaces before marks
         )
+
+
+def only(batch: Batch) -> jax.Array:
+    """`answers_BCA` of examples with one target each."""
+    return batch["answers_BMCA"][:, 0]
 
 
 def _vectors(run: SimpleNamespace, dataset: Dataset) -> np.ndarray | None:

@@ -39,18 +39,18 @@ PIECES = 8  # of a row's tokens, whose number is a multiple of 8 (`sdpo_jax.data
 Attention = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
-def at_once(mlp, x_BTD: jax.Array, dropout_keys_R) -> jax.Array:
-    return mlp(x_BTD, dropout_keys_R)
+def at_once(mlp, x_BTD: jax.Array, dropout_keys_W) -> jax.Array:
+    return mlp(x_BTD, dropout_keys_W)
 
 
-def piece_by_piece(mlp, x_BTD: jax.Array, dropout_keys_R) -> jax.Array:
+def piece_by_piece(mlp, x_BTD: jax.Array, dropout_keys_W) -> jax.Array:
     """The same for up to PIECES equal runs of tokens, one after the other, forth and back."""
     B, T, D = x_BTD.shape
     pieces = math.gcd(T, PIECES)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def piece(x_BTD, i):
-        return mlp(x_BTD, fold_in(dropout_keys_R, i))
+        return mlp(x_BTD, fold_in(dropout_keys_W, i))
 
     x_XBTD = x_BTD.reshape(B, pieces, T // pieces, D).swapaxes(0, 1)
     out_XBTD = jax.lax.map(lambda xs: piece(*xs), (x_XBTD, jnp.arange(pieces)))
@@ -84,7 +84,7 @@ class Decoder(nnx.Module):
         self.vectors = ItemVectors(vectors, config.D, dtype=dtype, rngs=rngs) if vectors else None
 
     def __call__(
-        self, tokens_BT, positions_BT, attention: Attention, cache=None, dropout_keys_R=None
+        self, tokens_BT, positions_BT, attention: Attention, cache=None, dropout_keys_W=None
     ):
         """Hidden states after the final norm, [B, T, D], and what `attention` kept, stacked over L.
 
@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
           positions_BT: int32 positions for RoPE.
           attention: see `Attention`; it holds the masks.
           cache: pytree with leading axis L handed to `attention` layer by layer, or None.
-          dropout_keys_R: keys of LoRA's dropout, one a row of tokens, or None for none.
+          dropout_keys_W: keys of LoRA's dropout, one a row of tokens, or None for none.
         """
         angles = rotary(positions_BT, self.config)
         mlp = piece_by_piece if self.remat == "least" else at_once
@@ -101,8 +101,8 @@ class Decoder(nnx.Module):
 
         def body(x_BTD, scanned):
             state, cache, i = scanned
-            keys_R = fold_in(dropout_keys_R, i)
-            return nnx.merge(graphdef, state)(x_BTD, angles, attention, mlp, cache, keys_R)
+            keys_W = fold_in(dropout_keys_W, i)
+            return nnx.merge(graphdef, state)(x_BTD, angles, attention, mlp, cache, keys_W)
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)

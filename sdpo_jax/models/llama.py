@@ -55,20 +55,20 @@ class Layer(nnx.Module):
         self.up = linear("up", c.D, c.F, "DF", c.mlp_bias)
         self.down = linear("down", c.F, c.D, "FD", c.mlp_bias)
 
-    def __call__(self, x_BTD, angles, attention, mlp, cache, dropout_keys_R):
+    def __call__(self, x_BTD, angles, attention, mlp, cache, dropout_keys_W):
         """`mlp` calls the function that it is given, at once or piece by piece."""
         heads = (*x_BTD.shape[:2], -1, self.config.H)
         y = self.attention_norm(x_BTD)
-        q_BTNH = self.q(y, dropout_keys_R).reshape(heads)
-        k_BTGH = self.k(y, dropout_keys_R).reshape(heads)
-        v_BTGH = self.v(y, dropout_keys_R).reshape(heads)
+        q_BTNH = self.q(y, dropout_keys_W).reshape(heads)
+        k_BTGH = self.k(y, dropout_keys_W).reshape(heads)
+        v_BTGH = self.v(y, dropout_keys_W).reshape(heads)
         if self.config.qk_norm:
             q_BTNH, k_BTGH = self.q_norm(q_BTNH), self.k_norm(k_BTGH)
         y, kept = attention(rotate(q_BTNH, angles), rotate(k_BTGH, angles), v_BTGH, cache)
-        x_BTD = x_BTD + self.o(y, dropout_keys_R)
-        return x_BTD + mlp(self.mlp, x_BTD, dropout_keys_R), kept
+        x_BTD = x_BTD + self.o(y, dropout_keys_W)
+        return x_BTD + mlp(self.mlp, x_BTD, dropout_keys_W), kept
 
-    def mlp(self, x_BTD: jax.Array, dropout_keys_R=None) -> jax.Array:
+    def mlp(self, x_BTD: jax.Array, dropout_keys_W=None) -> jax.Array:
         y = self.mlp_norm(x_BTD)
-        y = swiglu(self.gate(y, dropout_keys_R), self.up(y, dropout_keys_R))
-        return self.down(y, dropout_keys_R)
+        y = swiglu(self.gate(y, dropout_keys_W), self.up(y, dropout_keys_W))
+        return self.down(y, dropout_keys_W)

@@ -124,11 +124,11 @@ class LinearOptions:
         return jnp.bfloat16 if self.base_dtype == "bf16" else self.dtype
 
 
-def fold_in(dropout_keys_R: jax.Array | None, number) -> jax.Array | None:
+def fold_in(dropout_keys_W: jax.Array | None, number) -> jax.Array | None:
     """One dropout key a row, each folded with `number`; no keys stay none."""
-    if dropout_keys_R is None:
+    if dropout_keys_W is None:
         return None
-    return jax.vmap(jax.random.fold_in, (0, None))(dropout_keys_R, number)
+    return jax.vmap(jax.random.fold_in, (0, None))(dropout_keys_W, number)
 
 
 class Linear(nnx.Module):
@@ -167,18 +167,18 @@ class Linear(nnx.Module):
             return Quantised(self.codes[...], self.scale[...], self.options.base_dtype)
         return self.kernel[...]
 
-    def __call__(self, x: jax.Array, dropout_keys_R: jax.Array | None = None) -> jax.Array:
-        """`x` is [R, T, I] where there are dropout keys, one a row."""
+    def __call__(self, x: jax.Array, dropout_keys_W: jax.Array | None = None) -> jax.Array:
+        """`x` is [W, T, I] where there are dropout keys, one a row."""
         dtype, lora = self.options.dtype, self.options.lora
         x_TI = x.reshape(-1, x.shape[-1])
         y_TO = frozen_product(x_TI, self.weight, dtype)
         if self.adapted:
-            if dropout_keys_R is not None and lora.dropout > 0:
-                keys_R = fold_in(dropout_keys_R, self.index)
+            if dropout_keys_W is not None and lora.dropout > 0:
+                keys_W = fold_in(dropout_keys_W, self.index)
                 keep = functools.partial(
                     jax.random.bernoulli, p=1 - lora.dropout, shape=x.shape[1:]
                 )
-                keep_TI = jax.vmap(keep)(keys_R).reshape(x_TI.shape)
+                keep_TI = jax.vmap(keep)(keys_W).reshape(x_TI.shape)
                 x_TI = jnp.where(keep_TI, x_TI / (1 - lora.dropout), 0).astype(x.dtype)
             y_TO += adapter_product(x_TI, self.a[...], lora.scale * self.b[...], dtype)
         if self.biased:

@@ -1,30 +1,39 @@
-"""Log-probabilities of every candidate answer given its prompt, in two layouts.
+"""Log-probabilities of every answer given its prompt, in two layouts.
 
-A batch holds
-  prompt_BP        int32, padded on the left, so that the last column is the last prompt token;
-  prompt_mask_BP   bool, True on tokens;
-  answers_BCA      int32, each answer ends in EOS, padded on the right;
-  answers_mask_BCA bool, True on tokens, EOS included;
-  packed_BS        int32, indices into the flattened [C*A] answers of the tokens that are fed to
-                   the decoder (every answer token but its last), -1 where an example has fewer;
-  slot_RT          int32, for each place of R rows that hold B/R examples each, the index of its
-                   token in the row's flattened [B/R, P+S] grid, -1 where a row has fewer tokens.
+An example is a prompt, M places in it where an answer begins, and C answers for each. A batch holds
+  prompt_BP          int32, padded on the left, so that the last column is the last prompt token;
+  prompt_mask_BP     bool, True on tokens;
+  place_BM           int32, the prompt's column that predicts the first token of a target's answers,
+                     -1 where an example has fewer targets;
+  answers_BMCA       int32, each answer ends in its end token, padded on the right;
+  answers_mask_BMCA  bool, True on tokens, the end included;
+  packed_BS          int32, indices into the flattened [M*C*A] answers of the tokens that are fed
+                     beside the prompt: every token but the last of each answer that is not part of
+                     the prompt; -1 where an example has fewer;
+  head_BE            int32, the prompt's columns that predict an answer token, -1 where fewer;
+  predictor_BMCA     int32, for each answer token the index of what predicts it: below E a place of
+                     head_BE, from E on a place of packed_BS;
+  slot_WT            int32, for each place of W rows that hold B/W examples each, the index of its
+                     token in the row's flattened [B/W, P+S] grid, -1 where a row has fewer tokens.
 
-`shared_prefix` computes the prompt once for all its answers: an answer token sees the prompt and
-the earlier tokens of its own answer, and positions of every answer restart at the prompt's length.
-A row `[prompt | answer_0 | ... | answer_K | next prompt | ...]` holds real tokens alone; only
-attention and the head see the padded grid `[prompt_BP | packed_BS]`. `padded` feeds C full rows a
-prompt, as the official code does; it is the oracle. Both put the head on positions that predict an
-answer token and on no other: the last prompt token predicts the first token of all C answers, and
-EOS is a target, never an input.
+The paper's prompt has M = 1, and all of its answers are fed beside it. In a history, each title is
+a target: the chosen answers are part of the prompt, so only the rejected ones are fed beside it.
+
+`shared_prefix` computes the prompt once for all its answers: an answer token sees the prompt up to
+its target's place and the earlier tokens of its own answer, and its position continues from that
+place. A row `[prompt | answers | next prompt | ...]` holds real tokens alone; only attention and
+the head see the padded grid `[prompt_BP | packed_BS]`. `padded` feeds M * C full rows an example,
+as the official code does; it is the oracle. Both put the head on positions that predict an answer
+token and on no other, and an answer's end is a target, never an input.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.models.attention import attend, attend_causal, causal_mask, near
+from sdpo_jax.models.attention import CAUSAL_BLOCK, attend, attend_causal, near
 from sdpo_jax.models.decoder import Decoder
 
 Batch = dict[str, jax.Array]
@@ -66,97 +75,120 @@ def _token_logp_backward(residuals, g_BZ):
 _token_logp.defvjp(_token_logp_forward, _token_logp_backward)
 
 
+def answers_logp(logits_BYV: jax.Array, predictor_BMCA: jax.Array, batch: Batch) -> jax.Array:
+    """Sums token log-probs into `logp_BMC`; `predictor_BMCA`: which of Y predicts each token."""
+    shape = batch["answers_BMCA"].shape
+    place_BZ, token_BZ = (x.reshape(shape[0], -1) for x in (predictor_BMCA, batch["answers_BMCA"]))
+    logp_BMCA = _token_logp(logits_BYV, place_BZ, token_BZ).reshape(shape)
+    return jnp.where(batch["answers_mask_BMCA"], logp_BMCA, 0.0).sum(-1)
+
+
 class PackedAnswers:
-    """The S packed answer tokens of an example: what is fed, what it predicts, what it sees."""
+    """The S answer tokens of an example that are fed beside its prompt, and what they see."""
 
     def __init__(self, batch: Batch, window: int | None):
-        answers_BCA = batch["answers_BCA"]
-        B, C, A = answers_BCA.shape
-        flat_BX = answers_BCA.reshape(B, C * A)
+        B, _, C, A = batch["answers_BMCA"].shape
         index_BS = jnp.maximum(batch["packed_BS"], 0)
-        self.valid_BS = batch["packed_BS"] >= 0
-        self.tokens_BS = jnp.take_along_axis(flat_BX, index_BS, 1)
-        self.targets_BS = jnp.take_along_axis(flat_BX, jnp.minimum(index_BS + 1, C * A - 1), 1)
-        self.candidate_BS = index_BS // A
         mask_BP = batch["prompt_mask_BP"]
-        self.positions_BS = mask_BP.sum(-1, keepdims=True) + index_BS % A
-        self.prompt_mask_BSP = mask_BP[:, None, :] & near(
-            self.positions_BS, prompt_positions(mask_BP), window
+        positions_BP = prompt_positions(mask_BP)
+        self.window, self.longest = window, A
+        self.valid_BS = batch["packed_BS"] >= 0
+        self.tokens_BS = jnp.take_along_axis(batch["answers_BMCA"].reshape(B, -1), index_BS, 1)
+        self.answer_BS = index_BS // A
+        place_BS = jnp.take_along_axis(batch["place_BM"], self.answer_BS // C, 1)
+        begin_BS = jnp.take_along_axis(positions_BP, jnp.maximum(place_BS, 0), 1)
+        self.positions_BS = begin_BS + 1 + index_BS % A
+        before_BSP = jnp.arange(mask_BP.shape[1]) <= place_BS[..., None]
+        self.prompt_mask_BSP = (
+            mask_BP[:, None, :] & before_BSP & near(self.positions_BS, positions_BP, window)
         )
-        same_BSS = self.candidate_BS[:, :, None] == self.candidate_BS[:, None, :]
-        recent_BSS = near(self.positions_BS, self.positions_BS, window)
-        self.mask_BSS = causal_mask(self.valid_BS) & same_BSS & recent_BSS
+
+    def own_mask(self, queries: slice, keys: slice) -> jax.Array:
+        """[B, queries, keys]: the earlier tokens of the same answer, and the token itself."""
+        answer_BS, place_BS, S = self.answer_BS, self.positions_BS, self.answer_BS.shape[1]
+        same = answer_BS[:, queries, None] == answer_BS[:, None, keys]
+        earlier = jnp.arange(S)[queries, None] >= jnp.arange(S)[None, keys]
+        recent = near(place_BS[:, queries], place_BS[:, keys], self.window)
+        return same & earlier & recent & self.valid_BS[:, None, keys]
 
     def attend(self, q_BSNH: jax.Array, prompt: Keys, answers: Keys, dtype) -> jax.Array:
-        """Attention of the answer tokens over keys and values of their prompt and of their own."""
-        blocks = [(*prompt, self.prompt_mask_BSP), (*answers, self.mask_BSS)]
-        return attend(q_BSNH, blocks, dtype)
+        """Attention over keys and values of the prompt and of the own answer, [B, S, N*H].
 
-    def logp(self, decoder: Decoder, last_BD: jax.Array, hidden_BSD: jax.Array, batch: Batch):
-        """Sums token log-probs into `logp_BC`; `last_BD`: hidden state of the last prompt token."""
-        first_BC = batch["answers_BCA"][:, :, 0]
-        C, S = first_BC.shape[1], hidden_BSD.shape[1]
-        logits_BYV = decoder.logits(jnp.concatenate([last_BD[:, None], hidden_BSD], 1))
-        # The last prompt token predicts the first token of all C answers.
-        place_Z = jnp.concatenate([jnp.zeros(C, jnp.int32), 1 + jnp.arange(S)])
-        tokens_BZ = jnp.concatenate([first_BC, self.targets_BS], 1)
-        logp_BZ = _token_logp(logits_BYV, jnp.broadcast_to(place_Z, tokens_BZ.shape), tokens_BZ)
-        rest_BS = jnp.where(self.valid_BS, logp_BZ[:, C:], 0.0)
-        # A sum, not a product with a one-hot: accelerators round the operands of products.
-        owned_BSC = self.candidate_BS[..., None] == jnp.arange(C)
-        return logp_BZ[:, :C] + jnp.where(owned_BSC, rest_BS[..., None], 0.0).sum(1)
+        Queries go in equal blocks. An answer has at most A - 1 tokens side by side, so a block
+        needs no other answers' keys than those within A - 2 places before it.
+        """
+        S, (k_BSGH, v_BSGH) = q_BSNH.shape[1], answers
+        blocks = -(-S // CAUSAL_BLOCK)
+        cuts = [S * i // blocks for i in range(blocks + 1)] if blocks else []
+        out = [jnp.zeros((q_BSNH.shape[0], 0, q_BSNH.shape[2] * q_BSNH.shape[3]), q_BSNH.dtype)]
+        for a, b in itertools.pairwise(cuts):
+            queries, keys = slice(a, b), slice(max(0, a - self.longest + 2), b)
+            own = (k_BSGH[:, keys], v_BSGH[:, keys], self.own_mask(queries, keys))
+            seen = [(*prompt, self.prompt_mask_BSP[:, queries]), own]
+            out.append(attend(q_BSNH[:, queries], seen, dtype))
+        return jnp.concatenate(out, 1)
 
 
 @jax.custom_vjp
-def _pick(x_RX: jax.Array, index_RY: jax.Array, inverse_RX: jax.Array) -> jax.Array:
-    """`x_RX[..., index_RY]` row by row, zeros where the index is -1; [R, X, ...] -> [R, Y, ...].
+def _pick(x_WX: jax.Array, index_WY: jax.Array, inverse_WX: jax.Array) -> jax.Array:
+    """`x_WX[..., index_WY]` row by row, zeros where the index is -1; [W, X, ...] -> [W, Y, ...].
 
     No place is picked twice, so the transpose is a pick by the inverse index, not a scatter.
     """
-    index = jnp.expand_dims(index_RY, range(2, x_RX.ndim))
-    return jnp.where(index >= 0, jnp.take_along_axis(x_RX, jnp.maximum(index, 0), 1), 0)
+    index = jnp.expand_dims(index_WY, range(2, x_WX.ndim))
+    return jnp.where(index >= 0, jnp.take_along_axis(x_WX, jnp.maximum(index, 0), 1), 0)
 
 
-def _pick_forward(x_RX, index_RY, inverse_RX):
-    return _pick(x_RX, index_RY, inverse_RX), (index_RY, inverse_RX)
+def _pick_forward(x_WX, index_WY, inverse_WX):
+    return _pick(x_WX, index_WY, inverse_WX), (index_WY, inverse_WX)
 
 
-def _pick_backward(indices, g_RY):
-    index_RY, inverse_RX = indices
-    return _pick(g_RY, inverse_RX, index_RY), None, None
+def _pick_backward(indices, g_WY):
+    index_WY, inverse_WX = indices
+    return _pick(g_WY, inverse_WX, index_WY), None, None
 
 
 _pick.defvjp(_pick_forward, _pick_backward)
 
 
-class Rows:
-    """Moves values between rows of real tokens [R, T, ...] and the padded grid [B, P+S, ...]."""
+def _inverse(index_BY: jax.Array, X: int) -> jax.Array:
+    """[B, X]: where in `index_BY` each of X places stands, -1 where nowhere."""
+    places_BY = jnp.where(index_BY >= 0, index_BY, X)  # out of range: dropped
 
-    def __init__(self, slot_RT: jax.Array, valid_BX: jax.Array):
-        valid_RX = valid_BX.reshape(slot_RT.shape[0], -1)
-        self.slot_RT = slot_RT
-        self.place_RX = jnp.where(valid_RX, jnp.cumsum(valid_RX, -1) - 1, -1)
+    def one(places_Y):
+        return jnp.full(X, -1).at[places_Y].set(jnp.arange(len(places_Y)), mode="drop")
+
+    return jax.vmap(one)(places_BY)
+
+
+class Rows:
+    """Moves values between rows of real tokens [W, T, ...] and the padded grid [B, P+S, ...]."""
+
+    def __init__(self, slot_WT: jax.Array, valid_BX: jax.Array):
+        valid_WX = valid_BX.reshape(slot_WT.shape[0], -1)
+        self.slot_WT = slot_WT
+        self.place_WX = jnp.where(valid_WX, jnp.cumsum(valid_WX, -1) - 1, -1)
         self.grid = valid_BX.shape
 
     def pack(self, x_BX: jax.Array) -> jax.Array:
-        x_RX = x_BX.reshape(*self.place_RX.shape, *x_BX.shape[2:])
-        return _pick(x_RX, self.slot_RT, self.place_RX)
+        x_WX = x_BX.reshape(*self.place_WX.shape, *x_BX.shape[2:])
+        return _pick(x_WX, self.slot_WT, self.place_WX)
 
-    def spread(self, x_RT: jax.Array) -> jax.Array:
-        x_RX = _pick(x_RT, self.place_RX, self.slot_RT)
-        return x_RX.reshape(*self.grid, *x_RT.shape[2:])
+    def spread(self, x_WT: jax.Array) -> jax.Array:
+        x_WX = _pick(x_WT, self.place_WX, self.slot_WT)
+        return x_WX.reshape(*self.grid, *x_WT.shape[2:])
 
 
-def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_keys_R=None) -> jax.Array:
-    """Sequence log-probs `logp_BC` in nats, each prompt computed once.
+def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_keys_W=None) -> jax.Array:
+    """Sequence log-probs `logp_BMC` in nats, each prompt computed once; 0 where no target is.
 
-    `dropout_keys_R`: one key a row of `slot_RT`, or None for no dropout.
+    `dropout_keys_W`: one key a row of `slot_WT`, or None for no dropout.
     """
     window = decoder.config.window
     packed = PackedAnswers(batch, window)
-    mask_BP = batch["prompt_mask_BP"]
+    mask_BP, head_BE = batch["prompt_mask_BP"], batch["head_BE"]
     P = mask_BP.shape[1]
-    rows = Rows(batch["slot_RT"], jnp.concatenate([mask_BP, packed.valid_BS], 1))
+    rows = Rows(batch["slot_WT"], jnp.concatenate([mask_BP, packed.valid_BS], 1))
 
     def attention(q, k, v, cache):
         q, k, v = rows.spread(q), rows.spread(k), rows.spread(v)
@@ -164,45 +196,61 @@ def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_keys_R=None) -> j
         answers = packed.attend(q[:, P:], (k[:, :P], v[:, :P]), (k[:, P:], v[:, P:]), decoder.dtype)
         return rows.pack(jnp.concatenate([prompt, answers], 1)), None
 
-    tokens_RT = rows.pack(jnp.concatenate([batch["prompt_BP"], packed.tokens_BS], 1))
-    positions_RT = rows.pack(jnp.concatenate([prompt_positions(mask_BP), packed.positions_BS], 1))
-    hidden_RTD, _ = decoder(tokens_RT, positions_RT, attention, None, dropout_keys_R)
-    hidden_BXD = rows.spread(hidden_RTD)
-    return packed.logp(decoder, hidden_BXD[:, P - 1], hidden_BXD[:, P:], batch)
+    tokens_WT = rows.pack(jnp.concatenate([batch["prompt_BP"], packed.tokens_BS], 1))
+    positions_WT = rows.pack(jnp.concatenate([prompt_positions(mask_BP), packed.positions_BS], 1))
+    hidden_WTD, _ = decoder(tokens_WT, positions_WT, attention, None, dropout_keys_W)
+    hidden_BXD = rows.spread(hidden_WTD)
+    head_BED = _pick(hidden_BXD[:, :P], head_BE, _inverse(head_BE, P))
+    logits_BYV = decoder.logits(jnp.concatenate([head_BED, hidden_BXD[:, P:]], 1))
+    return answers_logp(logits_BYV, batch["predictor_BMCA"], batch)
 
 
-def padded_hidden(decoder: Decoder, batch: Batch, dropout_keys_R=None):
-    """C full rows a prompt, R = B*C: their hidden states, and the answers with their mask.
+def prompts_apart(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The prompt of each target alone, up to its place: tokens and mask, [B, M, P]."""
+    place_BM, P = batch["place_BM"], batch["prompt_BP"].shape[1]
+    from_BMP = jnp.arange(P) - (P - 1 - place_BM[..., None])  # the place becomes the last column
+    index_BMP = jnp.maximum(from_BMP, 0)
 
-    Returns hidden_RTD, answers_RA, answers_mask_RA; the last A of the T = P+A-1 places predict the
+    def moved(x_BP):
+        return jnp.take_along_axis(x_BP[:, None], index_BMP, 2)
+
+    there_BMP = (from_BMP >= 0) & (place_BM >= 0)[..., None]
+    return moved(batch["prompt_BP"]), moved(batch["prompt_mask_BP"]) & there_BMP
+
+
+def padded_hidden(decoder: Decoder, batch: Batch, dropout_keys_W=None):
+    """M*C full rows an example, Z = B*M*C: their hidden states, and the answers with their mask.
+
+    Returns hidden_ZTD, answers_ZA, answers_mask_ZA; the last A of the T = P+A-1 places predict the
     answer's tokens.
     """
-    answers_BCA, answers_mask_BCA = batch["answers_BCA"], batch["answers_mask_BCA"]
-    B, C, A = answers_BCA.shape
-    mask_RP = jnp.repeat(batch["prompt_mask_BP"], C, 0)
-    answers_RA = answers_BCA.reshape(B * C, A)
-    answers_mask_RA = answers_mask_BCA.reshape(B * C, A)
-    tokens_RT = jnp.concatenate([jnp.repeat(batch["prompt_BP"], C, 0), answers_RA[:, :-1]], 1)
-    mask_RT = jnp.concatenate([mask_RP, answers_mask_RA[:, 1:]], 1)
+    B, M, C, A = batch["answers_BMCA"].shape
+    prompt_ZP, mask_ZP = (
+        jnp.repeat(x.reshape(B * M, -1), C, 0) for x in prompts_apart(batch)
+    )  # fmt: skip
+    answers_ZA = batch["answers_BMCA"].reshape(-1, A)
+    answers_mask_ZA = batch["answers_mask_BMCA"].reshape(-1, A)
+    tokens_ZT = jnp.concatenate([prompt_ZP, answers_ZA[:, :-1]], 1)
+    mask_ZT = jnp.concatenate([mask_ZP, answers_mask_ZA[:, 1:]], 1)
 
     def attention(q, k, v, cache):
-        return attend_causal(q, k, v, mask_RT, decoder.dtype, decoder.config.window), None
+        return attend_causal(q, k, v, mask_ZT, decoder.dtype, decoder.config.window), None
 
-    if dropout_keys_R is not None:
-        split = functools.partial(jax.random.split, num=B * C // len(dropout_keys_R))
-        dropout_keys_R = jax.vmap(split)(dropout_keys_R).reshape(-1)
-    hidden_RTD, _ = decoder(tokens_RT, prompt_positions(mask_RT), attention, None, dropout_keys_R)
-    return hidden_RTD, answers_RA, answers_mask_RA
+    if dropout_keys_W is not None:
+        split = functools.partial(jax.random.split, num=B * M * C // len(dropout_keys_W))
+        dropout_keys_W = jax.vmap(split)(dropout_keys_W).reshape(-1)
+    hidden_ZTD, _ = decoder(tokens_ZT, prompt_positions(mask_ZT), attention, None, dropout_keys_W)
+    return hidden_ZTD, answers_ZA, answers_mask_ZA
 
 
-def padded_logp(decoder: Decoder, batch: Batch, dropout_keys_R=None) -> jax.Array:
-    """The same `logp_BC` from C full rows a prompt: K+1 times the prompt's work, and the oracle."""
-    hidden_RTD, answers_RA, answers_mask_RA = padded_hidden(decoder, batch, dropout_keys_R)
-    A = answers_RA.shape[1]
-    place_RA = jnp.broadcast_to(jnp.arange(A), answers_RA.shape)
-    logp_RA = _token_logp(decoder.logits(hidden_RTD[:, -A:]), place_RA, answers_RA)
-    logp_RA = jnp.where(answers_mask_RA, logp_RA, 0.0)
-    return logp_RA.sum(-1).reshape(batch["answers_BCA"].shape[:2])
+def padded_logp(decoder: Decoder, batch: Batch, dropout_keys_W=None) -> jax.Array:
+    """The same `logp_BMC` from full rows: M * C times the prompt's work, and the oracle."""
+    hidden_ZTD, answers_ZA, answers_mask_ZA = padded_hidden(decoder, batch, dropout_keys_W)
+    A = answers_ZA.shape[1]
+    place_ZA = jnp.broadcast_to(jnp.arange(A), answers_ZA.shape)
+    logp_ZA = _token_logp(decoder.logits(hidden_ZTD[:, -A:]), place_ZA, answers_ZA)
+    logp_ZA = jnp.where(answers_mask_ZA, logp_ZA, 0.0)
+    return logp_ZA.sum(-1).reshape(batch["answers_BMCA"].shape[:3])
 
 
 LAYOUTS = {"shared_prefix": shared_prefix_logp, "padded": padded_logp}

@@ -1,7 +1,8 @@
 """The losses of the two stages, as functions of per-candidate sequence log-probs.
 
-Candidate 0 is the preferred one. Chen et al., "On Softmax Direct Preference Optimization for
-Recommendation", NeurIPS 2024, arXiv 2406.09215.
+Candidate 0 is the preferred one. The leading axes are whatever the caller has: a batch's targets
+are [B, M], and values per target keep them. Chen et al., "On Softmax Direct Preference Optimization
+for Recommendation", NeurIPS 2024, arXiv 2406.09215.
 """
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 def sft_loss(policy_logp_BC: jax.Array) -> jax.Array:
     """Negative log-likelihood of the preferred answer in nats, summed over its tokens, [B]."""
-    return -policy_logp_BC[:, 0]
+    return -policy_logp_BC[..., 0]
 
 
 def rewards(policy_logp_BC: jax.Array, reference_logp_BC: jax.Array, beta: float) -> jax.Array:
@@ -27,7 +28,7 @@ def sdpo_loss(policy_logp_BC: jax.Array, reference_logp_BC: jax.Array, beta: flo
     it is log C.
     """
     r_BC = rewards(policy_logp_BC, reference_logp_BC, beta)
-    return jax.nn.logsumexp(r_BC, axis=-1) - r_BC[:, 0]
+    return jax.nn.logsumexp(r_BC, axis=-1) - r_BC[..., 0]
 
 
 def dpo_pairwise_loss(
@@ -40,7 +41,7 @@ def dpo_pairwise_loss(
     is log 2, whatever K.
     """
     r_BC = rewards(policy_logp_BC, reference_logp_BC, beta)
-    return jax.nn.softplus(r_BC[:, 1:] - r_BC[:, :1]).mean(-1)
+    return jax.nn.softplus(r_BC[..., 1:] - r_BC[..., :1]).mean(-1)
 
 
 # `config.objective` -> (loss_B of policy and reference log-probs and beta)
@@ -53,7 +54,7 @@ def reward_metrics(r_BC: jax.Array) -> dict[str, jax.Array]:
     `rewards/accuracies` is 1 where the preferred candidate has the single highest reward of all
     C (chance: 1/C); margins are against the mean of the rejected ones.
     """
-    chosen_B, rejected_BK = r_BC[:, 0], r_BC[:, 1:]
+    chosen_B, rejected_BK = r_BC[..., 0], r_BC[..., 1:]
     rejected_B = rejected_BK.mean(-1)
     return {
         "rewards/chosen": chosen_B,

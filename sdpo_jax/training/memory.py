@@ -99,7 +99,7 @@ def lower_step(config: DecoderConfig, lora: LoraConfig, examples: Sequence[Examp
         jax.eval_shape(lambda lora: first_state(lora, optimizer), adapter),
         placed,
     )
-    sft = len(examples[0].answers) == 1
+    sft = examples[0].C == 1
     objective = sft_objective if sft else functools.partial(preference_objective, beta=1.0)
     step = make_train_step(make_logp(graphdef, layout), objective, optimizer, placed, mesh)
     batch = abstract_batch(examples, mesh)
@@ -111,8 +111,7 @@ def abstract_batch(examples: Sequence[Example], mesh: Mesh) -> dict[str, jax.Sha
     """The shapes of one microbatch as the step takes it, [1, M, ...]."""
     rows = sharding.data_shards(mesh)
     batch = loader.collate(examples, loader.choose_shapes([examples], rows)[0], rows)
-    shape = len(examples), len(examples[0].answers)
-    batch["reference_logp_BC"] = np.zeros(shape, np.float32)
+    batch["reference_logp_BMC"] = np.zeros(batch["answers_BMCA"].shape[:3], np.float32)
     placed = sharding.batch_sharding(mesh, leading=1)
     return {
         name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype, sharding=placed)

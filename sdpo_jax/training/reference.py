@@ -1,4 +1,4 @@
-"""The reference's log-probs: computed once per (example, candidate) and kept on disk.
+"""The reference's log-probs: computed once per (target, candidate) and kept on disk.
 
 The reference is the same graph with the adapter that SFT left, so no second model is in memory
 and no reference pass is in the step.
@@ -24,7 +24,8 @@ def fingerprint(base: str, lora: Any, examples: Sequence[Example], settings: Map
     for leaf in jax.tree.leaves(lora):
         digest.update(fetch(leaf).tobytes())
     for example in examples:
-        for ids in (example.prompt, *example.answers):
+        ids_of_targets = (ids for answers in example.answers for ids in answers)
+        for ids in (example.prompt, np.array(example.places, np.int32), *ids_of_targets):
             digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
     return digest.hexdigest()
 

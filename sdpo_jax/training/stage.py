@@ -4,12 +4,13 @@ The two stages differ in the objective, in C (1, or K+1), and in whether the bat
 reference's log-probs.
 """
 
+import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +19,9 @@ from flax import nnx
 from sdpo_jax import sharding
 from sdpo_jax.data import loader
 from sdpo_jax.data.draws import generator
-from sdpo_jax.data.tokens import Encoder, Example, training_items
+from sdpo_jax.data.negatives import Negatives
+from sdpo_jax.data.segments import Unit, units
+from sdpo_jax.data.tokens import Encoder, Example
 from sdpo_jax.errors import InputError
 from sdpo_jax.runtime import Interrupted, StopSignal, first_process
 from sdpo_jax.training import reference, selection
@@ -31,16 +34,26 @@ from sdpo_jax.training.step import (
     init_state,
     make_logp,
     make_train_step,
+    means,
     preference_objective,
     sft_objective,
     state_shardings,
+    sums,
 )  # fmt: skip
 from sdpo_jax.training.throughput import traced
 from sdpo_jax.workdir import stage_result, write_json, write_stage_result
 
 COMPILATION_IN_STEPS = 8  # roughly what a compilation costs; short runs use fewer shapes
 SAVE_SECONDS = 300.0  # between two copies on disk of a reference pass in progress
-Key = tuple[int, bool]  # a row of a split, and whether its prompt holds item vectors
+
+
+class Key(NamedTuple):
+    """An example of a stage: its number among the split's, whether its prompt holds item vectors,
+    and the number of its draw of negatives."""
+
+    unit: int
+    vectors: bool = False
+    draw: int = 0
 
 
 class Inference:
@@ -57,7 +70,7 @@ class Inference:
     def logp(self, lora, examples: Sequence[Example], stop: StopSignal, name: str = "",
              known_NC: np.ndarray | None = None,
              save: Callable[[np.ndarray], None] = lambda _: None) -> np.ndarray:  # fmt: skip
-        """`logp_NC` in nats, in the order of `examples`.
+        """`logp_NC` in nats, N being the targets of all examples, in their order.
 
         Args:
           lora: the adapter.
@@ -71,9 +84,13 @@ class Inference:
         order += order[-1:] * (-len(order) % self.batch_size)  # full batches; repeats are dropped
         order = dealt(examples, order, len(order) // self.microbatch)
         cut = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        shape = (len(examples), len(examples[0].answers))
+        ends = np.cumsum([example.M for example in examples])
+        shape = (int(ends[-1]), examples[0].C)
         out = np.full(shape, np.nan, np.float32) if known_NC is None else known_NC
-        first = sum(1 for _ in itertools.takewhile(lambda part: np.isfinite(out[part]).all(), cut))
+        parts = [out[end - e.M : end] for e, end in zip(examples, ends, strict=True)]
+        first = sum(1 for _ in itertools.takewhile(
+            lambda part: all(np.isfinite(parts[i]).all() for i in part), cut
+        ))  # fmt: skip
         batches = loader.batches(
             [[examples[i] for i in part] for part in cut], start=first, rows=self.rows, limit=1,
             own=sharding.local_shards(self.mesh),
@@ -88,7 +105,9 @@ class Inference:
                 saved = time.monotonic()
             stop.check()
             batch = sharding.put(batch, placed)
-            out[part] = jax.device_get(self._logp(lora, self.base, batch))
+            logp_BMC = jax.device_get(self._logp(lora, self.base, batch))
+            for i, logp_MC in zip(part, logp_BMC, strict=True):
+                parts[i][:] = logp_MC[: len(parts[i])]
         return out
 
 
@@ -98,44 +117,90 @@ def dealt(examples, keys: Sequence[Any], rows: int) -> list[Any]:
     return [keys[i] for i in order]
 
 
-def plan(config, stage: str, rows: int) -> list[int]:
-    """The rows of `train` in the order the stage takes them; a multiple of the batch size.
+def by_example(logp_NC: np.ndarray, examples: Sequence[Example]) -> list[np.ndarray]:
+    """The rows of each example's targets, [M, C]."""
+    return np.split(logp_NC, np.cumsum([example.M for example in examples])[:-1])
+
+
+def plan(config, stage: str, units: int) -> list[int]:
+    """The examples of `train` in the order the stage takes them; a multiple of the batch size.
 
     Raises InputError when the stage would have no step.
     """
     of_stage = config[stage]
-    steps = rows * of_stage.epochs // config.batch_size
+    steps = units * of_stage.epochs // config.batch_size
     if of_stage.max_steps:
         steps = min(steps, of_stage.max_steps)
     if steps < 1:
         raise InputError(
-            f"{stage}: {rows} windows x {of_stage.epochs} epochs give no batch of "
+            f"{stage}: {units} examples x {of_stage.epochs} epochs give no batch of "
             f"{config.batch_size}: lower --config.batch_size or raise --config.{stage}.epochs"
         )
-    order = loader.stream(rows, config.seed + (stage == "sdpo"), of_stage.epochs)
+    order = loader.stream(units, config.seed + (stage == "sdpo"), of_stage.epochs)
     return [int(order[i]) for i in range(steps * config.batch_size)]
 
 
-def curriculum(rows: Sequence[int], vectors: bool, gradual: bool, seed: int) -> list[Key]:
-    """Each row with whether its prompt holds item vectors.
+def curriculum(units: Sequence[int], vectors: bool, gradual: bool, seed: int) -> list[Key]:
+    """Each example with whether its prompt holds item vectors.
 
     Where they come gradually, the i-th of n examples has them with probability i / n: LLaRA's
     curriculum from texts to hybrid prompts (Liao et al. 2024, arXiv 2312.02445, section 3.3).
     """
-    draws = generator(seed, "curriculum", "train", 0).random(len(rows))
-    shares = np.arange(len(rows)) / len(rows) if gradual else np.ones(len(rows))
+    draws = generator(seed, "curriculum", "train", 0).random(len(units))
+    shares = np.arange(len(units)) / len(units) if gradual else np.ones(len(units))
     return [
-        (row, bool(vectors and draw < share))
-        for row, draw, share in zip(rows, draws, shares, strict=True)
+        Key(unit, bool(vectors and draw < share))
+        for unit, draw, share in zip(units, draws, shares, strict=True)
     ]
 
 
-def encode(encoder: Encoder, split: str, keys: Sequence[Key], num_negatives: int):
-    """Key -> Example, with the target and the drawn negatives as answers."""
-    keys = sorted(set(keys))
-    rows, vectors = zip(*keys, strict=True)
-    items = [training_items(encoder, split, row, num_negatives) for row in rows]
-    return dict(zip(keys, encoder.examples(split, rows, items, vectors), strict=True))
+def redrawn(order: Sequence[Key], units: int) -> list[Key]:
+    """The same with a draw of negatives of its own for each epoch of `units` examples."""
+    return [key._replace(draw=i // units) for i, key in enumerate(order)]
+
+
+def encode(
+    encoder: Encoder, split: str, units: Sequence[Unit], keys: Iterable[Key],
+    negatives: Negatives, count: int,
+) -> dict[Key, Example]:  # fmt: skip
+    """Key -> Example, with each target and `count` drawn negatives as answers."""
+    found = sorted(set(keys))
+    rows = [units[key.unit] for key in found]
+    items = [
+        [[encoder.window(split, row).target, *drawn]
+         for row, drawn in zip(of, _drawn(encoder, split, of, key, negatives, count), strict=True)]
+        for key, of in zip(found, rows, strict=True)
+    ]  # fmt: skip
+    if encoder.prompt == "history":
+        return {
+            key: encoder.segment(split, of, of_rows)
+            for key, of, of_rows in zip(found, rows, items, strict=True)
+        }
+    single = encoder.examples(
+        split, [row for (row,) in rows], [of for (of,) in items], [key.vectors for key in found]
+    )
+    return dict(zip(found, single, strict=True))
+
+
+def _drawn(
+    encoder: Encoder, split: str, rows: Unit, key: Key, negatives: Negatives, count: int
+) -> list[list[int]]:
+    last = encoder.window(split, rows[-1]).place
+    return [negatives.draw(split, row, count, key.draw, last) if count else [] for row in rows]
+
+
+def chosen_in_band(logp_MC: np.ndarray, count: int, band: Sequence[float]) -> np.ndarray:
+    """[M, 1 + count]: the preferred answer, and `count` others whose log-probs lie in a band.
+
+    The others are ordered from the most likely on; `band` is the share of them that is left out
+    before, and that after which none is taken. The places between are evenly spaced.
+    """
+    order_MK = 1 + np.argsort(-logp_MC[:, 1:], 1, kind="stable")
+    n = order_MK.shape[1]
+    first, last = int(band[0] * n), max(int(band[0] * n) + count, round(band[1] * n))
+    first = min(first, n - count)
+    places = np.linspace(first, min(last, n) - 1, count).round().astype(int)
+    return np.concatenate([np.zeros((len(order_MK), 1), int), order_MK[:, places]], 1)
 
 
 class Stage:
@@ -145,16 +210,29 @@ class Stage:
                  inference: Inference, stop: StopSignal):  # fmt: skip
         self.name, self.config, self.workdir = name, config, workdir
         self.model, self.mesh, self.inference, self.stop = model, mesh, inference, stop
-        K = config.num_negatives if name == "sdpo" else 0
+        self.encoder, self.K = encoder, config.num_negatives if name == "sdpo" else 0
+        self.negatives = Negatives(
+            encoder.dataset, config.negatives, config.seed, config.popularity_power
+        )
         vectors = encoder.first_vector is not None
-        rows = plan(config, name, len(encoder.dataset.splits["train"]))
-        self.order = curriculum(rows, vectors, name == "sft", config.seed)
+        self.units = units(encoder, "train", config.segment)
+        order = curriculum(plan(config, name, len(self.units)), vectors, name == "sft", config.seed)
+        self.order = redrawn(order, len(self.units)) if config.redraw and self.K else order
         self.steps = len(self.order) // config.batch_size
-        self.train_examples = encode(encoder, "train", self.order, K)
+        self.train_examples = self.encode("train", self.units, self.order)
         split = config.validation_split
-        val_rows = loader.spread(len(encoder.dataset.splits[split]), config.validation_windows)
-        val_keys = [(row, vectors) for row in val_rows]
-        self.validation_examples = list(encode(encoder, split, val_keys, K).values())
+        val_units = units(encoder, split, config.segment)
+        # About so many windows: an example has one of them, or the targets of a segment.
+        windows = len(encoder.dataset.splits[split])
+        limit = -(-config.validation_windows * len(val_units) // windows)
+        val_keys = [Key(unit, vectors) for unit in loader.spread(len(val_units), limit)]
+        self.validation_examples = list(self.encode(split, val_units, val_keys).values())
+
+    def encode(self, split: str, of: Sequence[Unit], keys: Iterable[Key]) -> dict[Key, Example]:
+        """With the answers that the reference reads: of hard negatives a pool of them."""
+        hard = self.K and self.config.negatives == "hard"
+        count = self.config.hard_pool if hard else self.K
+        return encode(self.encoder, split, of, keys, self.negatives, count)
 
     def objective(self) -> Objective:
         if self.name == "sft":
@@ -163,10 +241,13 @@ class Stage:
             preference_objective, beta=self.config.beta, name=self.config.objective
         )
 
-    def references(self, lora) -> tuple[dict[Key, dict], dict]:
-        """Per train example, and for the validation set, the arrays that the objective needs."""
+    def references(self, lora) -> tuple[dict[Key, np.ndarray] | None, list[np.ndarray] | None]:
+        """The reference's log-probs [M, C] of each train example and of the validation set.
+
+        Of hard negatives it chooses those that are trained on: here the examples lose the others.
+        """
         if self.name == "sft":
-            return {key: {} for key in self.train_examples}, {}
+            return None, None
         settings = {
             k: getattr(self.config, k)
             for k in ("dtype", "base_dtype", "batch_layout", "microbatch")
@@ -183,47 +264,70 @@ class Stage:
                     lora, examples, self.stop, f"reference {part}", logp_NC, save
                 )
                 save(logp_NC)
-            found.append(logp_NC)
-        of_key = {
-            key: {"reference_logp_BC": logp_C}
-            for key, logp_C in zip(self.train_examples, found[0], strict=True)
-        }
-        return of_key, {"reference_logp_BC": found[1]}
+            found.append(by_example(logp_NC, examples))
+        train, validation = found
+        if self.config.negatives == "hard":
+            keys, examples = list(self.train_examples), list(self.train_examples.values())
+            examples, train = self._hard(examples, train)
+            self.train_examples = dict(zip(keys, examples, strict=True))
+            self.validation_examples, validation = self._hard(self.validation_examples, validation)
+        return dict(zip(self.train_examples, train, strict=True)), validation
+
+    def _hard(
+        self, examples: Sequence[Example], logp: Sequence[np.ndarray]
+    ) -> tuple[list[Example], list[np.ndarray]]:
+        """The examples with the K negatives of the configured band, and their log-probs."""
+        kept, of_kept = [], []
+        for example, logp_MC in zip(examples, logp, strict=True):
+            chosen_MC = chosen_in_band(logp_MC, self.K, self.config.hard_band)
+            answers = tuple(
+                tuple(of[c] for c in chosen_C)
+                for of, chosen_C in zip(example.answers, chosen_MC, strict=True)
+            )
+            kept.append(dataclasses.replace(example, answers=answers))
+            of_kept.append(np.take_along_axis(logp_MC, chosen_MC, 1))
+        return kept, of_kept
 
     @functools.cached_property
     def cut(self) -> list[list[Key]]:
         """The examples of `train` that each step takes, in order of its rows of tokens."""
         size = self.config.batch_size
-        lengths = {key: len(example.prompt) for key, example in self.train_examples.items()}
-        grouped = loader.grouped_batches(self.order, lengths, size, self.config.seed)
+        alike = self.encoder.prompt == "candidates"
+        lengths = {
+            key: len(example.prompt) if alike else example.tokens
+            for key, example in self.train_examples.items()
+        }
+        grouped = loader.grouped_batches(self.order, lengths, size, self.config.seed, alike)
         rows = size // self.config.microbatch
         return [dealt(self.train_examples, part, rows) for part in grouped]
 
-    def batches(self, references: dict[Key, dict], start: int) -> Iterator[dict[str, np.ndarray]]:
-        """Batches [number of microbatches, this process's part of M, ...] from step `start` on."""
-        extra = [
-            {k: np.stack([references[key][k] for key in part]) for k in references[part[0]]}
-            for part in self.cut
-        ]
+    def batches(
+        self, references: dict[Key, np.ndarray] | None, start: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Batches [number of microbatches, this process's part, ...] from step `start` on."""
+        found = references and [[references[key] for key in part] for part in self.cut]
         limit = max(1, min(loader.MAX_SHAPES, self.steps // COMPILATION_IN_STEPS))
         examples = [[self.train_examples[key] for key in part] for part in self.cut]
         count, shards = self.config.batch_size // self.inference.batch_size, self.inference.rows
         own = [i * shards + j for i in range(count) for j in sharding.local_shards(self.mesh)]
-        for batch in loader.batches(examples, extra, start, count * shards, limit, own):
+        for batch in loader.batches(examples, found, start, count * shards, limit, own):
             yield {k: x.reshape(count, -1, *x.shape[1:]) for k, x in batch.items()}
 
-    def validate(self, state: TrainState, references: dict) -> dict[str, float]:
-        """Means over the validation windows, and their number."""
+    def validate(self, state: TrainState, references: list[np.ndarray] | None) -> dict[str, float]:
+        """Means over the targets of the validation examples, and their number."""
         examples = self.validation_examples
-        if references and int(state.step) == 0:  # the policy still is the reference
-            logp_BC = references["reference_logp_BC"]
-        else:
-            logp_BC = self.inference.logp(state.lora, examples, self.stop)
         shape = loader.choose_shapes([examples])[0]
-        loss_B, metrics = self.objective()(logp_BC, loader.collate(examples, shape) | references)
-        values = {"loss": loss_B, **metrics}
-        means = {name: float(np.mean(value)) for name, value in values.items()}
-        return means | {"windows": len(examples)}
+        batch = loader.collate(examples, shape)
+        if references:
+            batch["reference_logp_BMC"] = loader.stack_targets(references, shape.M)
+        if references and int(state.step) == 0:  # the policy still is the reference
+            logp_BMC = batch["reference_logp_BMC"]
+        else:
+            logp_NC = self.inference.logp(state.lora, examples, self.stop)
+            logp_BMC = loader.stack_targets(by_example(logp_NC, examples), shape.M)
+        total = {k: float(v) for k, v in sums(self.objective(), logp_BMC, batch).items()}
+        targets = total.pop("targets")
+        return means(total, targets) | {"windows": int(targets)}
 
     def run(self, lora: nnx.State) -> nnx.State:
         """Trains from `lora` unless the stage is finished; returns its best adapter."""
@@ -360,7 +464,7 @@ class Stage:
     def refuse(self, error: NotANumber) -> None:
         """Writes which windows a broken step took; raises InputError."""
         file = self.workdir / "stages" / f"{self.name}-broken-step.json"
-        rows = [row for row, _ in self.cut[error.step - 1]]
+        rows = [row for key in self.cut[error.step - 1] for row in self.units[key.unit]]
         content = {"stage": self.name, "step": error.step, "found": error.found,
                    "lines": [row + 1 for row in rows]}  # fmt: skip
         first_process(lambda: write_json(file, content))

@@ -19,7 +19,7 @@ from sdpo_jax import sharding
 from sdpo_jax.objectives import losses
 from sdpo_jax.objectives.logprobs import LAYOUTS, Batch
 
-# (logp_BC, batch) -> (loss_B, metrics of shape [B])
+# (logp_BMC, batch) -> (loss_BM, metrics of shape [B, M])
 Objective = Callable[[jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 
 
@@ -34,26 +34,39 @@ class TrainState:
     opt_state: Any
 
 
-def sft_objective(logp_BC: jax.Array, batch: Batch):
-    tokens_B = batch["answers_mask_BCA"][:, 0].sum(-1)
-    loss_B = losses.sft_loss(logp_BC)
-    return loss_B, {"loss_per_token": loss_B / tokens_B}
+def sft_objective(logp_BMC: jax.Array, batch: Batch):
+    tokens_BM = batch["answers_mask_BMCA"][..., 0, :].sum(-1)
+    loss_BM = losses.sft_loss(logp_BMC)
+    return loss_BM, {"loss_per_token": loss_BM / tokens_BM}
 
 
-def preference_objective(logp_BC: jax.Array, batch: Batch, *, beta: float, name: str = "sdpo"):
+def preference_objective(logp_BMC: jax.Array, batch: Batch, *, beta: float, name: str = "sdpo"):
     """`name`: key of `losses.OBJECTIVES`."""
-    reference_logp_BC = batch["reference_logp_BC"]
-    r_BC = losses.rewards(logp_BC, reference_logp_BC, beta)
-    metrics = {"logps/chosen": logp_BC[:, 0], "logps/rejected": logp_BC[:, 1:].mean(-1)}
-    loss_B = losses.OBJECTIVES[name](logp_BC, reference_logp_BC, beta)
-    return loss_B, losses.reward_metrics(r_BC) | metrics
+    reference_logp_BMC = batch["reference_logp_BMC"]
+    r_BMC = losses.rewards(logp_BMC, reference_logp_BMC, beta)
+    metrics = {"logps/chosen": logp_BMC[..., 0], "logps/rejected": logp_BMC[..., 1:].mean(-1)}
+    loss_BM = losses.OBJECTIVES[name](logp_BMC, reference_logp_BMC, beta)
+    return loss_BM, losses.reward_metrics(r_BMC) | metrics
+
+
+def sums(objective: Objective, logp_BMC: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """Loss and metrics summed over the targets that are there, and their number, `targets`."""
+    loss_BM, metrics = objective(logp_BMC, batch)
+    there_BM = batch["place_BM"] >= 0
+    values = {"loss": loss_BM, **metrics, "targets": jnp.ones_like(loss_BM)}
+    return {name: jnp.where(there_BM, value, 0.0).sum() for name, value in values.items()}
+
+
+def means(total: Any, targets: jax.Array | float) -> Any:
+    """A tree of sums over targets as means."""
+    return jax.tree.map(lambda x: x / targets, total)
 
 
 def make_logp(graphdef: nnx.GraphDef, layout: str):
-    """`logp(lora, base, batch, dropout_keys_R=None) -> logp_BC`, float32 nats."""
+    """`logp(lora, base, batch, dropout_keys_W=None) -> logp_BMC`, float32 nats."""
 
-    def logp(lora, base, batch, dropout_keys_R=None):
-        return LAYOUTS[layout](nnx.merge(graphdef, lora, base), batch, dropout_keys_R)
+    def logp(lora, base, batch, dropout_keys_W=None):
+        return LAYOUTS[layout](nnx.merge(graphdef, lora, base), batch, dropout_keys_W)
 
     return logp
 
@@ -62,25 +75,24 @@ def make_train_step(logp, objective: Objective, optimizer: optax.GradientTransfo
                     state_shardings: TrainState, mesh: Mesh, dropout_key=None):  # fmt: skip
     """Jitted `step(state, base, batches) -> (state, metrics)`; the state is donated.
 
-    `batches` holds arrays [number of microbatches, M, ...]: the global batch, whose gradient is
-    the mean over all its examples however it is cut into microbatches and devices.
+    `batches` holds arrays [number of microbatches, microbatch, ...]: the global batch, whose
+    gradient is the mean over all its targets however it is cut into microbatches and devices.
     """
 
-    def loss(lora, base, batch, keys_R):
-        loss_B, metrics = objective(logp(lora, base, batch, keys_R), batch)
-        metrics = {"loss": loss_B, **metrics}
-        return loss_B.mean(), {name: value.mean() for name, value in metrics.items()}
+    def loss(lora, base, batch, keys_W):
+        total = sums(objective, logp(lora, base, batch, keys_W), batch)
+        return total["loss"], total
 
     def microbatch_gradient(state: TrainState, base, batch, index):
-        R, keys_R = batch["slot_RT"].shape[0], None
+        W, keys_W = batch["slot_WT"].shape[0], None
         if dropout_key is not None:
             # By the row's number in the global batch, so that devices do not change the draw.
-            key, rows = jax.random.fold_in(dropout_key, state.step), index * R + jnp.arange(R)
-            keys_R = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
-            state.lora, base, batch, keys_R
+            key, rows = jax.random.fold_in(dropout_key, state.step), index * W + jnp.arange(W)
+            keys_W = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+        (_, total), gradient = jax.value_and_grad(loss, has_aux=True)(
+            state.lora, base, batch, keys_W
         )
-        return gradient, metrics
+        return gradient, total
 
     def train_step(state: TrainState, base, batches: Batch):
         count = batches["prompt_BP"].shape[0]
@@ -96,11 +108,12 @@ def make_train_step(logp, objective: Objective, optimizer: optax.GradientTransfo
             lambda x: jnp.zeros(x.shape, x.dtype),
             jax.eval_shape(microbatch_gradient, state, base, first, 0),
         )
-        total, _ = jax.lax.scan(accumulate, zeros, (jnp.arange(count), batches))
-        gradient, metrics = jax.tree.map(lambda x: x / count, total)
+        (gradient, total), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(count), batches))
+        targets = total.pop("targets")
+        gradient, metrics = means(gradient, targets), means(total, targets)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
         lora = optax.apply_updates(state.lora, updates)
-        metrics["grad_norm"] = optax.tree.norm(gradient)
+        metrics |= {"grad_norm": optax.tree.norm(gradient), "targets": targets}
         return TrainState(state.step + 1, lora, opt_state), metrics
 
     return jax.jit(

@@ -1,0 +1,90 @@
+"""The rejected titles of a target: how they are drawn, as pure functions of (seed, draw, row)."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from sdpo_jax.data.draws import generator
+from sdpo_jax.data.prepared import Dataset
+from sdpo_jax.errors import InputError
+
+TRIES = 512  # draws with replacement before all items are looked through
+NEGATIVES = ("shown", "uniform", "popularity", "hard", "disliked")
+
+
+class Negatives:
+    """Draws the titles that stand beside a target.
+
+    `kind`, one of NEGATIVES:
+      shown: of the other candidates that the window shows (the paper).
+      uniform: of all items.
+      popularity: of all items, by their number of training targets to the power `power`.
+      hard: as uniform, for a pool of which the reference's log-probs choose (`band`).
+      disliked: what the user rated below the protocol's least rating, up to the end of the
+        segment; filled up as uniform does.
+
+    But for `shown`, no title of the user's own sequence is drawn, and no two equal titles.
+    """
+
+    def __init__(self, dataset: Dataset, kind: str, seed: int, power: float = 1.0):
+        self.dataset, self.kind, self.seed = dataset, kind, seed
+        self._items = list(dataset.titles)
+        counts = dict.fromkeys(self._items, 0)
+        for window in dataset.splits["train"] if kind == "popularity" else ():
+            counts[window.target] += 1
+        weights = np.array(list(counts.values()), float) ** power if any(counts.values()) else None
+        self._shares = None if weights is None else np.cumsum(weights / weights.sum())
+        # By title, as equal titles cannot be told apart.
+        self._own = {
+            user: frozenset(dataset.titles[item] for item in sequence.items)
+            for user, sequence in dataset.sequences.items()
+        }
+
+    def draw(self, split: str, row: int, count: int, draw: int = 0, until: int = 0) -> list[int]:
+        """`count` items beside the target of a row; the draws 0, 1, … are independent.
+
+        `until`: the place in the user's sequence up to which dislikes count, at least the target's.
+        Raises InputError where there are not as many titles.
+        """
+        window = self.dataset.splits[split][row]
+        random = generator(self.seed, f"negatives/{draw}" if draw else "negatives", split, row)
+        if self.kind == "shown":
+            others = [item for item in window.candidates if item != window.target]
+            return [others[i] for i in random.choice(len(others), count, replace=False)]
+        chosen: list[int] = []
+        taken = {*self._own[window.user], self.dataset.titles[window.target]}
+        if self.kind == "disliked":
+            disliked = self.dataset.sequences[window.user].disliked
+            near = [item for place, item in disliked if place <= max(until, window.place)]
+            self._take((near[i] for i in random.permutation(len(near))), count, taken, chosen)
+        self._take(self._any(random), count, taken, chosen)
+        if len(chosen) < count:
+            raise InputError(
+                f"config.num_negatives: found {len(chosen)} titles beside those of the user "
+                f"{window.user}, expected {count}: lower it"
+            )
+        return chosen
+
+    def _take(self, items: Iterable[int], count: int, taken: set[str], chosen: list[int]) -> None:
+        """Moves items of titles that are not taken into `chosen` until it has `count`."""
+        for item in items:
+            if len(chosen) >= count:
+                return
+            if (title := self.dataset.titles[item]) not in taken:
+                taken.add(title)
+                chosen.append(item)
+
+    def _any(self, random: np.random.Generator) -> Iterable[int]:
+        """Items by their shares as long as that soon finds new ones, then all in a drawn order."""
+        if self._shares is None:
+            places = random.integers(len(self._items), size=TRIES)
+        else:
+            places = np.searchsorted(self._shares, random.random(TRIES), side="right")
+        for place in itertools.chain(places, _permutation(random, len(self._items))):
+            yield self._items[place]
+
+
+def _permutation(random: np.random.Generator, n: int) -> Iterator[int]:
+    """Drawn only where it is asked for, as it costs as much as there are items."""
+    yield from random.permutation(n)

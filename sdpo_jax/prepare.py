@@ -85,17 +85,17 @@ def prepare(
         )
     domain = domain or DOMAIN[dataset]
     old = _existing(Path(output))
-    titles, splits, kept, raw, files = _read(dataset, source)
+    titles, users, splits, kept, raw, files = _read(dataset, source)
     if model:
         check_titles(titles, load_tokenizer(Path(model)))
     stand_in = dataset == "goodreads" and STAND_IN[0] in files
     protocol = _PROTOCOL["stand-in" if stand_in else dataset]
-    users = {window.user for windows in splits.values() for window in windows}
     meta = {
         "dataset": dataset,
         "domain": domain,
         "candidates": candidates,
         "seed": seed,
+        "history": sequences.MAX_HISTORY,
         "protocol": f"{protocol}; {_PROTOCOL[candidates]}",
         "source": files,
         "counts": {
@@ -117,20 +117,19 @@ def prepare(
             f"{source}: found lists of {sorted(sizes)} candidates, expected as many in all splits "
             "and at least 2: correct --source, or draw them with --candidates=independent"
         )
-    write_dataset(output, Dataset(domain, titles, splits, meta))
+    attributes: dict[int, dict] = {item: {} for item in titles}
+    write_dataset(output, Dataset(domain, titles, splits, meta, users, attributes))
     return meta
 
 
 def _read(dataset: str, source: str | None):
-    """(titles, windows per split, interactions kept, interactions in the source, file digests)."""
+    """(titles, users' sequences, windows per split, interactions kept, all of them, digests)."""
     if not source and dataset in _SOURCE:
         raise InputError(f"--source: found nothing, expected {_SOURCE[dataset]}: see --help")
     if dataset == "lastfm":
         found = read_lastfm(Path(source))
-        windows = found.windows
-        # A user's windows miss only the first one's history.
-        first = {w.user: len(w.history) for rows in windows.values() for w in reversed(rows)}
-        kept = raw = sum(first.values()) + sum(map(len, windows.values()))
+        users, windows = found.sequences, found.windows
+        kept = raw = sum(len(user.items) for user in users.values())
     else:
         if dataset == "goodreads":
             found = read_goodreads(Path(source))
@@ -141,7 +140,8 @@ def _read(dataset: str, source: str | None):
             splits = sequences.split_users(sequences.by_user(found.interactions))
             raw = len(found.interactions)
         windows = sequences.last_windows(splits)
-        kept = sum(len(items) for users in splits.values() for items in users.values())
+        users = {user: s for part in splits.values() for user, s in part.items()}
+        kept = sum(len(user.items) for user in users.values())
     for name, rows in windows.items():
         if not rows:
             raise InputError(
@@ -155,7 +155,9 @@ def _read(dataset: str, source: str | None):
                 f"{source or dataset}: found title {shown(title)} of item {item}, expected one "
                 "line of text: correct --source"
             )
-    return found.titles, windows, kept, raw, found.source
+    seen = {window.user for rows in windows.values() for window in rows}
+    users = {user: sequence for user, sequence in users.items() if user in seen}
+    return found.titles, users, windows, kept, raw, found.source
 
 
 def _draw(

@@ -12,6 +12,7 @@ import optax
 import pytest
 import tiny_run
 from flax import nnx
+from tiny import dataset_of, window
 
 from sdpo_jax import leakcheck
 from sdpo_jax.baselines import fit, floor
@@ -32,10 +33,10 @@ def windows(n: int, seed: int) -> list[Window]:
     """The next item is the last one's successor, so histories tell it."""
     rng = np.random.default_rng(seed)
     found = []
-    for row in range(n):
+    for _ in range(n):
         start, length = rng.integers(ITEMS), rng.integers(3, PLACES + 1)
         items = [100 + int(start + k) % ITEMS for k in range(length + 1)]
-        found.append(Window(row, tuple(items[:-1]), (), items[-1]))
+        found.append(window(items[:-1], items[-1]))
     return found
 
 
@@ -44,7 +45,7 @@ def dataset() -> Dataset:
         name: candidates.independent(windows(n, seed), TITLES, 0, name)
         for seed, (name, n) in enumerate({"train": 512, "val": 80, "test": 80}.items())
     }
-    return Dataset("movie", TITLES, splits, {"protocol": "drawn for a test", "seed": 0})
+    return dataset_of(splits, TITLES)
 
 
 @pytest.fixture(scope="module")
@@ -198,10 +199,10 @@ def leaky(data: Dataset) -> Dataset:
         rng = np.random.default_rng(window.target)
         others = [i for i in TITLES if i not in (window.target, *window.history)]
         chosen = [window.target, *(int(i) for i in rng.permutation(others)[:19])]
-        return Window(window.user, window.history, tuple(chosen), window.target)
+        return dataclasses.replace(window, candidates=tuple(chosen))
 
     splits = {name: [draw(w) for w in rows] for name, rows in data.splits.items()}
-    return Dataset(data.domain, data.titles, splits, data.meta)
+    return dataclasses.replace(data, splits=splits)
 
 
 def test_a_look_up_finds_the_target_where_candidates_depend_on_it(tmp_path):
@@ -231,7 +232,7 @@ def test_lists_that_tell_the_target_otherwise_are_told(others, said, tmp_path):
         return dataclasses.replace(window, candidates=tuple(found))
 
     splits = {name: [listed(w) for w in part] for name, part in dataset().splits.items()}
-    write_dataset(tmp_path / "data", Dataset("movie", titles, splits, {}))
+    write_dataset(tmp_path / "data", dataset_of(splits, titles))
     for at in leakcheck.leakcheck(str(tmp_path / "data")).values():
         assert any(told.startswith(said) for told in leakcheck.warnings_of(at))
 
@@ -240,12 +241,12 @@ def test_on_independent_candidates_the_look_up_does_no_better_than_popularity(tm
     rng = np.random.default_rng(0)
     titles = {i: f"title {i}" for i in range(400)}
     drawn = [rng.choice(400, 4, replace=False).tolist() for _ in range(1200)]
-    rows = [Window(n, tuple(row[:3]), (), row[3]) for n, row in enumerate(drawn)]
+    rows = [window(row[:3], row[3]) for row in drawn]
     splits = {
         name: candidates.independent(part, titles, 0, name)
         for name, part in (("train", rows[:800]), ("val", rows[800:1000]), ("test", rows[1000:]))
     }
-    write_dataset(tmp_path / "data", Dataset("movie", titles, splits, {}))
+    write_dataset(tmp_path / "data", dataset_of(splits, titles))
     for at in leakcheck.leakcheck(str(tmp_path / "data")).values():
         assert at["lookup_hit_ratio_at_1"] < at["popularity_hit_ratio_at_1"] + 0.05
         assert at["order_hit_ratio_at_1"] is None and leakcheck.warnings_of(at) == []
@@ -256,13 +257,13 @@ def test_sequences_of_one_order_are_told_however_candidates_are_drawn(tmp_path):
     rng = np.random.default_rng(2)
     starts, steps = rng.integers(0, 380, 3000), rng.integers(1, 5, (3000, 4))
     found = [np.cumsum([a, *more]).tolist() for a, more in zip(starts, steps, strict=True)]
-    rows = [Window(n, tuple(row[:4]), (), row[4]) for n, row in enumerate(found)]
+    rows = [window(row[:4], row[4]) for row in found]
     titles = {i: f"title {i}" for i in range(400)}
     splits = {
         name: candidates.independent(part, titles, 0, name)
         for name, part in (("train", rows[:2600]), ("val", rows[2600:2800]), ("test", rows[2800:]))
     }
-    write_dataset(tmp_path / "data", Dataset("music", titles, splits, {}))
+    write_dataset(tmp_path / "data", dataset_of(splits, titles, "music"))
     at = leakcheck.leakcheck(str(tmp_path / "data"))["test"]
     chosen = [min((c for c in w.candidates if c > w.history[-1]), default=None) == w.target
               for w in splits["test"]]  # fmt: skip

@@ -23,7 +23,7 @@ TITLES = {item: f"title {item // 2}" for item in range(100)}
 
 
 def windows(targets, history=(0, 2, 4)):
-    return [Window(7, history, (), target) for target in targets]
+    return [Window(7, len(history), history, (), target) for target in targets]
 
 
 def test_titles_of_candidates_differ_from_each_other_and_from_the_history():

@@ -13,6 +13,7 @@ import tiny_run
 from flax import nnx
 
 from sdpo_jax.data.loader import Shape, collate
+from sdpo_jax.data.prepared import Window
 from sdpo_jax.errors import InputError
 from sdpo_jax.evaluate import evaluate, follow
 from sdpo_jax.evaluation import stages
@@ -98,7 +99,7 @@ def test_greedy_is_judged_by_what_it_says(run, monkeypatch):
     said = iter(["heat", "aliens", "", "jaws or big"])
     monkeypatch.setattr(evaluator, "_text", lambda _: next(said))
     evaluator.windows = [
-        type(evaluator.windows[0])(0, (3, 4, 5), candidates, target)
+        Window(0, 3, (3, 4, 5), candidates, target)
         for candidates, target in [((0, 1), 0), ((1, 2), 2), ((0, 1), 0), ((4, 5), 5)]
     ]
     judged = [evaluator._prediction("greedy", i, np.zeros(1)) for i in range(4)]

@@ -73,9 +73,9 @@ def test_users_and_books_below_20_pull_each_other_down_to_a_fixed_point(tmp_path
     more += [line(user, 30, 2e9) for user in range(19)]
     found = read_goodreads(write_ucsd(tmp_path / "raw", more))
     assert sorted(found.titles) == list(range(BOOKS))
-    users = {user: items for split in found.splits.values() for user, items in split.items()}
+    users = {user: s for split in found.splits.values() for user, s in split.items()}
     assert list(users) == [f"u{user}" for user in range(USERS)]
-    assert {len(items) for items in users.values()} == {BOOKS}
+    assert {len(sequence.items) for sequence in users.values()} == {BOOKS}
     more[-20]["rating"] = 3
     found = read_goodreads(write_ucsd(tmp_path / "more", more))
     assert len(found.titles) == BOOKS + 1 and "u99" in found.splits["train"]

@@ -12,12 +12,12 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from tiny import GOLDEN, edit_config, hf_folder
+from tiny import GOLDEN, dataset_of, edit_config, hf_folder, window
 
 from sdpo_jax.baselines import bert, fit, morec
 from sdpo_jax.baselines.__main__ import run
 from sdpo_jax.baselines.arrays import arrays
-from sdpo_jax.data.prepared import Dataset, Window, write_dataset
+from sdpo_jax.data.prepared import Window, write_dataset
 from sdpo_jax.errors import InputError
 from sdpo_jax.wheels import ENCODER, cache_folder
 
@@ -30,13 +30,13 @@ def windows(n: int, seed: int, *, new: bool) -> list[Window]:
     """Three known items of a genre, then one of the next: known, or never seen in training."""
     rng = np.random.default_rng(seed)
     found = []
-    for row in range(n):
+    for _ in range(n):
         genre, place = rng.integers(len(GENRES)), rng.integers(*(OLD, EACH) if new else (0, OLD))
-        history = (int(genre * EACH + i) for i in rng.permutation(OLD)[:3])
+        history = [int(genre * EACH + i) for i in rng.permutation(OLD)[:3]]
         target = int((genre + 1) % len(GENRES) * EACH + place)
         others = [i for i in TITLES if TITLES[i][0] != TITLES[target][0]]
         shown = (target, *(int(i) for i in rng.permutation(others)[:19]))
-        found.append(Window(row, tuple(history), shown, target))
+        found.append(window(history, target, shown))
     return found
 
 
@@ -44,7 +44,7 @@ def windows(n: int, seed: int, *, new: bool) -> list[Window]:
 def dataset(tmp_path_factory):
     splits = {"train": windows(512, 0, new=False), "val": windows(64, 1, new=True),
               "test": windows(64, 2, new=True)}  # fmt: skip
-    data = Dataset("movie", TITLES, splits, {"protocol": "drawn for a test", "seed": 0})
+    data = dataset_of(splits, TITLES)
     path = tmp_path_factory.mktemp("morec") / "data"
     write_dataset(path, data)
     return str(path), data

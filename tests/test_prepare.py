@@ -11,7 +11,7 @@ import pytest
 
 from sdpo_jax.data.lastfm import read_lastfm
 from sdpo_jax.data.movielens import plain_title, read_movielens
-from sdpo_jax.data.prepared import fingerprint, read_dataset
+from sdpo_jax.data.prepared import UserSequence, fingerprint, read_dataset
 from sdpo_jax.data.sequences import all_windows
 from sdpo_jax.errors import InputError
 from sdpo_jax.prepare import prepare, report
@@ -127,7 +127,10 @@ def write_authors_lastfm(folder, names):
     sequences = {"train": {0: [0, 1, 2, 3, 4], 1: [5, 1, 0, 2]}, "val": {2: [3, 2, 1, 0]},
                  "test": {3: [0, 2, 4, 5, 1]}}  # fmt: skip
     folder.mkdir()
-    windows = all_windows(sequences)
+    windows = all_windows({
+        split: {user: UserSequence(user, tuple(items)) for user, items in users.items()}
+        for split, users in sequences.items()
+    })  # fmt: skip
     for split, rows in windows.items():
         written = [
             {

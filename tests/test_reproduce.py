@@ -229,9 +229,9 @@ def test_the_wait_is_told_from_what_commands_of_each_kind_took(tmp_path):
 def evaluated(study):
     """Of 40 windows SFT hits 8, S-DPO those and 6 more, SASRec 10."""
     folder = study.root / "movielens"
-    write_dataset(folder / "data", dataclasses.replace(
-        tiny_dataset(), meta={"protocol": HOSTILE, "counts": {"users": 943, "items": 48}}
-    ))  # fmt: skip
+    data = tiny_dataset()
+    meta = data.meta | {"protocol": HOSTILE, "counts": {"users": 943, "items": 48}}
+    write_dataset(folder / "data", dataclasses.replace(data, meta=meta))
     hits = np.arange(N)
     for decoder in cells.DECODERS:
         add(folder / "sft", "sft", hits < 8, decoder, protocol=HOSTILE)

@@ -100,13 +100,13 @@ def test_titles_ids_and_users_name_no_path(tmp_path):
         lines[number] = f"{number + 1}|{name}|"
     (folder / "u.item").write_text("\n".join(lines), encoding="latin-1")
     prepare("movielens", str(folder), str(tmp_path / "out"))
-    names = {"dataset.json", "items.jsonl"} | {
+    names = {"dataset.json", "items.jsonl", "sequences.jsonl"} | {
         f"{split}.jsonl" for split in ("train", "val", "test", "val_all", "test_all")
     }
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ml", "out"]
-    file = tmp_path / "out" / "test.jsonl"
-    file.write_text(file.read_text().replace('"user": 19', '"user": "../../x"'))
+    for file in (tmp_path / "out").glob("*s*.jsonl"):
+        file.write_text(file.read_text().replace('"user": 19,', '"user": "../../x",'))
     assert read_dataset(tmp_path / "out").splits["test"][0].user == "../../x"
 
 

@@ -1,5 +1,6 @@
 """Titles and prompts through the three kinds of tokenizer that the families have."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,6 @@ from tiny import tiny_dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from sdpo_jax.data import prompts
-from sdpo_jax.data.prepared import Dataset
 from sdpo_jax.data.tokens import Encoder, check_titles
 from sdpo_jax.errors import InputError
 from sdpo_jax.model_folder import load_tokenizer
@@ -69,7 +69,7 @@ def encoder(tmp_path):
         names["tokenizer_class"] = "PreTrainedTokenizerFast"
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
         data = tiny_dataset()
-        data = Dataset(data.domain, data.titles | titles, data.splits, data.meta)
+        data = dataclasses.replace(data, titles=data.titles | titles)
         return Encoder(data, load_tokenizer(tmp_path), ["{history}{candidates}"], 0, 512)
 
     return make

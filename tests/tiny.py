@@ -1,5 +1,7 @@
 """Model folders of the golden models and a data set, small enough to train on in a test."""
 
+import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from sdpo_jax.data.prepared import Dataset, Window
+from sdpo_jax.data.prepared import Dataset, UserSequence, Window
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/logits.npz"))
@@ -43,19 +45,40 @@ def edit_config(folder: Path, **changes) -> None:
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
+def window(history, target: int, candidates=()) -> Window:
+    """A window that shows all that its user did before; `dataset_of` names the user."""
+    return Window(0, len(history), tuple(history), tuple(candidates), target)
+
+
+def dataset_of(
+    splits: dict[str, list[Window]], titles: dict[int, str], domain: str = "movie", **meta
+) -> Dataset:
+    """A data set of windows that are each a user's whole sequence; users are 0, 1, 2, …"""
+    users, sequences = itertools.count(), {}
+    named = {
+        name: [dataclasses.replace(w, user=next(users)) for w in rows]
+        for name, rows in splits.items()
+    }
+    for w in itertools.chain.from_iterable(named.values()):
+        sequences[w.user] = UserSequence(w.user, (*w.history, w.target))
+    longest = max(len(sequence.items) - 1 for sequence in sequences.values())
+    meta = {"protocol": "drawn for a test", "seed": 0, "history": longest} | meta
+    return Dataset(domain, titles, named, meta, sequences, {item: {} for item in titles})
+
+
 def tiny_dataset() -> Dataset:
     """48 titles; a user's taste is a residue modulo 4, so there is something to learn."""
     rng = np.random.default_rng(0)
     titles = {i: f"{'abcdefghijklmnop'[i // 3]}{i % 3}" for i in range(48)}
 
-    def window(user):
+    def draw(user):
         liked = [i for i in titles if i % 4 == user % 4]
         *history, target = (int(i) for i in rng.choice(liked, 4, replace=False))
         rest = [i for i in titles if i % 4 != user % 4]
         candidates = [target, *(int(i) for i in rng.choice(rest, 19, replace=False))]
         shown = tuple(candidates[i] for i in rng.permutation(20))
-        return Window(user, tuple(history), shown, target)
+        return window(history, target, shown)
 
     sizes = {"train": 64, "val": 12, "test": 12}
-    splits = {name: [window(u) for u in range(n)] for name, n in sizes.items()}
-    return Dataset("movie", titles, splits, {"protocol": "tiny", "seed": 0})
+    splits = {name: [draw(u) for u in range(n)] for name, n in sizes.items()}
+    return dataset_of(splits, titles, protocol="tiny")

@@ -1,5 +1,6 @@
 """A run as training leaves it, small enough to evaluate in a test."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from tiny import hf_folder
 
 from sdpo_jax.convert import convert
 from sdpo_jax.data import prompts
-from sdpo_jax.data.prepared import Dataset, Window, read_dataset, write_dataset
+from sdpo_jax.data.prepared import Dataset, UserSequence, read_dataset, write_dataset
 from sdpo_jax.model_folder import load_model
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.training.checkpoint import Checkpoints
@@ -30,16 +31,22 @@ LORA = LoraConfig(rank=2, alpha=4.0, targets=("q", "v"))
 
 
 def dataset(windows: int = 11) -> Dataset:
-    """Ten titles, four candidates a window, three windows a user."""
+    """Ten titles, four candidates and three items of history a window; of a user three a split."""
     rng = np.random.default_rng(0)
-
-    def draw(row: int) -> Window:
-        ids = rng.permutation(len(TITLES))[:7].tolist()
-        return Window(row // 3, tuple(ids[:3]), tuple(ids[3:]), ids[3 + row % 4])
-
+    items: dict[int, list[int]] = {}
+    placed: dict[str, list] = {"train": [], "val": [], "test": []}
+    for name, row in itertools.product(placed, range(windows)):
+        ids, own = rng.permutation(len(TITLES))[:7].tolist(), items.setdefault(row // 3, [])
+        own += [*ids[:3], ids[3 + row % 4]]
+        placed[name].append((row // 3, len(own) - 1, tuple(ids[3:])))
+    sequences = {user: UserSequence(user, tuple(own)) for user, own in items.items()}
+    splits = {
+        name: [sequences[user].window(place, 3, shown) for user, place, shown in rows]
+        for name, rows in placed.items()
+    }
+    meta = {"protocol": "drawn for a test", "seed": 0, "history": 3}
     titles = dict(enumerate(TITLES))
-    splits = {name: [draw(row) for row in range(windows)] for name in ("train", "val", "test")}
-    return Dataset("movie", titles, splits, {"protocol": "drawn for a test", "seed": 0})
+    return Dataset("movie", titles, splits, meta, sequences, {item: {} for item in titles})
 
 
 def adapters(model, seed: int):

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from sdpo_jax.data import raw
-from sdpo_jax.data.sequences import MIN_RATING, User, split_users
+from sdpo_jax.data.prepared import User, UserSequence
+from sdpo_jax.data.sequences import MIN_RATING, split_users
 from sdpo_jax.data.sources import Sequences, read_sequences
 from sdpo_jax.errors import InputError
 from sdpo_jax.files import NUMBER, TEXT, Kind, check_keys
@@ -105,10 +106,11 @@ def _read_ucsd(interactions: Path, books: Path) -> Sequences:
             f"{interactions}: found no users and books with {LEAST} interactions among {count}, "
             f"expected some whose titles are in {books}: correct --source"
         )
-    sequences: dict[User, list[int]] = {}
+    rows: dict[User, list[int]] = {}
     names, ids = list(users), list(items)
     for user, item in zip(user_N.tolist(), item_N.tolist(), strict=True):
-        sequences.setdefault(names[user], []).append(ids[item])
+        rows.setdefault(names[user], []).append(ids[item])
+    sequences = {user: UserSequence(user, tuple(row)) for user, row in rows.items()}
     kept = sorted(ids[item] for item in np.unique(item_N))
     splits, source = split_users(sequences), raw.file_digests(interactions, books)
     return Sequences({item: titles[item] for item in kept}, splits, count, source)

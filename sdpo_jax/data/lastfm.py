@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 
 from sdpo_jax.data import raw
-from sdpo_jax.data.prepared import Window
+from sdpo_jax.data.prepared import User, UserSequence, Window
 from sdpo_jax.data.sequences import MAX_HISTORY, SPLITS, all_windows
 from sdpo_jax.data.sources import Sessions, read_id2name, read_json, read_sequences
 from sdpo_jax.errors import shown
 
+# History, candidates and target, as titles.
+_Row = tuple[list[str], list[str], str]
 _KEYS = ("historyList", "itemList", "trueSelection")
 
 
@@ -21,7 +23,8 @@ def read_lastfm(path: Path) -> Sessions:
     """
     if os.path.lexists(path / "sequences.json"):
         found = read_sequences(path, ("sequences.json", "id2name.txt"), "LastFM")
-        return Sessions(found.titles, all_windows(found.splits), found.source)
+        sequences = {user: s for users in found.splits.values() for user, s in users.items()}
+        return Sessions(found.titles, sequences, all_windows(found.splits), found.source)
     return _read_released(path)
 
 
@@ -45,10 +48,11 @@ def _read_released(path: Path) -> Sessions:
     }
     ids = ids or _ids_by_appearance([row for split in SPLITS for row in parsed[split]])
     titles = {item: title for title, item in ids.items()}
-    return Sessions(titles, _number_users(parsed, ids), raw.digests(files))
+    sequences, windows = _number_users(parsed, ids)
+    return Sessions(titles, sequences, windows, raw.digests(files))
 
 
-def _ids_by_appearance(rows: list[tuple[list[str], list[str], str]]) -> dict[str, int]:
+def _ids_by_appearance(rows: list[_Row]) -> dict[str, int]:
     """title -> id: items of the sequences first, then those only shown."""
     sequences = (title for history, _, target in rows for title in (*history, target))
     shown = (title for _, candidates, _ in rows for title in candidates)
@@ -82,9 +86,7 @@ def _problem(row: object) -> str | None:
     return "a title twice in itemList" if len(set(listed)) < len(listed) else None
 
 
-def _parse(
-    where: str, row: dict, known: set[str], complete: bool
-) -> tuple[list[str], list[str], str]:
+def _parse(where: str, row: dict, known: set[str], complete: bool) -> _Row:
     """(history, candidates, target) titles; `complete`: no title outside `known` is right."""
     history, listed, target = (row[key] for key in _KEYS)
     titles = split_titles(history, known) if type(history) is str else history
@@ -92,6 +94,8 @@ def _parse(
         titles = history.split("::")
     if titles is None or (complete and not known.issuperset((*titles, *listed))):
         raise raw.bad(where, f"unknown titles in {history!r:.80}", 'known titles joined by "::"')
+    if len(titles) > MAX_HISTORY:
+        raise raw.bad(where, f"{len(titles)} titles of history", f"at most {MAX_HISTORY}")
     return titles, listed, target
 
 
@@ -113,16 +117,24 @@ def split_titles(text: str, known: set[str]) -> list[str] | None:
     return cut.get(0)
 
 
-def _number_users(parsed: dict, ids: dict[str, int]) -> dict[str, list[Window]]:
-    """Rows name no user: a row that does not continue the row before begins the next user."""
-    windows, user = {}, -1
+def _number_users(
+    parsed: dict[str, list[_Row]], ids: dict[str, int]
+) -> tuple[dict[User, UserSequence], dict[str, list[Window]]]:
+    """Rows name no user: a row that does not continue the row before begins the next user.
+
+    A row shows at most 10 items of history, and the rows before it hold the others.
+    """
+    items: list[list[int]] = []
+    windows: dict[str, list[Window]] = {}
     for split, rows in parsed.items():
         windows[split], expected = [], None
         for history, candidates, target in rows:
-            user += history != expected
+            if history != expected:
+                items.append([ids[title] for title in history])
             expected = [*history, target][-MAX_HISTORY:]
-            window = Window(
-                user, tuple(ids[t] for t in history), tuple(ids[t] for t in candidates), ids[target]
-            )
-            windows[split].append(window)
-    return windows
+            user, place = len(items) - 1, len(items[-1])
+            before = tuple(ids[title] for title in history)
+            shown = tuple(ids[title] for title in candidates)
+            windows[split].append(Window(user, place, before, shown, ids[target]))
+            items[-1].append(ids[target])
+    return {user: UserSequence(user, tuple(found)) for user, found in enumerate(items)}, windows

@@ -1,11 +1,17 @@
-"""The prepared folder: items.jsonl, one JSONL file per split, dataset.json."""
+"""The prepared folder: items.jsonl, sequences.jsonl, one JSONL file per split, dataset.json.
+
+items.jsonl: {"id", "title"} and the item's attributes under further keys.
+sequences.jsonl: {"user", "items", "disliked"}, one line per user over all splits.
+train.jsonl and the other splits: {"user", "place", "candidates"}. The target of such a window is
+items[place], its history items[max(0, place - N):place], where N is "history" of dataset.json.
+"""
 
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from absl import logging
@@ -16,28 +22,60 @@ from sdpo_jax.files import parse_json, read_json, read_text
 DOMAINS = ("movie", "music", "book")
 # Every split a folder can hold, in the order of the fingerprint; the first three must be there.
 SPLITS = ("train", "val", "test", "val_all", "test_all")
-_WINDOW_KEYS = ("user", "history", "candidates", "target")
+_SEQUENCE_KEYS = ("user", "items", "disliked")
+_WINDOW_KEYS = ("user", "place", "candidates")
 _PREPARE = "python -m sdpo_jax.prepare --dataset=movielens|lastfm|goodreads|csv --output={}"
+
+
+User = int | str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Window:
-    """Up to 10 item ids of history (oldest first), candidates in display order, the target."""
+    """A target and the items before it.
 
-    user: int | str
+    `place`: of the target in the user's sequence; `history`: up to N item ids, oldest first;
+    `candidates`: item ids in display order, the target among them.
+    """
+
+    user: User
+    place: int
     history: tuple[int, ...]
     candidates: tuple[int, ...]
     target: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class UserSequence:
+    """All items of a user, oldest first, over all splits.
+
+    `disliked`: (place, item) of each item rated below the protocol's minimum, oldest first. It came
+    after `place` of the items, so it is known to every target at `place` or later.
+    """
+
+    user: User
+    items: tuple[int, ...]
+    disliked: tuple[tuple[int, int], ...] = ()
+
+    def window(self, place: int, history: int, candidates: tuple[int, ...] = ()) -> Window:
+        """The window whose target is items[place]; `history`: the most items it shows."""
+        before = self.items[max(0, place - history) : place]
+        return Window(self.user, place, before, candidates, self.items[place])
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """`titles`: item id -> title, in file order. `meta`: dataset.json, with "fingerprint"."""
+    """`titles`, `attributes`: of every item id, in file order; `sequences`: of every user.
+
+    `meta`: dataset.json, with "fingerprint"; its "history" is the most items a window shows.
+    """
 
     domain: str
     titles: dict[int, str]
     splits: dict[str, list[Window]]
     meta: dict
+    sequences: dict[User, UserSequence]
+    attributes: dict[int, dict]
 
 
 def write_dataset(path: str | Path, dataset: Dataset) -> None:
@@ -64,22 +102,25 @@ def write_dataset(path: str | Path, dataset: Dataset) -> None:
 def read_dataset(path: str | Path, splits: Sequence[str] | None = None) -> Dataset:
     """Reads and checks a prepared folder; `splits` (default: all there are) limits the windows.
 
-    `meta["fingerprint"]` is the SHA-256 of items and all splits as they lie on disk, whichever
-    splits are read. Raises InputError naming the file, and the line of a malformed window.
+    `meta["fingerprint"]` is the SHA-256 of items, sequences and all splits as they lie on disk,
+    whichever splits are read. Raises InputError naming the file and the malformed line.
     """
     path = Path(path)
     meta = read_meta(path)
-    titles = _read_items(path / "items.jsonl")
+    N = _history(path / "dataset.json", meta)
+    titles, attributes = _read_items(path / "items.jsonl")
+    sequences = _read_sequences(path / "sequences.jsonl", titles)
     names = splits or [s for s in SPLITS if s in SPLITS[:3] or os.path.lexists(path / f"{s}.jsonl")]
     size: int | None = None
     windows: dict[str, list[Window]] = {}
     for name in names:
-        windows[name] = _read_windows(path / f"{name}.jsonl", titles, size)
+        windows[name] = _read_windows(path / f"{name}.jsonl", titles, sequences, N, size)
         size = len(windows[name][0].candidates)
-    found = fingerprint(path)
+    found = _digest(path, N)
     if meta.get("fingerprint", found) != found:
         logging.warning("%s: files were changed after they were prepared", path)
-    return Dataset(meta["domain"], titles, windows, meta | {"fingerprint": found})
+    meta["fingerprint"] = found
+    return Dataset(meta["domain"], titles, windows, meta, sequences, attributes)
 
 
 def read_split(path: Path, split: str) -> Dataset:
@@ -93,9 +134,17 @@ def read_split(path: Path, split: str) -> Dataset:
 
 
 def fingerprint(path: Path) -> str:
-    """Hexadecimal SHA-256 over names and bytes of items.jsonl and the splits that are there."""
-    digest = hashlib.sha256()
-    for name in ("items", *SPLITS):
+    """Hexadecimal SHA-256 of all that windows follow from.
+
+    That is "history" of dataset.json, and names and bytes of items.jsonl, sequences.jsonl and the
+    splits that are there.
+    """
+    return _digest(path, _history(path / "dataset.json", read_meta(path)))
+
+
+def _digest(path: Path, history: int) -> str:
+    digest = hashlib.sha256(f"history {history}\n".encode())
+    for name in ("items", "sequences", *SPLITS):
         file = path / f"{name}.jsonl"
         if file.is_file():
             data = file.read_bytes()
@@ -104,17 +153,21 @@ def fingerprint(path: Path) -> str:
 
 
 def _write_files(folder: Path, dataset: Dataset) -> None:
-    rows = [{"id": item, "title": title} for item, title in dataset.titles.items()]
+    rows = ({"id": item, "title": title} | dataset.attributes[item]
+            for item, title in dataset.titles.items())  # fmt: skip
     _write_lines(folder / "items.jsonl", rows)
+    rows = ({key: getattr(s, key) for key in _SEQUENCE_KEYS} for s in dataset.sequences.values())
+    _write_lines(folder / "sequences.jsonl", rows)
     for name, windows in dataset.splits.items():
-        rows = [{key: getattr(w, key) for key in _WINDOW_KEYS} for w in windows]
+        rows = ({key: getattr(w, key) for key in _WINDOW_KEYS} for w in windows)
         _write_lines(folder / f"{name}.jsonl", rows)
-    meta = dataset.meta | {"domain": dataset.domain, "fingerprint": fingerprint(folder)}
+    digest = _digest(folder, dataset.meta["history"])
+    meta = dataset.meta | {"domain": dataset.domain, "fingerprint": digest}
     text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
     (folder / "dataset.json").write_text(text, encoding="utf-8")
 
 
-def _write_lines(path: Path, rows: list[dict]) -> None:
+def _write_lines(path: Path, rows: Iterable[dict]) -> None:
     encode = json.JSONEncoder(ensure_ascii=False).encode
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(encode(row) + "\n" for row in rows)
@@ -135,6 +188,16 @@ def read_meta(path: Path) -> dict:
             "correct the key or prepare the data again"
         )
     return meta
+
+
+def _history(file: Path, meta: dict) -> int:
+    value = meta.get("history")
+    if type(value) is not int or value < 1:
+        raise InputError(
+            f"{file}: found history {shown(value)}, expected how many items a window shows, 1 or "
+            "more: prepare the data again"
+        )
+    return value
 
 
 def _rows(path: Path, keys: Sequence[str]):
@@ -160,18 +223,20 @@ def _bad(where: str, found: str, expected: str) -> InputError:
     return InputError(f"{where}: found {found}, expected {expected}: correct this line")
 
 
-def _read_items(path: Path) -> dict[int, str]:
+def _read_items(path: Path) -> tuple[dict[int, str], dict[int, dict]]:
+    """Titles, and attributes: whatever else a line holds."""
     titles: dict[int, str] = {}
+    attributes: dict[int, dict] = {}
     for where, record in _rows(path, ("id", "title")):
-        item, title = record["id"], record["title"]
+        item, title = record.pop("id"), record.pop("title")
         if type(item) is not int:
             raise _bad(where, f"id {shown(item)}", "an integer")
         if item in titles:
             raise _bad(where, f"id {item} a second time", "each id once")
         if not is_title(title):
             raise _bad(where, f"title {shown(title)}", "one line of text that is not empty")
-        titles[item] = title
-    return titles
+        titles[item], attributes[item] = title, record
+    return titles, attributes
 
 
 def is_title(title: object) -> bool:
@@ -179,10 +244,46 @@ def is_title(title: object) -> bool:
     return type(title) is str and title.strip() != "" and not {"\n", "\r"} & set(title)
 
 
-def _read_windows(path: Path, titles: dict[int, str], size: int | None) -> list[Window]:
+def _read_sequences(path: Path, titles: dict[int, str]) -> dict[User, UserSequence]:
+    sequences: dict[User, UserSequence] = {}
+    for where, record in _rows(path, _SEQUENCE_KEYS):
+        user = record["user"]
+        if type(user) not in (int, str):
+            raise _bad(where, f"user {shown(user)}", "an integer or a string")
+        if user in sequences:
+            raise _bad(where, f"user {shown(user)} a second time", "each user once")
+        items = _ids(where, "items", record["items"], titles, 2)
+        disliked = _disliked(where, record["disliked"], items, titles)
+        sequences[user] = UserSequence(user, items, disliked)
+    return sequences
+
+
+def _disliked(
+    where: str, pairs: object, items: tuple[int, ...], titles: dict[int, str]
+) -> tuple[tuple[int, int], ...]:
+    if type(pairs) is not list:
+        raise _bad(where, f"disliked {shown(pairs)}", "a list of [place, item]")
+    last = 0
+    for pair in pairs:
+        if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not int:
+            raise _bad(where, f"{shown(pair)} in disliked", "a list of [place, item]")
+        place, item = pair
+        if not last <= place <= len(items):
+            raise _bad(where, f"place {shown(place)} in disliked", f"{last} to {len(items)}")
+        _ids(where, "disliked", [item], titles, 1)
+        if item in items:
+            raise _bad(where, f"item {item} in items and disliked", "it in one of them")
+        last = place
+    return tuple((place, item) for place, item in pairs)
+
+
+def _read_windows(
+    path: Path, titles: dict[int, str], sequences: dict[User, UserSequence], history: int,
+    size: int | None,
+) -> list[Window]:  # fmt: skip
     windows = []
     for where, record in _rows(path, _WINDOW_KEYS):
-        window = _window(where, record, titles)
+        window = _window(where, record, titles, sequences, history)
         size = size or len(window.candidates)
         if len(window.candidates) != size:
             raise _bad(where, f"{len(window.candidates)} candidates", f"{size} as in other rows")
@@ -190,14 +291,19 @@ def _read_windows(path: Path, titles: dict[int, str], size: int | None) -> list[
     return windows
 
 
-def _window(where: str, record: dict, titles: dict[int, str]) -> Window:
-    user, target = record["user"], record["target"]
-    if type(user) not in (int, str):
-        raise _bad(where, f"user {shown(user)}", "an integer or a string")
-    history = _ids(where, "history", record["history"], titles, 1)
+def _window(
+    where: str, record: dict, titles: dict[int, str], sequences: dict[User, UserSequence],
+    history: int,
+) -> Window:  # fmt: skip
+    user, place = record["user"], record["place"]
+    if type(user) not in (int, str) or user not in sequences:
+        raise _bad(where, f"user {shown(user)}", "a user of sequences.jsonl")
+    sequence = sequences[user]
+    if type(place) is not int or not 1 <= place < len(sequence.items):
+        last = len(sequence.items) - 1
+        raise _bad(where, f"place {shown(place)}", f"1 to {last}, a place in the user's items")
     candidates = _ids(where, "candidates", record["candidates"], titles, 2)
-    if type(target) is not int:
-        raise _bad(where, f"target {shown(target)}", "an integer item id")
+    target = sequence.items[place]
     if target not in candidates:
         raise _bad(where, f"target {target} outside the candidates", "the target among them")
     if len(set(candidates)) < len(candidates):
@@ -206,7 +312,7 @@ def _window(where: str, record: dict, titles: dict[int, str]) -> Window:
         )
     if len({titles[item] for item in candidates}) < len(candidates):
         raise _bad(where, "two candidates with the same title", "distinct titles")
-    return Window(user, history, candidates, target)
+    return sequence.window(place, history, candidates)
 
 
 def _ids(where: str, key: str, value: object, titles: dict[int, str], least: int):

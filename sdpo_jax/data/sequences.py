@@ -1,38 +1,48 @@
 """Chronological sequences, the split by user, and windows (history -> target)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from sdpo_jax.data.prepared import Window
+from sdpo_jax.data.prepared import User, UserSequence, Window
 
 MIN_HISTORY = 3
 MAX_HISTORY = 10
 MIN_RATING = 3
 SPLITS = ("train", "val", "test")
 
-User = int | str
 # (user, item, rating, timestamp)
 Interaction = tuple[User, int, float, float]
-# split -> user -> item ids, oldest first
-Splits = dict[str, dict[User, list[int]]]
+# split -> user -> sequence
+Splits = dict[str, dict[User, UserSequence]]
 
 
-def by_user(interactions: Iterable[Interaction]) -> dict[User, list[int]]:
-    """user -> item ids with rating >= 3, by time, each once; users by their first interaction.
+def by_user(interactions: Iterable[Interaction]) -> dict[User, UserSequence]:
+    """user -> items with rating >= 3, by time, each once; users by their first interaction.
 
     Of several interactions with an item the first counts. What a history shows is never a negative,
-    so a later one could be told without a model: the candidate that the history has.
+    so a later one could be told without a model: the candidate that the history has. Items that the
+    user rated lower, and never 3 or more, are the disliked ones.
 
     The sort is stable. GroupLens shuffled u.data, so ties in time stay in a random order; a
     tie-break by item id would put a pattern into the sequences.
     """
-    kept = [row for row in interactions if row[2] >= MIN_RATING]
-    sequences: dict[User, dict[int, None]] = {}
-    for user, item, _, _ in sorted(kept, key=lambda row: row[3]):
-        sequences.setdefault(user, {})[item] = None
-    return {user: list(items) for user, items in sequences.items()}
+    items: dict[User, dict[int, None]] = {}
+    disliked: dict[User, dict[int, int]] = {}  # item -> place
+    for user, item, rating, _ in sorted(interactions, key=lambda row: row[3]):
+        if rating >= MIN_RATING:
+            items.setdefault(user, {})[item] = None
+        else:
+            disliked.setdefault(user, {}).setdefault(item, len(items.get(user, ())))
+    return {
+        user: UserSequence(
+            user,
+            tuple(kept),
+            tuple((p, item) for item, p in disliked.get(user, {}).items() if item not in kept),
+        )
+        for user, kept in items.items()
+    }
 
 
-def split_users(sequences: dict[User, list[int]]) -> Splits:
+def split_users(sequences: dict[User, UserSequence]) -> Splits:
     """The first int(0.8 n) users train, up to int(0.9 n) val, the rest test (8:1:1)."""
     users = list(sequences.items())
     first, second = int(0.8 * len(users)), int(0.9 * len(users))
@@ -40,18 +50,16 @@ def split_users(sequences: dict[User, list[int]]) -> Splits:
     return dict(zip(SPLITS, map(dict, parts), strict=True))
 
 
-def windows(user: User, sequence: Sequence[int]) -> list[Window]:
+def windows(sequence: UserSequence) -> list[Window]:
     """Every window of a sequence with at least 3 items of history; no candidates yet."""
-    return [
-        Window(user, tuple(sequence[max(0, t - MAX_HISTORY) : t]), (), sequence[t])
-        for t in range(MIN_HISTORY, len(sequence))
-    ]
+    places = range(MIN_HISTORY, len(sequence.items))
+    return [sequence.window(place, MAX_HISTORY) for place in places]
 
 
 def all_windows(splits: Splits) -> dict[str, list[Window]]:
     """Every window of every sequence."""
     return {
-        name: [window for user in users for window in windows(user, users[user])]
+        name: [window for sequence in users.values() for window in windows(sequence)]
         for name, users in splits.items()
     }
 

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from sdpo_jax.data import raw
-from sdpo_jax.data.prepared import Window
+from sdpo_jax.data.prepared import User, UserSequence, Window
 from sdpo_jax.data.sequences import SPLITS, Interaction, Splits
 from sdpo_jax.errors import shown
 from sdpo_jax.files import parse_json
@@ -24,6 +24,7 @@ class Sessions:
     """Windows per split; their candidates are empty, or those that the source lists."""
 
     titles: dict[int, str]
+    sequences: dict[User, UserSequence]
     windows: dict[str, list[Window]]
     source: dict[str, str]
 
@@ -52,7 +53,7 @@ def read_sequences(
     if not isinstance(content, dict) or not set(SPLITS) <= set(content):
         raise raw.bad(str(file), "no object with a list for each", ", ".join(SPLITS))
     splits: Splits = {}
-    seen: set[int | str] = set()
+    seen: set[User] = set()
     for split in SPLITS:
         if type(content[split]) is not list:
             raise raw.bad(f"{file}: {split}", shown(content[split]), "a list of sequences")
@@ -63,14 +64,14 @@ def read_sequences(
             if user in seen:
                 raise raw.bad(where, f"user {shown(user)} a second time", "each user once")
             seen.add(user)
-            splits[split][user] = items
-    count = sum(len(items) for users in splits.values() for items in users.values())
+            splits[split][user] = UserSequence(user, tuple(items))
+    count = sum(len(s.items) for users in splits.values() for s in users.values())
     return Sequences(titles, splits, count, raw.digests(files))
 
 
 def _user_and_items(
     where: str, sequence: object, number: int, id2name: str, titles: dict[int, str]
-) -> tuple[int | str, list[int]]:
+) -> tuple[User, list[int]]:
     user, items = number, sequence
     if isinstance(sequence, dict):
         user, items = sequence.get("user"), sequence.get("items")

@@ -59,6 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.clip = 0.3  # [paper] global gradient norm
     config.weight_decay = 0.0  # of AdamW
 
+    config.tune = "lora"  # or full: every weight is trained, held in float32, and none of lora.*
     config.lora = ml_collections.ConfigDict()
     config.lora.rank = 8  # [paper]
     config.lora.alpha = 32.0  # [paper] the adapter counts alpha / rank

@@ -43,6 +43,7 @@ def _axis(value: Any) -> bool:
 KINDS: dict[str, Kind] = {
     "prompt": one_of(*PROMPTS),
     "negatives": one_of(*NEGATIVES),
+    "tune": one_of("lora", "full"),
     "redraw": BOOLEAN,
     "hard_band": ("two shares, the lower first", _band),
     "batch_layout": one_of(*LAYOUTS),
@@ -100,6 +101,16 @@ def check(config) -> None:
                     f"config.{key} is {shown(getattr(config, key))} beside "
                     "config.prompt='history', whose prompt is lines of titles: leave it out, or "
                     "set --config.prompt=candidates"
+                )
+    if config.tune == "full":
+        for key, needed in (("base_dtype", "same"), ("item_vectors", ""), ("lora.init_from", "")):
+            value = config.to_dict()
+            for part in key.split("."):
+                value = value[part]
+            if value != needed:
+                raise InputError(
+                    f"config.{key} is {shown(value)} beside config.tune='full', which trains all "
+                    f"weights in float32: set --config.{key}={needed}"
                 )
     if config.negatives == "hard" and config.hard_pool < config.num_negatives:
         raise InputError(

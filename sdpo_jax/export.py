@@ -17,7 +17,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from absl import flags
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -50,6 +50,11 @@ def export(workdir: str | Path, stage: str, form: str, output: str | Path,
     known = (*run.config.stages, *(["base"] if form == "merged" else []))
     if stage not in known:
         raise InputError(f"--stage: found {stage!r}, expected {', '.join(known)}")
+    if form == "peft" and run.config.tune == "full":
+        raise InputError(
+            f"{workdir}: found a run that trained all weights (config.tune=full), expected one "
+            "with an adapter: export it with --format=merged"
+        )
     if run.config.item_vectors:
         raise InputError(
             f"{workdir}: found a run whose prompts hold item vectors (config.item_vectors), "
@@ -69,7 +74,7 @@ def export(workdir: str | Path, stage: str, form: str, output: str | Path,
         for name in TOKENIZER_FILES:
             if (model / name).exists():
                 shutil.copy(model / name, partial)
-        lora = LoraConfig.of(run.config.lora)
+        lora = LoraConfig.of(run.config)
         if form == "peft":
             source = name_and_revision(read_meta(model)["source"])
             write_adapter(partial, tree, lora, config, *source)
@@ -93,7 +98,8 @@ def write_merged(folder: Path, model: Path, tree: dict, lora: LoraConfig,
     Args:
       folder: where to; it exists.
       model: the converted base.
-      tree: {"layers": {"q": {"a": [L, in, R], "b": [L, R, out]}, …}}.
+      tree: {"layers": {"q": {"a": [L, in, R], "b": [L, R, out]}, …}}, or all weights that were
+        trained; {"layers": {}} is the base.
       lora: its rank and alpha.
       config: of the decoder.
     """
@@ -143,14 +149,17 @@ def merged_tensors(model: Path, tree: dict, lora: LoraConfig, config: DecoderCon
     for name, slot in slots(config).items():
         by_path.setdefault(slot.path, []).append((name, slot))
 
-    for path, stack in read_weights(model / "weights", unflatten_dict(shapes, sep="/")):
+    weights = read_weights(model / "weights", unflatten_dict(shapes, sep="/"))
+    if lora.full and tree["layers"]:
+        weights = flatten_dict(tree, sep="/").items()
+    for path, stack in weights:
         host, adapter = np.asarray(stack), {}
         if path.endswith("/kernel"):
             adapter = tree["layers"].get(path.split("/")[1], {})
         for name, slot in by_path[path]:
             tensor = host if slot.layer is None else host[slot.layer]
             tensor = tensor.astype(np.float32)
-            if adapter:
+            if adapter and not lora.full:
                 a, b = adapter["a"][slot.layer], adapter["b"][slot.layer]
                 tensor = tensor + lora.scale * (np.asarray(a) @ np.asarray(b))
             tensor = tensor.T if slot.transposed else tensor

@@ -34,7 +34,10 @@ Placement = Callable[[nnx.Variable], jax.sharding.Sharding]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """`nnx.merge(graphdef, lora, base)` is the decoder; `lora` is trained, `base` is frozen."""
+    """`nnx.merge(graphdef, lora, base)` is the decoder; `lora` is trained, `base` is frozen.
+
+    `lora` is the adapter or, where every weight is trained, all of them; then `base` is empty.
+    """
 
     graphdef: nnx.GraphDef
     lora: nnx.State
@@ -83,11 +86,12 @@ def load_model(
         )  # fmt: skip
 
     key = jax.random.key(seed)
-    graphdef, abstract_lora, abstract_base = nnx.split(
-        nnx.eval_shape(make, key), nnx.LoRAParam, ...
-    )
+    graphdef, abstract_lora, abstract_base = nnx.split(nnx.eval_shape(make, key), lora.trained, ...)
     place = shardings or (lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
-    base = _read_base(path / "weights", abstract_base, config, meta["dtype"], place)
+    stored = abstract_lora if lora.full else abstract_base
+    base = _read_base(path / "weights", stored, config, meta["dtype"], place)
+    if lora.full:
+        return Model(graphdef, base, abstract_base, config, load_tokenizer(path), meta)
     if vectors_IE is not None:
         item_vectors.fill(base, vectors_IE, place)
     # Under jit the unused draws of the base are removed, so only the adapter is ever made.

@@ -57,7 +57,7 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
 
     vectors_IE = kept.item_vectors(config.item_vectors, dataset)
     model = load_model(
-        config.model, LoraConfig.of(config.lora), dtype=config.dtype, base_dtype=config.base_dtype,
+        config.model, LoraConfig.of(config), dtype=config.dtype, base_dtype=config.base_dtype,
         remat=config.remat, seed=config.seed, shardings=sharding.placement(mesh),
         vectors_IE=vectors_IE,
     )  # fmt: skip
@@ -130,7 +130,7 @@ def explain(config, experiment: str = "") -> None:
         if config.batch_size % (microbatch * shards) or microbatch * shards > len(longest):
             continue
         found = memory.step_memory(
-            decoder, LoraConfig.of(config.lora), longest[: microbatch * shards], dtype=config.dtype,
+            decoder, LoraConfig.of(config), longest[: microbatch * shards], dtype=config.dtype,
             base_dtype=config.base_dtype, remat=config.remat, layout=config.batch_layout, mesh=mesh,
         )  # fmt: skip
         fits = found.total < limit
@@ -146,7 +146,7 @@ def first_adapter(config, model: Model):
     if not config.lora.init_from:
         return model.lora
     folder = Path(config.lora.init_from)
-    tree = read_adapter(folder, LoraConfig.of(config.lora), model.config)
+    tree = read_adapter(folder, LoraConfig.of(config), model.config)
     placed = jax.tree.map(
         lambda found, fresh: sharding.put_whole(found, fresh.sharding),
         tree,
@@ -239,13 +239,17 @@ def held(config) -> str:
 def announce(config, run: Path, model, encoder: Encoder) -> None:
     """What is about to run: config, sizes, devices, and one example as the model reads it."""
     count = sum(x.size for x in jax.tree.leaves(model.lora))
-    targets = LoraConfig.of(config.lora).on(model.config.projections).targets
+    targets = LoraConfig.of(config).on(model.config.projections).targets
+    trained = (
+        "all trained)"
+        if config.tune == "full"
+        else (f"frozen, {held(config)}), LoRA {count:,} on {', '.join(targets)}")
+    )
     print(config)
     print(
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s) in {jax.process_count()} "
         f"process(es), {jax.local_device_count()} of them in this; {model.meta['family']} base "
-        f"of {model.meta['parameters']:,} parameters (frozen, {held(config)}), LoRA {count:,} on "
-        f"{', '.join(targets)}; run in {run}"
+        f"of {model.meta['parameters']:,} parameters ({trained}; run in {run}"
     )
     if encoder.truncated:
         print(

@@ -54,7 +54,7 @@ class Evaluator:
         vectors_IE = _vectors(run, self.dataset)
         self.model = load_model(
             c.model,
-            LoraConfig.of(c.lora),
+            LoraConfig.of(c),
             dtype=c.dtype,
             base_dtype=c.base_dtype,
             seed=c.seed,

@@ -23,22 +23,35 @@ APART = ("q", "k", "v")
 
 
 class Frozen(nnx.Variable):
-    """A base weight: never differentiated, shared by policy and reference."""
+    """A base weight: never differentiated and shared by policy and reference, unless all is
+    trained."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Rank R, scale alpha/R, dropout on the adapter's input, and the adapted projections."""
+    """What is trained: an adapter, or (`full`) every weight and no adapter.
+
+    Of an adapter: rank R, scale alpha/R, dropout on its input, and the adapted projections.
+    """
 
     rank: int = 8
     alpha: float = 32.0
     dropout: float = 0.0
     targets: tuple[str, ...] = PROJECTIONS[:7]
+    full: bool = False
 
     @classmethod
     def of(cls, config: Any) -> "LoraConfig":
-        """From the keys `lora.*` of a run's config, as attributes."""
-        return cls(config.rank, config.alpha, config.dropout, tuple(config.targets))
+        """From a run's config: its keys `tune` and `lora.*`."""
+        if config.tune == "full":
+            return cls(targets=(), full=True)
+        lora = config.lora
+        return cls(lora.rank, lora.alpha, lora.dropout, tuple(lora.targets))
+
+    @property
+    def trained(self) -> type[nnx.Variable]:
+        """The variables that are trained; the rest is frozen."""
+        return Frozen if self.full else nnx.LoRAParam
 
     @property
     def scale(self) -> float:
@@ -120,7 +133,9 @@ class LinearOptions:
 
     @property
     def stored(self):
-        """The dtype of what is not quantised: embedding, norms, biases, head."""
+        """The dtype of what is not quantised: embedding, norms, biases, head; trained, float32."""
+        if self.lora.full:
+            return jnp.float32
         return jnp.bfloat16 if self.base_dtype == "bf16" else self.dtype
 
 
@@ -171,7 +186,10 @@ class Linear(nnx.Module):
         """`x` is [W, T, I] where there are dropout keys, one a row."""
         dtype, lora = self.options.dtype, self.options.lora
         x_TI = x.reshape(-1, x.shape[-1])
-        y_TO = frozen_product(x_TI, self.weight, dtype)
+        if lora.full:
+            y_TO = product("ti,io->to", x_TI, self.kernel[...], dtype)
+        else:
+            y_TO = frozen_product(x_TI, self.weight, dtype)
         if self.adapted:
             if dropout_keys_W is not None and lora.dropout > 0:
                 keys_W = fold_in(dropout_keys_W, self.index)

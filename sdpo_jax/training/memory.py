@@ -129,7 +129,7 @@ def abstract_model(
             config, lora, dtype=dtype, base_dtype=base_dtype, remat=remat, rngs=nnx.Rngs(key)
         )
 
-    graphdef, adapter, base = nnx.split(nnx.eval_shape(make, jax.random.key(0)), nnx.LoRAParam, ...)
+    graphdef, adapter, base = nnx.split(nnx.eval_shape(make, jax.random.key(0)), lora.trained, ...)
     return graphdef, _abstract(adapter, place), _abstract(base, place)
 
 

@@ -66,12 +66,15 @@ class Progress:
       schedule: step -> learning rate.
       parameters: of the model, for its FLOPs.
       dtype: of products, which decides on the device's peak.
+      full: whether all weights are trained.
     """
 
     def __init__(self, folder: Path, stage: str, first: int, steps: int, batch_size: int,
-                 log_every: int, schedule: Callable, parameters: int, dtype: str):  # fmt: skip
+                 log_every: int, schedule: Callable, parameters: int, dtype: str,
+                 full: bool = False):  # fmt: skip
         self._stage, self._done, self._steps = stage, first, steps
         self._batch_size, self._log_every, self._schedule = batch_size, log_every, schedule
+        self._full = full
         self._parameters, self._peak = parameters, throughput.peak_flops(jax.devices()[0], dtype)
         self._pending: list[dict[str, Any]] = []
         self._tokens, self._waited, self._since = 0, 0.0, time.perf_counter()
@@ -129,7 +132,7 @@ class Progress:
             "peak_memory_gib": throughput.peak_bytes(jax.local_devices()[0]) / 2**30,
         }
         if self._peak:
-            flops = throughput.model_flops(self._parameters, self._tokens)
+            flops = throughput.model_flops(self._parameters, self._tokens, self._full)
             values["mfu"] = flops / seconds / devices / self._peak
         self._tokens, self._waited, self._since = 0, 0.0, time.perf_counter()
         return values

@@ -311,7 +311,7 @@ class Stage:
         count, shards = self.config.batch_size // self.inference.batch_size, self.inference.rows
         own = [i * shards + j for i in range(count) for j in sharding.local_shards(self.mesh)]
         for batch in loader.batches(examples, found, start, count * shards, limit, own):
-            yield {k: x.reshape(count, -1, *x.shape[1:]) for k, x in batch.items()}
+            yield {k: x.reshape(count, len(x) // count, *x.shape[1:]) for k, x in batch.items()}
 
     def validate(self, state: TrainState, references: list[np.ndarray] | None) -> dict[str, float]:
         """Means over the targets of the validation examples, and their number."""
@@ -371,7 +371,7 @@ class Stage:
         progress = Progress(
             self.workdir / "metrics", self.name, first, self.steps, c.batch_size, c.log_every,
             learning_rate_schedule(learning_rate, self.steps, c.warmup),
-            self.model.meta["parameters"], c.dtype,
+            self.model.meta["parameters"], c.dtype, c.tune == "full",
         )  # fmt: skip
 
         def due(step: int) -> bool:
@@ -482,5 +482,5 @@ class Stage:
             optimizer,
             state_shardings(lora, optimizer, self.mesh),
             self.mesh,
-            jax.random.key(c.seed) if c.lora.dropout > 0 else None,
+            jax.random.key(c.seed) if c.tune == "lora" and c.lora.dropout > 0 else None,
         )

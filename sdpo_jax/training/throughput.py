@@ -18,12 +18,15 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
 }
 UNTRACED = 2  # steps before a trace: the first compiles
-FLOPS_PER_PARAMETER = 4  # and real token: forward and backward 2 each, as the base is frozen
 
 
-def model_flops(parameters: int, tokens: int) -> int:
-    """FLOPs that the paper's step needs; what remat computes again is not counted."""
-    return FLOPS_PER_PARAMETER * parameters * tokens
+def model_flops(parameters: int, tokens: int, full: bool = False) -> int:
+    """FLOPs that a step needs; what remat computes again is not counted.
+
+    Per parameter and real token: 2 forward, 2 backward, and where all weights are trained (`full`)
+    2 for their gradients.
+    """
+    return (6 if full else 4) * parameters * tokens
 
 
 def peak_flops(device: jax.Device, dtype: str) -> float | None:

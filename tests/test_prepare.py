@@ -95,6 +95,8 @@ def test_the_whole_of_movielens_has_the_counts_of_the_protocol(tmp_path):
     assert meta["counts"]["interactions"] == 82520
     assert len(ratings.titles) == 1682 and len(set(ratings.titles.values())) == 1659
     assert ratings.titles[267] == "unknown"
+    assert ratings.attributes[1] == {"year": 1995, "genres": ["Animation", "Children's", "Comedy"]}
+    assert ratings.attributes[267] == {"genres": []} and ratings.attributes[1412]["year"] == 1995
     assert read_movielens(as_grouplens(ratings, tmp_path / "ml")).titles == ratings.titles
     assert len(read_dataset(tmp_path / "out").splits["train"]) == 66127
 
@@ -190,7 +192,7 @@ def test_a_row_that_cannot_be_parsed_is_named(tmp_path, change, said):
         ("u.data", "1\t2\t5", "u.data:241: found 3 fields"),
         ("u.data", "1\t99\t5\t5", "u.data:241: found item id 99"),
         ("u.item", "7|Again (1990)|", "u.item:61: found item id 7 a second time"),
-        ("u.item", "99| (1990)|", "u.item:61: found an empty title"),
+        ("u.item", "99||", "u.item:61: found an empty title"),
     ],
 )
 def test_a_bad_line_of_movielens_is_named(tmp_path, name, line, said):

@@ -54,7 +54,8 @@ DATASETS = {
     "amazon": Source(
         "product",
         read_amazon,
-        "every review of an item with a title, by time, repeated ones too",
+        "every review of an item with a title, by time, repeated ones too, so a history may hold "
+        "its target, and then no other candidate",
         "a folder with the Amazon files",
         rated=False,
         repeats=True,

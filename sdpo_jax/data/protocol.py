@@ -21,7 +21,10 @@ _SPLIT = {
 SPLITS = tuple(_SPLIT)
 _LAST = _SPLIT["users"].partition("; ")[2]
 _STAND_IN = "goodbooks-10k's sequences and users per split, titles cut at '('; " + _LAST
-_PUBLISHED = "the published windows, split by the time of their target; history {} items"
+_PUBLISHED = (
+    "the published windows, split by the time of their target; history {} items, which may hold "
+    "the target, and then no other candidate"
+)
 
 
 @dataclasses.dataclass(frozen=True)

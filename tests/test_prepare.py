@@ -12,7 +12,7 @@ import pytest
 from sdpo_jax.data.lastfm import read_lastfm
 from sdpo_jax.data.movielens import plain_title, read_movielens
 from sdpo_jax.data.prepared import UserSequence, fingerprint, read_dataset
-from sdpo_jax.data.sequences import all_windows
+from sdpo_jax.data.sequences import all_windows, windows
 from sdpo_jax.errors import InputError
 from sdpo_jax.prepare import prepare, report
 
@@ -161,6 +161,28 @@ def test_authors_json_gives_back_users_histories_and_lists(tmp_path, with_names)
             assert [dataset.titles[i] for i in window.history] == [names[i] for i in true.history]
             assert shown == [names[true.target], *names[6:25]]
             assert (window.user, dataset.titles[window.target]) == (true.user, names[true.target])
+
+
+def test_windows_of_ten_titles_are_chained_to_whole_sequences(tmp_path):
+    """Rows name no user: what does not continue the row before is the next user's."""
+    names = [*map(str, range(60))]
+    write_authors_lastfm(tmp_path / "lastfm", names)
+    long, short = UserSequence(0, tuple(range(17, 0, -1))), UserSequence(1, (5, 1, 0, 2))
+    rows = [
+        {"historyList": [names[i] for i in w.history], "trueSelection": names[w.target],
+         "itemList": [names[w.target], *names[40:59]]}
+        for w in (*windows(long), *windows(short))
+    ]  # fmt: skip
+    (tmp_path / "lastfm" / "lastfm-train.json").write_text(json.dumps(rows))
+    prepare("lastfm", str(tmp_path / "lastfm"), str(tmp_path / "out"))
+    data = read_dataset(tmp_path / "out")
+    found = [[data.titles[i] for i in data.sequences[user].items] for user in (0, 1)]
+    assert found == [[names[i] for i in sequence.items] for sequence in (long, short)]
+    assert [len(w.history) for w in data.splits["train"]] == [3, 4, 5, 6, 7, 8, 9, *[10] * 7, 3]
+    rows[5]["historyList"] = names[20:31]
+    (tmp_path / "lastfm" / "lastfm-train.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match="row 5: found 11 titles of history, expected at most 10"):
+        prepare("lastfm", str(tmp_path / "lastfm"), str(tmp_path / "again"))
 
 
 @pytest.mark.parametrize(

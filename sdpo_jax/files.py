@@ -13,6 +13,11 @@ LEVELS = 64  # of lists and objects in each other: deeper ones would break what 
 Kind = tuple[str, Callable[[Any], bool]]  # what is expected, and whether a value is that
 
 TEXT: Kind = ("a text", lambda value: type(value) is str)
+_HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # of surrogates: it could not be written
+UTF8: Kind = (
+    "a text that UTF-8 can hold",
+    lambda value: type(value) is str and not _HALF_PAIR.search(value),
+)
 COUNT: Kind = ("a whole number, 0 or more", lambda value: type(value) is int and value >= 0)
 POSITIVE: Kind = ("a whole number, more than 0", lambda value: COUNT[1](value) and value > 0)
 # Comparing instead of math.isfinite, which fails on integers that no float holds.

@@ -1,6 +1,7 @@
 """Whatever happens to data files, prompt files and configs ends in one line, or is no harm."""
 
 import contextlib
+import gzip
 import io
 import json
 import subprocess
@@ -18,6 +19,7 @@ from damage import (
     VALUES,
     cases,
     changed_bytes,
+    changed_json_line,
     damage,
     fresh,
     put,
@@ -28,7 +30,9 @@ from damage import (
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
+from test_amazon import write_2018, write_windows
 from test_csv import write_csv
+from test_movielens import write_form
 from test_prepare import write_authors_lastfm, write_movielens
 
 from configs import movielens
@@ -38,7 +42,7 @@ from sdpo_jax.data.lastfm import split_titles
 from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.data.prompts import read_templates
 from sdpo_jax.errors import InputError
-from sdpo_jax.prepare import prepare
+from sdpo_jax.prepare import Options, prepare
 from sdpo_jax.train import check, check_folders
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +145,48 @@ def test_a_damaged_lastfm_folder_is_one_line(lastfm_folders, case, data):
         read_dataset(output)
 
 
+@pytest.fixture(scope="session")
+def other_folders(tmp_path_factory) -> dict[str, tuple[str, Path]]:
+    """Forms of Amazon and MovieLens, and the data set that each is of."""
+    place = tmp_path_factory.mktemp("others")
+    for form, ending, separator in (("ml-1m", "dat", "::"), ("ml-20m", "csv", ",")):
+        write_form(place / form, form)
+        films = [(item, f"Film {item} (1990)", "Drama") for item in range(100, 140)]
+        rows = [(u, 100 + (u + n) % 40, 5, 9 * u + n) for u in range(20, 32) for n in range(8)]
+        for name, lines in (("movies", films), ("ratings", rows)):
+            with open(place / form / f"{name}.{ending}", "a") as file:
+                file.writelines(separator.join(map(str, line)) + "\n" for line in lines)
+    return {
+        "reviews": ("amazon", write_2018(place / "reviews")),
+        "windows": ("amazon", write_windows(place / "windows")),
+        "ml-1m": ("movielens", place / "ml-1m"),
+        "ml-20m": ("movielens", place / "ml-20m"),
+    }
+
+
+@cases(80)
+@given(st.data())
+def test_a_damaged_folder_of_amazon_or_a_larger_movielens_is_one_line(other_folders, case, data):
+    dataset, source = other_folders[data.draw(st.sampled_from(sorted(other_folders)))]
+    file = data.draw(st.sampled_from(sorted(path.name for path in source.iterdir())))
+    folder = fresh(source, case)
+    if file.endswith(".gz"):
+        text = gzip.decompress((source / file).read_bytes())
+        damaged = (changed_json_line(text) | changed_bytes(text, 600)).map(gzip.compress)
+        put(folder / file, data.draw(damaged | changed_bytes((source / file).read_bytes())))
+    else:
+        put(folder / file, data.draw(damage(source / file)))
+    output = str(folder.parent / "out")
+    options = Options(num_candidates=4)
+    if told_or_done(
+        lambda: prepare(dataset, str(folder), output, options=options),
+        folder.parent,
+        str(folder.parent),
+        "items:",
+    ):
+        read_dataset(output)
+
+
 @cases(40)
 @given(st.data())
 def test_a_damaged_csv_file_is_one_line(tmp_path_factory, data):
@@ -236,6 +282,7 @@ def test_any_name_of_a_path_that_is_not_there_is_one_line(name, tmp_path):
         lambda: prepare("movielens", path, str(tmp_path / "out")),
         lambda: prepare("lastfm", path, str(tmp_path / "out")),
         lambda: prepare("goodreads", path, str(tmp_path / "out")),
+        lambda: prepare("amazon", path, str(tmp_path / "out")),
         lambda: prepare("csv", path, str(tmp_path / "out")),
     ):
         with pytest.raises(InputError):

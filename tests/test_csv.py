@@ -63,11 +63,10 @@ def test_columns_may_be_in_any_order_quoted_and_with_a_byte_order_mark(tmp_path)
     )
     found = read_csv(tmp_path / "my.csv")
     assert found.titles == {0: "Net, The", 1: "Ran"}
-    assert found.interactions == [
-        ('Ann "A", B', 0, 3, 1e9),
-        ("名", 1, 3, 1e9 + 1),
-        ("名", 0, 3, 999993600.0),
-    ]
+    assert found.rating_N is None and found.time_N.tolist() == [1e9, 1e9 + 1, 999993600.0]
+    assert [found.users[user] for user in found.user_N] == ['Ann "A", B', "名", "名"]
+    assert [found.items[item] for item in found.item_N] == [0, 1, 0]
+    assert found.attributes == {0: {"extra": "x"}, 1: {}}
 
 
 @pytest.mark.parametrize(
@@ -78,6 +77,7 @@ def test_columns_may_be_in_any_order_quoted_and_with_a_byte_order_mark(tmp_path)
         ("user,item,title\n", ":1: found 0 columns 'timestamp'"),
         (f"{HEADER},user\n", ":1: found 2 columns 'user'"),
         (f"{HEADER},rating\n", ":1: found 2 columns 'rating'"),
+        (f"{HEADER},genre,genre\n", ":1: found 2 columns 'genre', expected each column once"),
         (f"{HEADER}\na,b,c,1\n", ":2: found 4 fields, expected 5 as in the header"),
         (f"{HEADER}\na,b,Net, The,1,5\n", ":2: found 6 fields, expected 5 as in the header"),
         (f"{HEADER}\n,b,c,1,5\n", ":2: found an empty user"),
@@ -120,6 +120,8 @@ def test_what_is_no_file_or_has_too_little_is_named(tmp_path):
     refused(tmp_path, f"{tmp_path}: found Is a directory")
     file.unlink()
     file.write_text(f"{HEADER}\n")
+    refused(file, f"{file}: found no users and items with 1 interactions among 0")
+    write_csv(file, users=3, each=4)
     refused(file, f"{file}: found no window with 3 items of history in train")
     write_csv(file, items=10, each=6)
     refused(file, "items: found ")

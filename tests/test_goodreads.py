@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from configs import goodreads as config
-from sdpo_jax.data import goodreads
+from sdpo_jax.data import goodreads, raw
 from sdpo_jax.data.goodreads import STAND_IN, read_goodreads, short_title
 from sdpo_jax.data.prepared import read_dataset
+from sdpo_jax.data.protocol import Options, read_windows
 from sdpo_jax.data.sequences import last_windows
 from sdpo_jax.errors import InputError
 from sdpo_jax.prepare import prepare, report
@@ -71,25 +72,43 @@ def test_users_and_books_below_20_pull_each_other_down_to_a_fixed_point(tmp_path
     # of book 0, which is a 2, u99 falls, then book 30, then nothing more.
     more = [line(99, book) for book in (*range(1, 19), 30)] + [line(99, 0, rating=2)]
     more += [line(user, 30, 2e9) for user in range(19)]
-    found = read_goodreads(write_ucsd(tmp_path / "raw", more))
+    found = windows_of(write_ucsd(tmp_path / "raw", more))
     assert sorted(found.titles) == list(range(BOOKS))
-    users = {user: s for split in found.splits.values() for user, s in split.items()}
-    assert list(users) == [f"u{user}" for user in range(USERS)]
-    assert {len(sequence.items) for sequence in users.values()} == {BOOKS}
+    assert list(found.sequences) == [f"u{user}" for user in range(USERS)]
+    assert {len(sequence.items) for sequence in found.sequences.values()} == {BOOKS}
     more[-20]["rating"] = 3
-    found = read_goodreads(write_ucsd(tmp_path / "more", more))
-    assert len(found.titles) == BOOKS + 1 and "u99" in found.splits["train"]
-    assert found.interactions == USERS * BOOKS + 39
+    found = windows_of(write_ucsd(tmp_path / "more", more))
+    assert len(found.titles) == BOOKS + 1 and "u99" in found.sequences
+    assert found.count == USERS * BOOKS + 39
+    found = windows_of(tmp_path / "raw", Options(min_interactions=19))
+    assert len(found.titles) == BOOKS + 1 and "u99" in found.sequences
 
 
 def test_unrated_untitled_unknown_and_repeated_books_count_for_nothing(tmp_path):
     more = [line(user, 30, rating=0) for user in range(USERS)]
     more += [line(user, 31) for user in range(USERS)] + [line(user, 77) for user in range(USERS)]
     more += [line(user, user, 2e9) for user in range(USERS)]
-    plain, found = (
-        read_goodreads(write_ucsd(tmp_path / n, m)) for n, m in (("a", ()), ("b", more))
+    plain, found = (windows_of(write_ucsd(tmp_path / n, m)) for n, m in (("a", ()), ("b", more)))
+    assert (found.windows, found.titles) == (plain.windows, plain.titles)
+    assert found.sequences == plain.sequences
+
+
+def test_a_book_rated_1_or_2_is_disliked_and_a_shelved_one_is_not(tmp_path):
+    more = [line(0, 25, 1e9 - 9, rating=2), line(1, 26, 2e9, rating=1), line(2, 27, 1e9, rating=0)]
+    folder = write_ucsd(tmp_path / "raw", more)
+    records = [r for _, r in raw.records(folder / "goodreads_interactions_poetry.json.gz", {})]
+    others = {("u0", "25", 3), ("u1", "26", 3), ("u2", "27", 3)}
+    write(
+        folder / "goodreads_interactions_poetry.json.gz",
+        [r for r in records if (r["user_id"], r["book_id"], r["rating"]) not in others],
     )
-    assert (found.splits, found.titles) == (plain.splits, plain.titles)
+    found = windows_of(folder)
+    disliked = [found.sequences[f"u{user}"].disliked for user in range(3)]
+    assert disliked == [((0, 25),), ((BOOKS - 1, 26),), ()]
+
+
+def windows_of(folder, options=None):
+    return read_windows("goodreads", str(folder), options or Options())
 
 
 @pytest.mark.parametrize(
@@ -123,7 +142,9 @@ def test_a_title_ends_before_its_first_bracket(title, short):
 def test_the_stand_in_has_its_counts():
     found = read_goodreads(STAND_IN_FOLDER)
     assert sum(map(len, found.splits.values())) == 2671
-    assert len(found.titles) == 4500 and found.interactions == 232477
+    assert len(found.titles) == 4500
+    sequences = [s for users in found.splits.values() for s in users.values()]
+    assert sum(len(sequence.items) for sequence in sequences) == 232477
     assert len(set(found.titles.values())) == 4456
     windows = last_windows(found.splits)
     counts = {"train": 181465, "val": 267, "test": 268, "val_all": 21558, "test_all": 21441}
@@ -184,8 +205,6 @@ def test_a_wrong_sequence_is_named(tmp_path, rows, said):
         ("interactions", json.dumps(line(1, "1.0")), ":1: book_id: found '1.0', expected"),
         ("interactions", json.dumps(line(1, 1, date_updated="")), ":1: found date_updated ''"),
         ("interactions", json.dumps(line("\ud800", 1)), ":1: user_id: found"),
-        ("interactions", json.dumps(line(1, 1)), ": found no users and books with 20 interactions"),
-        ("interactions", "", ": found no users and books with 20 interactions among 0"),
         ("books", '{"book_id": "1", "title": null}', ":1: title: found None, expected a text"),
         ("books", '{"book_id": "1", "title": "a"}\n' * 2, ":2: found book_id 1 a second time"),
         ("books", b"\xff", ": found bytes that are not UTF-8"),
@@ -194,10 +213,17 @@ def test_a_wrong_sequence_is_named(tmp_path, rows, said):
 )
 def test_a_wrong_line_is_named(tmp_path, monkeypatch, name, text, said):
     if len(text) == 100:
-        monkeypatch.setattr(goodreads, "_LONGEST", 64)
+        monkeypatch.setattr(raw, "LONGEST", 64)
     file = write_ucsd(tmp_path / "raw") / f"goodreads_{name}_poetry.json.gz"
     file.write_bytes(gzip.compress(text if isinstance(text, bytes) else text.encode()))
     refused(tmp_path, f"{file}{said}")
+
+
+@pytest.mark.parametrize(("records", "count"), [([], 0), ([line(1, 1)], 1)])
+def test_too_few_interactions_are_told(tmp_path, records, count):
+    write(write_ucsd(tmp_path / "raw") / "goodreads_interactions_poetry.json.gz", records)
+    said = f"{tmp_path / 'raw'}: found no users and items with 20 interactions among {count}"
+    refused(tmp_path, said)
 
 
 def refused(tmp_path, said):
@@ -232,6 +258,8 @@ def test_a_folder_that_is_none_or_has_two_of_a_file_is_named(tmp_path):
     said = f"{folder}: found goodreads_books.json.gz, goodreads_books_poetry.json.gz, expected"
     refused(tmp_path, said)
     os.mkfifo(folder / STAND_IN[0])
+    refused(tmp_path, f"{folder}: found no {STAND_IN[1]} inside, expected Goodreads as a folder")
+    (folder / STAND_IN[1]).touch()
     refused(tmp_path, f"{folder / STAND_IN[0]}: found no regular file")
     with pytest.raises(InputError, match="--source: found nothing, expected a folder with the Go"):
         prepare("goodreads", None, str(tmp_path / "out"))

@@ -12,7 +12,7 @@ import pytest
 from sdpo_jax.data.lastfm import read_lastfm
 from sdpo_jax.data.movielens import plain_title, read_movielens
 from sdpo_jax.data.prepared import UserSequence, fingerprint, read_dataset
-from sdpo_jax.data.sequences import all_windows
+from sdpo_jax.data.sequences import all_windows, windows
 from sdpo_jax.errors import InputError
 from sdpo_jax.prepare import prepare, report
 
@@ -95,6 +95,8 @@ def test_the_whole_of_movielens_has_the_counts_of_the_protocol(tmp_path):
     assert meta["counts"]["interactions"] == 82520
     assert len(ratings.titles) == 1682 and len(set(ratings.titles.values())) == 1659
     assert ratings.titles[267] == "unknown"
+    assert ratings.attributes[1] == {"year": 1995, "genres": ["Animation", "Children's", "Comedy"]}
+    assert ratings.attributes[267] == {"genres": []} and ratings.attributes[1412]["year"] == 1995
     assert read_movielens(as_grouplens(ratings, tmp_path / "ml")).titles == ratings.titles
     assert len(read_dataset(tmp_path / "out").splits["train"]) == 66127
 
@@ -161,6 +163,28 @@ def test_authors_json_gives_back_users_histories_and_lists(tmp_path, with_names)
             assert (window.user, dataset.titles[window.target]) == (true.user, names[true.target])
 
 
+def test_windows_of_ten_titles_are_chained_to_whole_sequences(tmp_path):
+    """Rows name no user: what does not continue the row before is the next user's."""
+    names = [*map(str, range(60))]
+    write_authors_lastfm(tmp_path / "lastfm", names)
+    long, short = UserSequence(0, tuple(range(17, 0, -1))), UserSequence(1, (5, 1, 0, 2))
+    rows = [
+        {"historyList": [names[i] for i in w.history], "trueSelection": names[w.target],
+         "itemList": [names[w.target], *names[40:59]]}
+        for w in (*windows(long), *windows(short))
+    ]  # fmt: skip
+    (tmp_path / "lastfm" / "lastfm-train.json").write_text(json.dumps(rows))
+    prepare("lastfm", str(tmp_path / "lastfm"), str(tmp_path / "out"))
+    data = read_dataset(tmp_path / "out")
+    found = [[data.titles[i] for i in data.sequences[user].items] for user in (0, 1)]
+    assert found == [[names[i] for i in sequence.items] for sequence in (long, short)]
+    assert [len(w.history) for w in data.splits["train"]] == [3, 4, 5, 6, 7, 8, 9, *[10] * 7, 3]
+    rows[5]["historyList"] = names[20:31]
+    (tmp_path / "lastfm" / "lastfm-train.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match="row 5: found 11 titles of history, expected at most 10"):
+        prepare("lastfm", str(tmp_path / "lastfm"), str(tmp_path / "again"))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -190,7 +214,7 @@ def test_a_row_that_cannot_be_parsed_is_named(tmp_path, change, said):
         ("u.data", "1\t2\t5", "u.data:241: found 3 fields"),
         ("u.data", "1\t99\t5\t5", "u.data:241: found item id 99"),
         ("u.item", "7|Again (1990)|", "u.item:61: found item id 7 a second time"),
-        ("u.item", "99| (1990)|", "u.item:61: found an empty title"),
+        ("u.item", "99||", "u.item:61: found an empty title"),
     ],
 )
 def test_a_bad_line_of_movielens_is_named(tmp_path, name, line, said):

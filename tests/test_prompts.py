@@ -12,7 +12,7 @@ from sdpo_jax.model_folder import load_tokenizer
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("domain", ["movie", "music", "book"])
+@pytest.mark.parametrize("domain", prompts.TEMPLATES)
 def test_every_domain_has_eight_short_templates_that_end_before_the_answer(domain):
     templates = prompts.TEMPLATES[domain]
     assert len(set(templates)) >= 8

@@ -1,4 +1,4 @@
-"""The 20 candidates of a window: the target and 19 items it could be mistaken for."""
+"""The candidates of a window: the target and, by default, 19 items it could be mistaken for."""
 
 import dataclasses
 import random
@@ -12,25 +12,29 @@ NUM_CANDIDATES = 20
 
 
 def independent(
-    windows: Sequence[Window], titles: dict[int, str], seed: int, split: str
-) -> list[Window]:
-    """Windows with 20 candidates drawn by (seed, split, row), independently of the target.
+    windows: Sequence[Window], titles: dict[int, str], seed: int, split: str,
+    count: int = NUM_CANDIDATES,
+) -> list[Window]:  # fmt: skip
+    """Windows with `count` candidates drawn by (seed, split, row), independently of the target.
 
     A candidate's title differs from every other candidate's and from every title of the
     history: the title is what the model answers. (Exception: a history may itself hold the
-    target's title under another id; the target stays.) Raises InputError when the items are
-    too few.
+    target, where users may repeat an item, or its title under another id; the target stays.)
+    Raises InputError when the items are too few.
     """
     ids = list(titles)
-    return [_draw(window, row, ids, titles, seed, split) for row, window in enumerate(windows)]
+    return [
+        _draw(window, row, ids, titles, seed, split, count) for row, window in enumerate(windows)
+    ]
 
 
 def _draw(
-    window: Window, row: int, ids: list[int], titles: dict[int, str], seed: int, split: str
-) -> Window:
+    window: Window, row: int, ids: list[int], titles: dict[int, str], seed: int, split: str,
+    count: int,
+) -> Window:  # fmt: skip
     """Takes negatives from one random order of all items, the target only being skipped."""
     rng = generator(seed, "candidates", split, row)
-    place = int(rng.integers(NUM_CANDIDATES))
+    place = int(rng.integers(count))
     order = rng.permutation(len(ids))
     shown = {titles[item] for item in window.history} | {titles[window.target]}
     chosen: list[int] = []
@@ -39,18 +43,18 @@ def _draw(
         if titles[item] not in shown:
             shown.add(titles[item])
             chosen.append(item)
-            if len(chosen) == NUM_CANDIDATES - 1:
+            if len(chosen) == count - 1:
                 break
     else:
-        raise _too_few(len(chosen), f"the window {row} of {split}")
+        raise _too_few(len(chosen), f"the window {row} of {split}", count)
     chosen.insert(place, window.target)
     return dataclasses.replace(window, candidates=tuple(chosen))
 
 
-def _too_few(found: int, window: str) -> InputError:
+def _too_few(found: int, window: str, count: int = NUM_CANDIDATES) -> InputError:
     return InputError(
-        f"items: found {found} titles outside {window}, expected {NUM_CANDIDATES - 1}: give a "
-        "--source with more items"
+        f"items: found {found} titles outside {window}, expected {count - 1}: give a --source with "
+        "more items or fewer --num_candidates"
     )
 
 

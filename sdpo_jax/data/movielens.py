@@ -1,47 +1,114 @@
-"""MovieLens-100K: GroupLens' files, or RecBole's copy of them."""
+"""MovieLens: GroupLens' files of any size, or RecBole's copy of the smallest."""
 
+import csv
+import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from sdpo_jax.data import raw
-from sdpo_jax.data.sources import Ratings
+from sdpo_jax.data.interactions import Interactions, Rows
 from sdpo_jax.wheels import PINNED, wheel_file
 
 _ARTICLES = "The|An|A|La|Les|Le|L'|Il|Das|Der|Die|Det|El|Los|O"
 _MOVED_ARTICLE = re.compile(rf"([^()]+), ({_ARTICLES})(?=\)|$| \()")
-_YEAR = re.compile(r"\s*\(\d{4}\)(\s*\(V\))?$")
+# A series has its first and last year, or a dash after the first.
+_YEAR = re.compile(r"\s*\((\d{4})(?:[-\u2013](?:\d{4})?)?\)(\s*\(V\))?$")
+# Of ml-100k; of ml-1m and ml-10m; of ml-20m, ml-25m, ml-32m and ml-latest.
+_FORMS = (("u.data", "u.item"), ("ratings.dat", "movies.dat"), ("ratings.csv", "movies.csv"))
+_COLUMNS = ("user id", "item id", "rating", "timestamp")
+_GENRES = (
+    "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama",
+    "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War",
+    "Western",
+)  # fmt: skip
 
 
-def read_movielens(path: Path | None) -> Ratings:
-    """MovieLens-100K from GroupLens' ml-100k.zip, its unpacked folder, or (None) the wheel.
+def read_movielens(path: Path | None) -> Interactions:
+    """GroupLens' zip, its unpacked folder, or (None) MovieLens-100K from the wheel.
 
-    Raises InputError naming file and line.
+    Attributes of an item: year, where its title or its line has one, and genres. Raises InputError
+    naming file and line.
     """
     if path is None:
-        data = wheel_file(*PINNED[0])
-        items = wheel_file(*PINNED[1])
-        files = {file.name: file.read_bytes() for file in (data, items)}
-        where, encoding, separator, header = str(data.parent), "utf-8", "\t", 1
+        found = [wheel_file(*PINNED[0]), wheel_file(*PINNED[1])]
+        places = {file.name: str(file) for file in found}
+        files = raw.Files(found[0].parent, places, "expected RecBole's files: fetch them again")
     else:
-        files = raw.read_files(path, ("u.data", "u.item"), "MovieLens-100K")
-        where, encoding, separator, header = str(path), "latin-1", "|", 0
-    data_name, item_name = files
+        files = raw.find(path, _FORMS, "MovieLens")
+    data_name, item_name = files.places
     titles: dict[int, str] = {}
-    for line, fields in raw.fields(where, item_name, files, encoding, separator, 2, header):
-        item = raw.number(line, "item id", fields[0])
+    attributes: dict[int, dict] = {}
+    for line, key, text, year, genres in _items(files, item_name):
+        item = int(raw.number(line, "item id", key))
         if item in titles:
-            raise raw.bad(line, f"item id {fields[0]} a second time", "each id once")
-        titles[int(item)] = plain_title(fields[1])
-        if not titles[int(item)]:
+            raise raw.bad(line, f"item id {key} a second time", "each id once")
+        titles[item] = plain_title(text)
+        if not titles[item]:
             raise raw.bad(line, "an empty title", "a title")
-    interactions = []
-    for line, fields in raw.fields(where, data_name, files, encoding, "\t", 4, header):
-        names = ("user id", "item id", "rating", "timestamp")
-        user, item, rating, time = map(raw.number, [line] * 4, names, fields)
+        attributes[item] = ({"year": int(year)} if year else {}) | {"genres": genres}
+    rows = Rows()
+    separator = {".dat": "::", ".csv": ","}.get(Path(data_name).suffix, "\t")
+    header = int(data_name.endswith((".csv", ".inter")))
+    where = f"{files.path}/{data_name}"
+    for line, fields in raw.fields(where, files.lines(data_name), "utf-8", separator, 4, header):
+        user, item, rating, time = map(raw.number, [line] * 4, _COLUMNS, fields)
         if item not in titles:
             raise raw.bad(line, f"item id {fields[1]}", f"an id of {item_name}")
-        interactions.append((int(user), int(item), rating, time))
-    return Ratings(dict(sorted(titles.items())), interactions, raw.digests(files))
+        rows.add(int(user), int(item), rating, time)
+    return rows.done(dict(sorted(titles.items())), attributes, len(rows), files.digests())
+
+
+def _items(files: raw.Files, name: str) -> Iterator[tuple[str, str, str, str, list[str]]]:
+    """(file:line, id, title, year or "", genres) of every line."""
+    where, lines = f"{files.path}/{name}", files.lines(name)
+    if name == "u.item":
+        for line, fields in raw.fields(where, lines, "latin-1", "|", 2):
+            flags = zip(_GENRES, fields[6:], strict=False)
+            genres = [genre for genre, flag in flags if flag == "1"]
+            yield line, *fields[:2], _year(fields[1]), genres
+    elif name == "movies.dat":
+        encoding = _encoding(files.read(name))
+        for line, fields in raw.fields(where, lines, encoding, "::", 3):
+            title = "::".join(fields[1:-1])
+            yield line, fields[0], title, _year(title), _genres(fields[-1].split("|"))
+    elif name == "movies.csv":
+        for line, fields in _csv(where, raw.decode(where, files.read(name), "utf-8")):
+            yield line, *fields[:2], _year(fields[1]), _genres(fields[2].split("|"))
+    else:
+        for line, fields in raw.fields(where, lines, "utf-8", "\t", 4, 1):
+            year = fields[2] if re.fullmatch(r"\d{4}", fields[2]) else _year(fields[1])
+            yield line, *fields[:2], year, _genres(fields[3].split())
+
+
+def _encoding(data: bytes) -> str:
+    """ml-1m is in latin-1, ml-10m in UTF-8."""
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "latin-1"
+    return "utf-8"
+
+
+def _csv(where: str, text: str) -> Iterator[tuple[str, list[str]]]:
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        next(lines, None)
+        for fields in lines:
+            if len(fields) < 3:
+                raise raw.bad(f"{where}:{lines.line_num}", f"{len(fields)} fields", "3 or more")
+            yield f"{where}:{lines.line_num}", fields
+    except csv.Error as error:
+        raise raw.bad(f"{where}:{lines.line_num}", f"no CSV ({error})", "a row of it") from error
+
+
+def _year(title: str) -> str:
+    match = _YEAR.search(title.strip())
+    return match[1] if match else ""
+
+
+def _genres(names: list[str]) -> list[str]:
+    return [name for name in names if name not in ("", "unknown", "(no genres listed)")]
 
 
 def plain_title(text: str) -> str:
@@ -51,7 +118,7 @@ def plain_title(text: str) -> str:
     no name: a rule that cuts seven characters leaves it empty, a substring of every answer; it
     is kept under GroupLens' title "unknown" (RecBole misspells it), so that no window is lost.
     """
-    title = _YEAR.sub("", text.strip())
+    title = _YEAR.sub("", text.strip()) or text.strip()
     if title == "unkonwn":
         return "unknown"
     return _MOVED_ARTICLE.sub(_article_first, title)

@@ -19,12 +19,12 @@ from absl import logging
 from sdpo_jax.errors import InputError, shown
 from sdpo_jax.files import parse_json, read_json, read_text
 
-DOMAINS = ("movie", "music", "book")
+DOMAINS = ("movie", "music", "book", "product")
 # Every split a folder can hold, in the order of the fingerprint; the first three must be there.
 SPLITS = ("train", "val", "test", "val_all", "test_all")
 _SEQUENCE_KEYS = ("user", "items", "disliked")
 _WINDOW_KEYS = ("user", "place", "candidates")
-_PREPARE = "python -m sdpo_jax.prepare --dataset=movielens|lastfm|goodreads|csv --output={}"
+_PREPARE = "python -m sdpo_jax.prepare --dataset=movielens|lastfm|goodreads|amazon|csv --output={}"
 
 
 User = int | str

@@ -80,6 +80,25 @@ _WORDING = {
         ("Read so far, oldest at the top:",
          "To read next, one of:", "Answer with one title:"),
     ),
+    "product": (
+        ("Products a customer has bought, oldest first:",
+         "Which one of these products comes next? Copy its title.", "Next product:"),
+        ("A person has bought these products, in this order:",
+         "Exactly one of the products below was bought next:", "Answer:"),
+        ("Purchase history, from the oldest to the latest:",
+         "Pick the product this customer goes on to buy. Options:", "Title:"),
+        ("You recommend products. The user has bought, in order:",
+         "Recommend one product of this list and give only its title:", "Recommendation:"),
+        ("These products were bought one after another:",
+         "Predict the product that follows. Choose from:", "Prediction:"),
+        ("Someone's orders from a shop, earliest first:",
+         "For the next order there is a choice of:", "The product chosen:"),
+        ("Here is what a user bought over time:",
+         "Of the candidates below, name the one most likely to be bought next.",
+         "Most likely:"),
+        ("Bought so far, oldest at the top:",
+         "To buy next, one of:", "Answer with one title:"),
+    ),
 }  # fmt: skip
 
 # prompt -> domain -> templates

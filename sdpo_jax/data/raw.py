@@ -1,34 +1,119 @@
-"""Raw files as they come: from a folder or a zip, as text, as fields, as numbers."""
+"""Raw files as they come: from a folder or a zip, as lines, as fields, as numbers, as records."""
 
+import contextlib
+import dataclasses
+import gzip
 import hashlib
+import json
 import lzma
 import math
 import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from sdpo_jax.errors import InputError
+from sdpo_jax.files import Kind, check_keys
+
+LONGEST = 1 << 24  # bytes of a line; the longest books have some 100 kB
+_GZIP = "expected lines of JSON, compressed by gzip: correct --source or fetch it again"
+_JSON = "expected lines of JSON: correct --source or fetch it again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Files of a folder, or of a zip, of which nothing is unpacked to disk.
+
+    `places`: name -> path, in the zip or on disk. Reading raises InputError for whatever is damaged
+    or not to be read.
+    """
+
+    path: Path
+    places: dict[str, str]
+    expected: str
+    zipped: bool = False
+
+    def read(self, name: str) -> bytes:
+        with self._open(name) as file:
+            return file.read()
+
+    def lines(self, name: str) -> Iterator[bytes]:
+        """Line after line, so that a file may be larger than memory."""
+        with self._open(name) as file:
+            yield from _lines(file, f"{self.path}/{name}", self.expected)
+
+    def digests(self) -> dict[str, str]:
+        """name -> SHA-256."""
+        found = {}
+        for name in self.places:
+            with self._open(name) as file:
+                digest = hashlib.sha256()
+                while data := file.read(1 << 20):
+                    digest.update(data)
+                found[name] = digest.hexdigest()
+        return found
+
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[BinaryIO]:
+        with _told(self.path, self.expected):
+            if self.zipped:
+                with zipfile.ZipFile(self.path) as archive, archive.open(self.places[name]) as file:
+                    yield file
+            else:
+                check_file(Path(self.places[name]), self.expected)
+                with open(self.places[name], "rb") as file:
+                    yield file
+
+
+def find(path: Path, forms: Sequence[Sequence[str]], what: str) -> Files:
+    """The first of `forms`, names of files, that lies in a folder, one inside it, or a zip.
+
+    Raises InputError naming a missing file.
+    """
+    listed = " or ".join(" and ".join(names) for names in forms)
+    expected = f"expected {what} as a folder or zip with {listed}: correct --source"
+    with _told(path, expected):
+        if path.is_dir():
+            here = {file.name: str(file) for file in path.iterdir()}
+            places = [here, *(_inside(Path(here[name])) for name in sorted(here))]
+        else:
+            check_file(path, expected)
+            with zipfile.ZipFile(path) as archive:
+                members = sorted(archive.namelist(), key=lambda member: -member.count("/"))
+            places = [{member.rsplit("/", 1)[-1]: member for member in members}]
+    for names in forms:
+        for inside in places:
+            if set(names) <= set(inside):
+                return Files(path, {n: inside[n] for n in names}, expected, not path.is_dir())
+    # The form and the place that lack the least.
+    pairs = [(names, inside) for names in forms for inside in places]
+    names, inside = max(pairs, key=lambda pair: len(set(pair[0]) & set(pair[1])))
+    missing = next(name for name in names if name not in inside)
+    raise InputError(f"{path}: found no {missing} inside, {expected}")
+
+
+def _inside(folder: Path) -> dict[str, str]:
+    """Name -> path of what a folder has; nothing where it is none, or may not be read."""
+    try:
+        return {file.name: str(file) for file in folder.iterdir()}
+    except OSError:
+        return {}
 
 
 def read_files(path: Path, names: Sequence[str], what: str) -> dict[str, bytes]:
-    """name -> content, from a folder or from inside a zip; nothing is unpacked to disk."""
-    expected = f"expected {what} as a folder or zip with {' and '.join(names)}: correct --source"
+    """name -> content, of files small enough to be held; otherwise as `find`."""
+    files = find(path, [names], what)
+    return {name: files.read(name) for name in names}
+
+
+@contextlib.contextmanager
+def _told(path: Path, expected: str) -> Iterator[None]:
+    """What reading raises, as InputError."""
     try:
-        if path.is_dir():
-            folders = [f for f in (path, path / "ml-100k") if (f / names[0]).exists()]
-            found = {name: (folders or [path])[0] / name for name in names}
-            for file in found.values():
-                check_file(file, expected)
-            return {name: file.read_bytes() for name, file in found.items()}
-        check_file(path, expected)
-        with zipfile.ZipFile(path) as archive:
-            inside = {member.rsplit("/", 1)[-1]: member for member in archive.namelist()}
-            if missing := [name for name in names if name not in inside]:
-                raise InputError(f"{path}: found no {missing[0]} inside, {expected}")
-            return {name: archive.read(inside[name]) for name in names}
+        yield
     # The reader trusts offsets and sizes of the file, so a damaged one fails in many ways.
     except (
         zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError,
@@ -48,21 +133,35 @@ def check_file(path: Path, expected: str) -> None:
         raise InputError(f"{path}: found no regular file, {expected}")
 
 
+def _lines(file: BinaryIO, where: str, expected: str) -> Iterator[bytes]:
+    while line := file.readline(LONGEST):
+        if len(line) == LONGEST:
+            raise InputError(f"{where}: found a line of over {LONGEST} bytes, {expected}")
+        yield line
+
+
 def fields(
-    where: str, name: str, files: dict[str, bytes], encoding: str, separator: str, least: int,
-    header: int,
-) -> Iterator[tuple[str, list[str]]]:  # fmt: skip
-    """(file:line, fields) of every line after the header."""
-    text = decode(f"{where}/{name}", files[name], encoding)
-    lines = text.rstrip("\n").split("\n")[header:]
-    if not any(lines):
-        raise InputError(f"{where}/{name}: found no lines, expected data: correct --source")
-    for number, line in enumerate(lines, header + 1):
-        fields = line.rstrip("\r").split(separator)
-        if len(fields) < least:
-            found = f"{len(fields)} fields in {line[:40]!r}"
-            raise bad(f"{where}/{name}:{number}", found, f"{least} or more, by {separator!r}")
-        yield f"{where}/{name}:{number}", fields
+    where: str, lines: Iterable[bytes], encoding: str, separator: str, least: int, header: int = 0
+) -> Iterator[tuple[str, list[str]]]:
+    """(file:line, fields) of every line after the header; empty ones may only be at the end."""
+    empty, found = "", []
+    for number, line in enumerate(lines, 1):
+        if number <= header:
+            continue
+        here = f"{where}:{number}"
+        text = decode(here, line, encoding).rstrip("\r\n")
+        if not text:
+            empty = empty or here
+            continue
+        if empty:
+            raise bad(empty, "an empty line", f"{least} or more fields, by {separator!r}")
+        found = text.split(separator)
+        if len(found) < least:
+            what = f"{len(found)} fields in {text[:40]!r}"
+            raise bad(here, what, f"{least} or more, by {separator!r}")
+        yield here, found
+    if not found:
+        raise InputError(f"{where}: found no lines, expected data: correct --source")
 
 
 def decode(where: str, data: bytes, encoding: str) -> str:
@@ -82,6 +181,46 @@ def number(where: str, name: str, text: str) -> float:
     if not math.isfinite(number) or (name.endswith("id") and number != int(number)):
         raise bad(where, f"{name} {text!r}", "a number")
     return number
+
+
+def records(file: Path, kinds: Mapping[str, Kind]) -> Iterator[tuple[str, dict]]:
+    """(file:line, object) of every line of JSON; the file is gzip's where its name ends in .gz.
+
+    Raises InputError naming file and line.
+    """
+    for number, line in enumerate(_json_lines(file), 1):
+        where = f"{file}:{number}"
+        try:
+            # Not `parse_json`, which refuses what lies in keys that nobody reads.
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise bad(where, f"no valid JSON ({error})", "an object a line") from error
+        check_keys(where, record, kinds, "correct --source")
+        yield where, record
+
+
+def _json_lines(file: Path) -> Iterator[str]:
+    zipped = file.name.endswith(".gz")
+    expected = _GZIP if zipped else _JSON
+    try:
+        check_file(file, expected)
+        with gzip.open(file) if zipped else open(file, "rb") as lines:
+            for line in _lines(lines, str(file), expected):
+                yield line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: found bytes that are not UTF-8, {expected}") from error
+    except (EOFError, zlib.error, OSError) as error:
+        reason = getattr(error, "strerror", None) or f"damaged gzip data ({error})"
+        raise InputError(f"{file}: found {reason}, {expected}") from error
+
+
+def names_in(path: Path, expected: str) -> list[str]:
+    """Names of a folder's files, sorted. Raises InputError: what was found, then `expected`."""
+    try:
+        return sorted(os.listdir(path))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: found {reason}, {expected}") from error
 
 
 def bad(where: str, found: str, expected: str) -> InputError:

@@ -1,22 +1,14 @@
 """What the readers of raw files return, and the form that two data sets share: sequences of ids."""
 
 import dataclasses
+import io
 from pathlib import Path
 
 from sdpo_jax.data import raw
 from sdpo_jax.data.prepared import User, UserSequence, Window
-from sdpo_jax.data.sequences import SPLITS, Interaction, Splits
+from sdpo_jax.data.sequences import SPLITS, Splits
 from sdpo_jax.errors import shown
 from sdpo_jax.files import parse_json
-
-
-@dataclasses.dataclass(frozen=True)
-class Ratings:
-    """`titles`: item id -> title; `interactions` in file order; `source`: file -> SHA-256."""
-
-    titles: dict[int, str]
-    interactions: list[Interaction]
-    source: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +23,10 @@ class Sessions:
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """Users with their items per split; `interactions`: how many the source has."""
+    """Users with their sequences per split."""
 
     titles: dict[int, str]
     splits: Splits
-    interactions: int
     source: dict[str, str]
 
 
@@ -65,8 +56,7 @@ def read_sequences(
                 raise raw.bad(where, f"user {shown(user)} a second time", "each user once")
             seen.add(user)
             splits[split][user] = UserSequence(user, tuple(items))
-    count = sum(len(s.items) for users in splits.values() for s in users.values())
-    return Sequences(titles, splits, count, raw.digests(files))
+    return Sequences(titles, splits, raw.digests(files))
 
 
 def _user_and_items(
@@ -92,7 +82,8 @@ def read_id2name(
 ) -> dict[int, str]:
     titles: dict[int, str] = {}
     seen: set[str] = set()
-    for line, fields in raw.fields(str(path), name, files, "utf-8", "::", 2, 0):
+    lines = io.BytesIO(files[name])
+    for line, fields in raw.fields(f"{path}/{name}", lines, "utf-8", "::", 2):
         item, title = raw.number(line, "item id", fields[0]), "::".join(fields[1:]).strip()
         if item in titles or not title or (title in seen and not repeats):
             once = "each id once" if repeats else "each id and each title once"

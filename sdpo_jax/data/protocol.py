@@ -1,0 +1,146 @@
+"""A source by its data set's protocol, or by the options that replace parts of it: windows."""
+
+import dataclasses
+from pathlib import Path
+
+from sdpo_jax.data import sequences
+from sdpo_jax.data.catalogue import DATASETS, Source
+from sdpo_jax.data.interactions import Interactions
+from sdpo_jax.data.prepared import User, UserSequence, Window, is_title
+from sdpo_jax.data.sources import Sequences, Sessions
+from sdpo_jax.errors import InputError, shown
+
+_SPLIT = {
+    "users": "users by first interaction, 8:1:1; history {} items; train: every window, val and "
+    "test: the last window of each user, val_all and test_all: every window of those users",
+    "time": "windows by the time of their target, 8:1:1, a user may be in each; history {} items; "
+    "every window",
+    "leave-one-out": "of each user the last window is test, the one before it val, the others "
+    "train; history {} items",
+}
+SPLITS = tuple(_SPLIT)
+_LAST = _SPLIT["users"].partition("; ")[2]
+_STAND_IN = "goodbooks-10k's sequences and users per split, titles cut at '('; " + _LAST
+_PUBLISHED = (
+    "the published windows, split by the time of their target; history {} items, which may hold "
+    "the target, and then no other candidate"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line says of the protocol; None: as the data set has it."""
+
+    split: str | None = None
+    history: int | None = None
+    min_interactions: int | None = None
+    num_candidates: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Windows without candidates, and what dataset.json says of them."""
+
+    titles: dict[int, str]
+    attributes: dict[int, dict]
+    sequences: dict[User, UserSequence]
+    windows: dict[str, list[Window]]
+    protocol: str
+    split: str
+    history: int
+    least: int
+    kept: int
+    count: int
+    untitled: tuple[int, int]
+    source: dict[str, str]
+
+
+def read_windows(dataset: str, source: str | None, options: Options) -> Found:
+    """Reads `source` and cuts it into windows.
+
+    Raises InputError for what is wrong with it, and for an option that it does not have.
+    """
+    known = DATASETS[dataset]
+    if not source and known.files:
+        raise InputError(f"--source: found nothing, expected {known.files}: see --help")
+    read = known.read(Path(source) if source else None)
+    where = source or dataset
+    if isinstance(read, Interactions):
+        found = _from_interactions(read, known, options, where)
+    else:
+        found = _from_splits(read, dataset, options)
+    for name, rows in found.windows.items():
+        if not rows:
+            raise InputError(
+                f"{where}: found no window with {known.min_history} items of history in {name} "
+                f"from {found.kept:,} interactions kept ({known.kept}) of {found.count:,}, "
+                "expected at least one: give a source with more users and interactions"
+            )
+    for item, title in found.titles.items():
+        if not is_title(title):
+            raise InputError(
+                f"{where}: found title {shown(title)} of item {item}, expected one line of text: "
+                "correct --source"
+            )
+    seen = {window.user for rows in found.windows.values() for window in rows}
+    users = {user: sequence for user, sequence in found.sequences.items() if user in seen}
+    return dataclasses.replace(found, sequences=users)
+
+
+def _from_interactions(read: Interactions, known: Source, options: Options, where: str) -> Found:
+    split = options.split or known.split
+    least = options.min_interactions or known.min_interactions
+    N = options.history or sequences.MAX_HISTORY
+    shortest = min(known.min_history, N)
+    by_user = sequences.by_user(read, rated=known.rated, repeats=known.repeats, least=least)
+    users = by_user.sequences
+    if not users:
+        raise InputError(
+            f"{where}: found no users and items with {least} interactions among {read.count:,} "
+            f"({known.kept}), expected some: correct --source or lower --min_interactions"
+        )
+    if split == "users":
+        windows = sequences.last_windows(sequences.split_users(users), N, shortest)
+    elif split == "time":
+        windows = sequences.windows_by_time(by_user, N, shortest)
+    else:
+        windows = sequences.leave_one_out(users.values(), N, shortest)
+    titles = read.titles
+    if least > 1:
+        kept = {item for sequence in users.values() for item in sequence.items}
+        titles = {item: title for item, title in titles.items() if item in kept}
+    core = f"users and items with {least} or more; " if least > 1 else ""
+    protocol = f"{known.kept}; {core}{_SPLIT[split].format(f'{shortest} to {N}')}"
+    return Found(
+        titles, {item: read.attributes[item] for item in titles}, users, windows, protocol, split,
+        N, least, sum(len(user.items) for user in users.values()), read.count, read.untitled,
+        read.source,
+    )  # fmt: skip
+
+
+def _from_splits(read: Sequences | Sessions, dataset: str, options: Options) -> Found:
+    """What its authors split; of `Sessions` the windows are fixed too."""
+    N = (isinstance(read, Sequences) and options.history) or sequences.MAX_HISTORY
+    for name, value in dataclasses.asdict(options).items():
+        if value and name != "num_candidates" and (name != "history" or value != N):
+            raise InputError(
+                f"--{name}: found {value}, expected none for this {dataset}, whose "
+                f"{'splits' if isinstance(read, Sequences) else 'windows'} are those of its "
+                "authors: leave it out"
+            )
+    if isinstance(read, Sequences):
+        users = {user: s for part in read.splits.values() for user, s in part.items()}
+        shortest = min(sequences.MIN_HISTORY, N)
+        windows = sequences.last_windows(read.splits, N, shortest)
+        protocol = _STAND_IN.format(f"{shortest} to {N}")
+    else:
+        users, windows = read.sequences, read.windows
+        protocol = _PUBLISHED.format("1 to 10")
+        if dataset == "lastfm":
+            protocol = f"{DATASETS[dataset].kept}; history 3 to 10 items; every window"
+    kept = sum(len(user.items) for user in users.values())
+    attributes: dict[int, dict] = {item: {} for item in read.titles}
+    return Found(
+        read.titles, attributes, users, windows, protocol, "fixed", N, 1, kept, kept, (0, 0),
+        read.source,
+    )  # fmt: skip

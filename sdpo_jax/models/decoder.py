@@ -127,3 +127,8 @@ class Decoder(nnx.Module):
         if self.config.tied:
             return product("btd,vd->btv", hidden, self.embedding[...], self.dtype)
         return product("btd,dv->btv", hidden, self.head[...], self.dtype)
+
+    def logits_of(self, hidden_BXD: jax.Array, token_X: jax.Array) -> jax.Array:
+        """The logit of one token at each place, [B, X] in float32."""
+        rows_XD = self.embedding[...][token_X] if self.config.tied else self.head[...].T[token_X]
+        return product("bxd,xd->bx", hidden_BXD, rows_XD, self.dtype)

@@ -1,0 +1,148 @@
+"""Ranking the whole catalogue: the exact pass and the beam against each title scored alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, collate_padded, tiny_model
+
+from sdpo_jax.data.tokens import Example
+from sdpo_jax.evaluation import catalogue, decode, title_trie
+
+END = 2
+
+
+def random_titles(rng, count: int, letters: int = 6, A: int = 5) -> list[list[int]]:
+    """Distinct titles of few different tokens, so that many have a common beginning."""
+    found: dict[tuple[int, ...], None] = {}
+    while len(found) < count:
+        found[(*map(int, rng.integers(3, 3 + letters, rng.integers(1, A))), END)] = None
+    return list(map(list, found))
+
+
+def case(count: int = 60, B: int = 3, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    titles = random_titles(rng, count)
+    prompts = [rng.integers(3, TINY.V, n).astype(np.int32) for n in rng.integers(4, 9, B)]
+    answers = [np.array(t, np.int32) for t in titles]
+    examples = [Example.single(prompt, answers) for prompt in prompts]
+    return titles, examples
+
+
+def ranked(model, titles, examples, width: int = 0, allowed=None, block: int = 8, size: int = 16):
+    """Exact log-probs of all titles, or a beam's titles and log-probs."""
+    trie = title_trie.build(titles)
+    found = catalogue.put(trie, title_trie.pieces(trie, block, size), jax.devices()[0])
+    batch = collate_padded([Example.single(e.prompt, e.answers[0][:1]) for e in examples])
+    prefix = decode.prefill(model.decoder, batch)
+    if not width:
+        return np.asarray(jax.jit(catalogue.score_catalogue)(model.decoder, prefix, found))
+    if allowed is None:
+        allowed = np.ones((len(examples), len(titles)), bool)
+    beam = jax.jit(catalogue.beam, static_argnames="width")
+    return [np.asarray(x) for x in beam(model.decoder, prefix, found, allowed, width=width)]
+
+
+@pytest.fixture(autouse=True)
+def small_head_blocks(monkeypatch):
+    monkeypatch.setattr(catalogue, "HEAD_BLOCK", 8)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Titles, examples, and each title's log-prob as an answer of its own."""
+    titles, examples = case()
+    model, batch = tiny_model(), collate_padded(examples)
+    prefix = decode.prefill(model.decoder, batch)
+    return titles, examples, np.asarray(decode.score(model.decoder, prefix, batch))[:, 0]
+
+
+def test_a_trie_holds_every_title_once_and_common_beginnings_once():
+    titles, _ = case()
+    trie = title_trie.build(titles)
+    assert trie.size == 1 + len({tuple(t[:n]) for t in titles for n in range(1, len(t) + 1)})
+    for i, title in enumerate(titles):
+        path = trie.path_IA[i][: len(title)]
+        assert list(trie.token_X[path]) == title
+        assert trie.leaf_X[path[-1]] == i
+        assert list(trie.parent_X[path]) == [0, *path[:-1]]
+    for node in range(trie.size):
+        of = trie.children[trie.first_X[node] : trie.first_X[node + 1]]
+        assert (trie.parent_X[of] == node).all()
+        inside = np.arange(node + 1, trie.end_X[node])
+        assert set(of) <= set(inside) or not len(of)
+
+
+def test_equal_titles_are_refused():
+    with pytest.raises(ValueError, match="twice"):
+        title_trie.build([[3, END], [3, END]])
+
+
+def test_a_node_of_a_piece_sees_its_beginnings_and_itself():
+    titles, _ = case(count=200)
+    trie = title_trie.build(titles)
+    pieces = title_trie.pieces(trie, block=8, size=32)
+    assert len(pieces.node_ZS) > 1
+    nodes = pieces.node_ZS[pieces.node_ZS > 0]
+    assert sorted(nodes) == [x for x in range(1, trie.size) if trie.leaf_X[x] < 0]
+    for node_S, seen_NK, mask_NQK in zip(
+        pieces.node_ZS, pieces.seen_ZNK, pieces.mask_ZNQK, strict=True
+    ):
+        for n, (seen_K, mask_QK) in enumerate(zip(seen_NK, mask_NQK, strict=True)):
+            for q, mask_K in enumerate(mask_QK):
+                node, expected = int(node_S[n * 8 + q]), set()
+                while node:
+                    expected.add(node)
+                    node = int(trie.parent_X[node])
+                found = node_S[seen_K[mask_K]].tolist()
+                assert len(found) == len(set(found))
+                assert set(found) == expected
+
+
+@pytest.mark.parametrize(("block", "size"), [(8, 16), (64, 64)])
+def test_the_exact_pass_gives_each_title_the_log_prob_it_has_alone(alone, block, size):
+    titles, examples, expected_BI = alone
+    found_BI = ranked(tiny_model(), titles, examples, block=block, size=size)
+    np.testing.assert_allclose(found_BI, expected_BI, atol=1e-4)
+
+
+def test_a_beam_as_wide_as_the_catalogue_is_exact(alone):
+    titles, examples, expected_BI = alone
+    title_BW, logp_BW = ranked(tiny_model(), titles, examples, width=len(titles))
+    np.testing.assert_allclose(np.take_along_axis(expected_BI, title_BW, 1), logp_BW, atol=1e-4)
+    assert all(sorted(row) == list(range(len(titles))) for row in title_BW)
+    assert (np.diff(logp_BW, axis=1) <= 0).all()
+
+
+def test_a_narrow_beam_gives_titles_with_the_log_probs_they_have(alone):
+    titles, examples, expected_BI = alone
+    title_BW, logp_BW = ranked(tiny_model(), titles, examples, width=5)
+    assert (title_BW >= 0).all()
+    np.testing.assert_allclose(np.take_along_axis(expected_BI, title_BW, 1), logp_BW, atol=1e-4)
+
+
+def test_a_beam_finds_only_what_is_allowed_however_little_it_is(alone):
+    titles, examples, expected_BI = alone
+    rng = np.random.default_rng(5)
+    allowed_BI = rng.random(expected_BI.shape) < 0.3
+    allowed_BI[1] = False
+    allowed_BI[1, 7] = True
+    title_BW, _ = ranked(tiny_model(), titles, examples, width=len(titles), allowed=allowed_BI)
+    for title_W, allowed_I, expected_I in zip(title_BW, allowed_BI, expected_BI, strict=True):
+        among = np.flatnonzero(allowed_I)
+        best = among[np.argsort(-expected_I[among], kind="stable")]
+        assert title_W[: len(best)].tolist() == best.tolist()
+        assert (title_W[len(best) :] == -1).all()
+
+
+def test_an_attention_window_is_kept():
+    config = dataclasses.replace(TINY, window=5)
+    model = tiny_model(config)
+    titles, examples = case(count=20)
+    batch = collate_padded(examples)
+    expected_BI = decode.score(model.decoder, decode.prefill(model.decoder, batch), batch)[:, 0]
+    np.testing.assert_allclose(ranked(model, titles, examples), expected_BI, atol=1e-4)
+    title_BW, logp_BW = ranked(model, titles, examples, width=20)
+    np.testing.assert_allclose(jnp.take_along_axis(expected_BI, title_BW, 1), logp_BW, atol=1e-4)

@@ -23,11 +23,11 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def step_table(result: dict) -> str:
-    """Examples a second of every side, how many times ours is faster, and what a negative costs."""
+    """Targets per second of every side, how much faster ours is, and what a negative costs."""
     steps = {
         k: result[f"{STEP}{k}"] for k in ("0", "1", "3", "5", "8", "15") if f"{STEP}{k}" in result
     }
-    speeds = {k: step["examples_per_second"] for k, step in steps.items()}
+    speeds = {k: step["targets_per_second"] for k, step in steps.items()}
     sides = [side for side in SIDES if any(side in found for found in speeds.values())]
 
     def row(name: str, cell) -> list[str]:
@@ -49,7 +49,7 @@ def step_table(result: dict) -> str:
     def cost(k: str) -> str:
         return f"{speeds['3']['ours']['3']['median'] / speeds[k]['ours'][k]['median']:.2f}"
 
-    rows = [row(f"`{side}`, examples/s", functools.partial(speed, side)) for side in sides]
+    rows = [row(f"`{side}`, targets/s", functools.partial(speed, side)) for side in sides]
     rows += [row(f"ours / `{side}` (by FLOPs)", functools.partial(ratio, side))
              for side in sides if side != "ours"]  # fmt: skip
     rows.append(row("time of `ours`, K = 3's being 1", cost))

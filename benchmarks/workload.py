@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from sdpo_jax.data import loader, prompts
-from sdpo_jax.data.prepared import Dataset, read_dataset
 from sdpo_jax.data.negatives import Negatives
+from sdpo_jax.data.prepared import Dataset, read_dataset
 from sdpo_jax.data.segments import units
 from sdpo_jax.data.tokens import Encoder, Example
 from sdpo_jax.errors import InputError
@@ -38,12 +38,13 @@ class Workload:
     encoder: Encoder
 
     def examples(self, count: int, num_negatives: int) -> list[Example]:
+        kind = "shown" if self.encoder.prompt == "candidates" else "uniform"
         shown = len(self.dataset.splits["train"][0].candidates)
-        if num_negatives >= shown:
+        if kind == "shown" and num_negatives >= shown:
             raise InputError(f"--k: found {num_negatives}, the data set shows {shown} candidates")
         of_train = units(self.encoder, "train", SEGMENT)
         keys = [Key(unit) for unit in loader.spread(len(of_train), count)]
-        negatives = Negatives(self.dataset, "shown", self.encoder.seed)
+        negatives = Negatives(self.dataset, kind, self.encoder.seed)
         made = encode(self.encoder, "train", of_train, keys, negatives, num_negatives)
         return list(made.values())
 

@@ -6,7 +6,6 @@ from typing import Any
 from sdpo_jax.data.negatives import NEGATIVES
 from sdpo_jax.data.prompts import PROMPTS
 from sdpo_jax.errors import InputError, shown
-from sdpo_jax.evaluation.decode import DECODERS
 from sdpo_jax.files import ABOVE_ZERO, COUNT, NUMBER, POSITIVE, TEXT, Kind, one_of
 from sdpo_jax.models.decoder import REMAT
 from sdpo_jax.models.lora import PROJECTIONS
@@ -51,7 +50,7 @@ KINDS: dict[str, Kind] = {
     "dtype": one_of(*DTYPES),
     "base_dtype": one_of(*BASE_DTYPES),
     "objective": one_of(*OBJECTIVES),
-    "best_by": one_of("loss", *DECODERS),
+    "best_by": one_of("loss", "greedy", "trie", "score"),
     "chat_template": BOOLEAN,
     "stages": _some_of(STAGES),
     "lora.targets": _some_of(PROJECTIONS),

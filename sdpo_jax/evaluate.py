@@ -8,6 +8,11 @@ Decoders: `greedy` is the paper's metric (free generation of at most 20 tokens, 
 one candidate is a substring of it); `trie` generates among the candidates only; `score` ranks the
 candidates by log-probability. The prompts are run once for all decoders.
 
+    python -m sdpo_jax.evaluate --workdir=runs/quickstart/run --rank=catalogue --decoder=beam
+
+ranks all items but the window's history, for runs with config.prompt=history: `beam` searches
+among the titles, `score` computes every title's log-probability.
+
 Writes eval/<stage>-<step>-<decoder>.json and, beside it, the predictions as .jsonl. The name holds
 the split asked for last; another split that lay there gets its split's name at the end.
 """
@@ -29,6 +34,8 @@ from sdpo_jax.evaluation.stages import adapter, choose_step, last_finished, step
 from sdpo_jax.training.checkpoint import CheckpointGone
 from sdpo_jax.workdir import read_run, stage_result
 
+# What may be ranked, and by which decoders.
+DECODERS_OF = {"candidates": ("greedy", "trie", "score"), "catalogue": ("score", "beam")}
 SPLITS = ("test", "val", "test_all", "val_all")
 
 
@@ -40,18 +47,20 @@ def evaluate(
     limit: int = 0,
     step: int | None = None,
     batch_size: int = 0,
+    rank: str = "candidates",
+    beams: int = 20,
 ) -> list[dict[str, Any]]:
     """Evaluates each stage at its best step, or at `step`; returns the summaries written.
 
     `stages` defaults to the last finished one. Raises InputError for a workdir, stage, step,
     split or decoder that is not there, before the model is loaded.
     """
-    run = _open(workdir, stages, split, decoders)
+    run = _open(workdir, stages, split, decoders, rank)
     stages = stages or [last_finished(run)]
     if step is not None and len(stages) > 1:
         raise InputError("--step: found several stages, expected one: give one --stage with it")
     chosen = [(stage, choose_step(run, stage, step)) for stage in stages]
-    evaluator = Evaluator(run, split, limit, batch_size)
+    evaluator = Evaluator(run, split, limit, batch_size, rank, beams)
     try:
         return [
             summary
@@ -103,12 +112,18 @@ def follow(
 
 
 def _open(
-    workdir: str | Path, stages: Sequence[str], split: str, decoders: Sequence[str]
-) -> SimpleNamespace:
+    workdir: str | Path, stages: Sequence[str], split: str, decoders: Sequence[str],
+    rank: str = "candidates",
+) -> SimpleNamespace:  # fmt: skip
     run = read_run(Path(workdir))
+    if rank == "catalogue" and run.config.prompt != "history":
+        raise InputError(
+            "--rank: found catalogue of a run whose prompts show the candidates "
+            f"(config.prompt={run.config.prompt}), expected one with config.prompt=history"
+        )
     for flag, values, known in (
         ("stage", stages, ("base", *run.config.stages)),
-        ("decoder", decoders, results.DECODERS),
+        ("decoder", decoders, DECODERS_OF[rank]),
         ("split", [split], SPLITS),
     ):
         for value in values or ([""] if flag == "decoder" else []):
@@ -136,7 +151,9 @@ def _evaluate(
         predictions, seconds = evaluator.run(lora, decoders, bar.update)
     summaries = []
     for decoder in decoders:
-        summary = results.summarise(decoder, predictions[decoder])
+        summary = results.summarise(
+            decoder, predictions[decoder], evaluator.rank, evaluator.exposure
+        )
         summary |= {
             "protocol": evaluator.dataset.meta.get("protocol"),
             "split": evaluator.split,
@@ -144,6 +161,8 @@ def _evaluate(
             "stage": stage,
             "step": step,
             "decoder": decoder,
+            **({"beams": evaluator.beams} if decoder == "beam" else {}),
+            "history": run.config.history,
             "candidates": len(evaluator.windows[0].candidates),
             "seconds": round(seconds[decoder], 2),
             "seed": run.config.seed,
@@ -172,11 +191,17 @@ def main(argv: Sequence[str]) -> None:
     common = (args.workdir, args.stage, args.split, args.decoder, args.limit or 0)
     if args.follow and args.step is not None:
         raise InputError("--step: found it beside --follow, expected one of the two: drop one")
+    if args.follow and args.rank == "catalogue":
+        raise InputError(
+            "--rank: found catalogue beside --follow, expected candidates: the catalogue is ranked "
+            "once a stage has ended"
+        )
     try:
         if args.follow:
             follow(*common, batch_size=args.batch_size or 0)
         else:
-            evaluate(*common, step=args.step, batch_size=args.batch_size or 0)
+            evaluate(*common, step=args.step, batch_size=args.batch_size or 0, rank=args.rank,
+                     beams=args.beams)  # fmt: skip
     except KeyboardInterrupt:
         print(f"stopped; what was evaluated is in {args.workdir}/eval")
         sys.exit(130)
@@ -188,7 +213,14 @@ if __name__ == "__main__":
     flags.DEFINE_list("stage", [], "base, sft, sdpo or several, with commas; default: the last "
                       "finished one, with --follow every stage of the run")  # fmt: skip
     flags.DEFINE_enum("split", "test", SPLITS, "windows to evaluate on")
-    flags.DEFINE_list("decoder", ["greedy"], "greedy, trie, score or several, with commas")
+    flags.DEFINE_list(
+        "decoder",
+        ["greedy"],
+        "greedy, trie, score or several, with commas; with --rank=catalogue score (exact) or beam",
+    )
+    flags.DEFINE_enum("rank", "candidates", list(DECODERS_OF), "a window's candidates, or all "
+                      "items but its history (config.prompt=history)")  # fmt: skip
+    flags.DEFINE_integer("beams", 20, "width of the decoder beam", lower_bound=1)
     flags.DEFINE_integer("limit", None, "this many windows, evenly spread over the split; "
                          "default: all", lower_bound=1)  # fmt: skip
     flags.DEFINE_integer("step", None, "checkpoint of the stage; default: the best", lower_bound=0)

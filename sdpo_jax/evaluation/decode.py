@@ -17,7 +17,7 @@ from sdpo_jax.models.attention import attend, attend_causal, near
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.objectives.logprobs import Batch, PackedAnswers, answers_logp, prompt_positions
 
-DECODERS = ("greedy", "trie", "score")
+DECODERS = ("greedy", "trie", "score", "beam")
 MAX_NEW_TOKENS = 20  # the authors' evaluate_batch.py
 
 

@@ -17,8 +17,9 @@ from sdpo_jax.baselines import kept
 from sdpo_jax.data import loader, prompts
 from sdpo_jax.data.prepared import Dataset, read_split
 from sdpo_jax.data.tokens import Encoder
-from sdpo_jax.evaluation import decode, metrics
-from sdpo_jax.evaluation.results import Prediction
+from sdpo_jax.evaluation import catalogue, decode, metrics, title_trie
+from sdpo_jax.evaluation.ranked_items import RankedItems
+from sdpo_jax.evaluation.results import Prediction, exposure_of
 from sdpo_jax.model_folder import load_model, read_meta
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.objectives.logprobs import Batch
@@ -36,6 +37,8 @@ class Evaluator:
       split: of the run's data set.
       limit: number of windows, evenly spread over the split so that those of many users are
         among them (users lie one after another); 0 or more than there are: all.
+      rank: "candidates", those of each window, or "catalogue", all items but the window's history.
+      beams: width of the decoder `beam`.
       batch_size: windows at once, rounded up to a multiple of the data shards; 0: 8 on a CPU, 32
         elsewhere. Results do not depend on it but for rounding.
 
@@ -43,10 +46,16 @@ class Evaluator:
       InputError: a missing or changed data set or model, a split that the data set has not.
     """
 
-    def __init__(self, run: SimpleNamespace, split: str, limit: int = 0, batch_size: int = 0):
+    def __init__(self, run: SimpleNamespace, split: str, limit: int = 0, batch_size: int = 0,
+                 rank: str = "candidates", beams: int = 20):  # fmt: skip
         c = run.config
         set_up_jax(c.dtype)
         self.split, self.dataset = split, read_split(Path(c.dataset), split)
+        self.rank, self.beams = rank, beams
+        # How often each item was a target in training.
+        self.exposure = (
+            exposure_of(read_split(Path(c.dataset), "train")) if rank == "catalogue" else None
+        )
         same(run, "dataset", c.dataset, self.dataset.meta["fingerprint"])
         # Checked before gigabytes are read.
         same(run, "model", c.model, read_meta(Path(c.model))["sha256"])
@@ -72,14 +81,17 @@ class Evaluator:
         self.rows = loader.spread(len(self.windows), limit)
         first_vector = None if vectors_IE is None else self.model.config.V
         self.encoder = Encoder.of(c, self.dataset, self.model.tokenizer, templates, first_vector)
-        self.examples = self.encoder.examples(
-            split, self.rows, [self.windows[row].candidates for row in self.rows]
-        )
+        answers = [
+            self.windows[row].candidates if rank == "candidates" else (self.windows[row].target,)
+            for row in self.rows
+        ]
+        self.examples = self.encoder.examples(split, self.rows, answers)
         batch_size = batch_size or (8 if jax.default_backend() == "cpu" else 32)
         self._rows = sharding.data_shards(mesh)
         self._batches = self._cut(loader.round_up(batch_size, self._rows))
         self._placed = sharding.batch_sharding(mesh)
-        self._prefill, self._decoders = self._compile()
+        self._ranked = RankedItems(self.dataset, self.encoder) if rank == "catalogue" else None
+        self._prefill, self._decoders = self._compile(sharding.replicated(mesh))
 
     def _cut(self, size: int) -> list[list[int]]:
         """Batches of similar length; the last one is filled up with repeats."""
@@ -90,7 +102,7 @@ class Evaluator:
         order += order[-1:] * (-len(order) % size)
         return [order[i : i + size] for i in range(0, len(order), size)]
 
-    def _compile(self):
+    def _compile(self, whole: jax.sharding.Sharding):
         graphdef, end = self.model.graphdef, self.encoder.end
 
         def jitted(function: Callable) -> Callable:
@@ -105,6 +117,21 @@ class Evaluator:
             ),
             "score": jitted(lambda *args: decode.score(*args)[:, 0]),
         }
+        if self._ranked is not None:
+            trie = self._ranked.trie
+            titles = catalogue.put(trie, title_trie.pieces(trie), whole)
+            score = jitted(
+                lambda decoder, prefix, batch, titles: catalogue.score_catalogue(
+                    decoder, prefix, titles
+                )
+            )
+            beam = jitted(
+                lambda decoder, prefix, batch, titles: catalogue.beam(
+                    decoder, prefix, titles, batch["allowed_BY"], self.beams
+                )
+            )
+            decoders = {name: lambda *args, f=f: f(*args, titles)
+                        for name, f in (("score", score), ("beam", beam))}  # fmt: skip
         return jitted(decode.prefill), decoders
 
     def run(
@@ -121,6 +148,9 @@ class Evaluator:
         shapes = max(1, min(loader.MAX_SHAPES, len(examples) // BATCHES_PER_SHAPE))
         batches = loader.batches(examples, rows=self._rows, limit=shapes)
         for part, batch in zip(self._batches, batches, strict=True):
+            if self._ranked is not None:
+                windows = [self.windows[self.rows[i]] for i in part]
+                batch["allowed_BY"] = self._ranked.allowed_titles(windows)
             batch = jax.device_put(batch, self._placed)
             start = time.perf_counter()
             prefix = jax.block_until_ready(self._prefill(lora, self.model.base, batch))
@@ -129,7 +159,8 @@ class Evaluator:
                 start = time.perf_counter()
                 out = jax.device_get(self._decoders[name](lora, self.model.base, prefix, batch))
                 seconds[name] += shared + time.perf_counter() - start
-                for i, value in zip(part, out, strict=True):
+                by_window = zip(*out, strict=True) if name == "beam" else out
+                for i, value in zip(part, by_window, strict=True):
                     found[name][i] = self._prediction(name, i, value)
             advance(len(set(part)))
         ordered = {name: [of[i] for i in range(len(self.rows))] for name, of in found.items()}
@@ -144,6 +175,10 @@ class Evaluator:
         titles = [self.dataset.titles[item] for item in window.candidates]
         target = window.candidates.index(window.target)
         record = {"row": self.rows[i], "user": window.user, "target": titles[target]}
+        if self._ranked is not None:
+            if decoder == "beam":
+                return record | self._ranked.by_beam(window, *value)
+            return record | self._ranked.by_score(window, value)
         if decoder == "score":
             rank = metrics.target_rank(value.tolist(), target)
             order = np.argsort(-value, kind="stable")

@@ -37,7 +37,7 @@ class TrainState:
 def sft_objective(logp_BMC: jax.Array, batch: Batch):
     tokens_BM = batch["answers_mask_BMCA"][..., 0, :].sum(-1)
     loss_BM = losses.sft_loss(logp_BMC)
-    return loss_BM, {"loss_per_token": loss_BM / tokens_BM}
+    return loss_BM, {"loss_per_token": loss_BM / jnp.maximum(tokens_BM, 1)}
 
 
 def preference_objective(logp_BMC: jax.Array, batch: Batch, *, beta: float, name: str = "sdpo"):

@@ -1,0 +1,80 @@
+"""From log-probs of titles to ranked items: two items may have one title, some are left out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sdpo_jax.data.prepared import Dataset, Window
+from sdpo_jax.data.tokens import Encoder
+from sdpo_jax.evaluation import metrics, title_trie
+
+SHOWN = 10  # of a ranking, in the predictions
+
+
+class RankedItems:
+    """The items of a data set and their distinct titles, of which I and Y are the numbers.
+
+    A window's own history is not recommended, but for the target. Items of one title cannot be
+    told apart: all stand where the title stands, and the target after the others.
+    """
+
+    def __init__(self, dataset: Dataset, encoder: Encoder):
+        self.dataset, self.encoder = dataset, encoder
+        self.items = np.array(list(dataset.titles))
+        self._place = {item: place for place, item in enumerate(dataset.titles)}
+        by_ids: dict[tuple[int, ...], int] = {}
+        self.title_I = np.array([
+            by_ids.setdefault(tuple(encoder.answer(item).tolist()), len(by_ids))
+            for item in dataset.titles
+        ])  # fmt: skip
+        self.trie = title_trie.build(list(by_ids))
+
+    def allowed_items(self, window: Window) -> np.ndarray:
+        """[I]: what may be recommended in this window."""
+        allowed_I = np.ones(len(self.items), bool)
+        shown = {*window.history, *self.encoder.before(window)} - {window.target}
+        allowed_I[[self._place[item] for item in shown]] = False
+        return allowed_I
+
+    def allowed_titles(self, windows: Sequence[Window]) -> np.ndarray:
+        """[B, Y]: the titles of those items."""
+        out_BY = np.zeros((len(windows), self.trie.path_IA.shape[0]), bool)
+        for b, window in enumerate(windows):
+            out_BY[b, self.title_I[self.allowed_items(window)]] = True
+        return out_BY
+
+    def by_score(self, window: Window, logp_Y: np.ndarray) -> dict[str, Any]:
+        """A prediction from the log-probs of all titles."""
+        among = np.flatnonzero(self.allowed_items(window))
+        logp = logp_Y[self.title_I[among]]
+        target = int(np.flatnonzero(among == self._place[window.target])[0])
+        rank = metrics.target_rank(logp.tolist(), target)
+        first = np.argsort(-logp, kind="stable")[:SHOWN]
+        return self._prediction(window, among[first], logp[first], rank)
+
+    def by_beam(self, window: Window, title_W: np.ndarray, logp_W: np.ndarray) -> dict[str, Any]:
+        """A prediction from the titles that a beam found, -1 where it found no more.
+
+        The rank is None where the target is not among them.
+        """
+        allowed_I = self.allowed_items(window)
+        places: list[int] = []
+        logp: list[float] = []
+        rank = None
+        for title, value in zip(title_W.tolist(), logp_W.tolist(), strict=True):
+            of_title = np.flatnonzero((self.title_I == title) & allowed_I).tolist()
+            places += of_title
+            logp += [value] * len(of_title)
+            if self._place[window.target] in of_title:
+                rank = len(places)
+        return self._prediction(window, np.array(places[:SHOWN], int), np.array(logp), rank)
+
+    def _prediction(
+        self, window: Window, places: np.ndarray, logp: np.ndarray, rank: int | None
+    ) -> dict[str, Any]:
+        titles, top = self.dataset.titles, self.items[places].tolist()
+        return {
+            "ranked": [[titles[i], round(float(x), 4)] for i, x in zip(top, logp, strict=False)],
+            "top": top, "rank": rank, "valid": True, "hit": rank == 1,
+        }  # fmt: skip

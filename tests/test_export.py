@@ -86,6 +86,7 @@ def test_the_card_tells_data_protocol_and_metrics(run, tmp_path):
         "stage": "sft",
         "step": 3,
         "decoder": "greedy",
+        "rank": "candidates",
         "split": "test",
         "n": 11,
         "hit_ratio_at_1": 0.25,

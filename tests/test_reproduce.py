@@ -236,7 +236,7 @@ def evaluated(study):
     for decoder in cells.DECODERS:
         add(folder / "sft", "sft", hits < 8, decoder, protocol=HOSTILE)
         add(folder / "sdpo-k3-beta1", "sdpo", hits < 14, decoder)
-    add(folder / "sasrec", "sasrec", hits < 10, "candidates", seed=3)
+    add(folder / "sasrec", "sasrec", hits < 10, "score", seed=3)
     add(folder / "sft", "sft", hits < 1, split="val")
     return study
 

@@ -2,11 +2,11 @@
 
     python -m sdpo_jax.baselines --model=sasrec --dataset=runs/movielens/data --workdir=DIR
 
-Writes eval/<model>-candidates.json, with the keys of sdpo_jax.evaluate, and
-eval/<model>-catalogue.json, which ranks all items outside the window's history; the predictions
-lie beside each. In the workdir of a language model's run the report shows both on the same
-windows. `random` and `popularity` are the floor and need no training. The trained network is kept
-in baselines/.
+Writes eval/<model>-candidates.json and eval/<model>-catalogue.json, with the keys of
+sdpo_jax.evaluate, and the predictions beside each. The catalogue is all items but those of the
+window's history; the target always belongs to it. In the workdir of a language model's run, the
+report shows both systems on the same windows. `random` and `popularity` are the floor and need no
+training. The trained network is kept in baselines/.
 
 `morec` is SASRec over the titles, which a BERT encoder turns into vectors:
 
@@ -43,7 +43,7 @@ from sdpo_jax.workdir import same_dataset
 
 NETWORKS = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}
 MODELS = ("random", "popularity", *NETWORKS, "morec")
-SHOWN = 10  # of the catalogue's ranking, in the predictions
+SHOWN = results.CUTOFF  # items of a ranking that a prediction holds
 
 
 def run(
@@ -74,14 +74,14 @@ def run(
     scores_NI, about = _scores(model, data, Path(workdir), split, rows, found, settings, text)
     about |= {
         "protocol": data.meta.get("protocol"), "split": split, "limit": limit, "stage": model,
-        "candidates": found.candidates_NC.shape[1], "seed": settings.seed, "dataset": dataset,
-        "dataset_fingerprint": data.meta["fingerprint"],
+        "decoder": "score", "candidates": found.candidates_NC.shape[1], "seed": settings.seed,
+        "dataset": dataset, "dataset_fingerprint": data.meta["fingerprint"],
         "seconds": round(time.monotonic() - start, 2),
     }  # fmt: skip
-    summaries = []
-    for ranking in results.RANKINGS[: 1 if candidates_only else 2]:
-        predictions = list(_predictions(data, split, rows, found, scores_NI, ranking))
-        summary = results.summarise(ranking, predictions) | about | {"decoder": ranking}
+    exposure, summaries = results.exposure_of(data), []
+    for rank in results.RANKS[: 1 if candidates_only else 2]:
+        predictions = list(_predictions(data, split, rows, found, scores_NI, rank))
+        summary = results.summarise("score", predictions, rank, exposure) | about
         path = results.write_result(Path(workdir, "eval"), summary, predictions)
         print(results.line(summary, path), flush=True)
         summaries.append(summary)
@@ -142,26 +142,28 @@ def _validation(data: Dataset) -> str:
 
 
 def _predictions(
-    data: Dataset, split: str, rows: Sequence[int], found: Arrays, scores_NI, ranking: str
+    data: Dataset, split: str, rows: Sequence[int], found: Arrays, scores_NI, ranked: str
 ) -> Iterator[results.Prediction]:
     """A prediction for each window: the first titles of the ranking, and the target's rank.
 
-    The catalogue's leaves out the items of the window's history, but for the target.
+    `ranked` is one of results.RANKS. The catalogue leaves out the items of the window's history,
+    except the target.
     """
-    titles, items = list(data.titles.values()), np.arange(len(data.titles))
-    number = {item: n for n, item in enumerate(data.titles)}
+    ids, titles, items = list(data.titles), list(data.titles.values()), np.arange(len(data.titles))
+    number = {item: n for n, item in enumerate(ids)}
     for row, among_X, target, scores_I in zip(
         rows, found.candidates_NC, found.target_N, scores_NI, strict=True
     ):
-        if ranking == "catalogue":
+        if ranked == "catalogue":
             history = [number[item] for item in data.splits[split][row].history]
             among_X = np.setdiff1d(items, np.setdiff1d(history, target))
         scores_X = scores_I[among_X]
         rank = metrics.target_rank(scores_X, place(among_X, target))
         first = among_X[np.argsort(-scores_X, kind="stable")[:SHOWN]]
+        top = {"top": [ids[i] for i in first]} if ranked == "catalogue" else {}
         yield {
             "row": row, "user": data.splits[split][row].user, "target": titles[target],
-            "ranked": [[titles[i], round(float(scores_I[i]), 4)] for i in first],
+            "ranked": [[titles[i], round(float(scores_I[i]), 4)] for i in first], **top,
             "rank": rank, "valid": True, "hit": rank == 1,
         }  # fmt: skip
 

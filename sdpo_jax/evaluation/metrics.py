@@ -1,14 +1,15 @@
-"""Metrics of next-item recommendation among C candidates, one relevant item each.
+"""Metrics of next-item recommendation with one relevant item per example.
 
-Values are per example; a system's value is their mean over all examples, invalid ones included.
-Intervals are 95%. Windows of one user are not independent, so users are what is taken as drawn: see
-`design_effect`.
+Accuracy is measured per example; a system's value is the mean over all examples, invalid ones
+included. `coverage`, `gini` and `mean_popularity` describe which items a system recommends, whether
+or not they are relevant. Intervals are 95%. Windows of one user are not independent, so users are
+taken as the drawn units: see `design_effect`.
 """
 
 import collections
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 from scipy.special import stdtrit
@@ -38,23 +39,70 @@ def target_rank(scores: Sequence[float], target: int) -> int:
     return 1 + sum(not s < scores[target] for i, s in enumerate(scores) if i != target)
 
 
-def hit_at(k: int, rank: int) -> float:
-    """HR@k = 1 if rank <= k, else 0 (equals recall@k with one relevant item)."""
-    return float(rank <= k)
+def hit_at(k: int, rank: int | None) -> float:
+    """HR@k = 1 if rank <= k, else 0 (equals recall@k with one relevant item).
+
+    Here and below, a rank of None means that the target is not in the ranked list: a miss.
+    """
+    return float(rank is not None and rank <= k)
 
 
-def ndcg_at(k: int, rank: int) -> float:
+def ndcg_at(k: int, rank: int | None) -> float:
     """NDCG@k = 1 / log2(1 + rank) if rank <= k, else 0.
 
     Järvelin & Kekäläinen 2002 (doi 10.1145/582415.582418) with one relevant item, whose ideal
     gain, at rank 1, is 1.
     """
-    return 1 / math.log2(1 + rank) if rank <= k else 0.0
+    return 1 / math.log2(1 + rank) if rank is not None and rank <= k else 0.0
 
 
-def reciprocal_rank(rank: int) -> float:
+def reciprocal_rank(rank: int | None) -> float:
     """1 / rank; its mean is MRR (Voorhees 1999, the TREC-8 question answering track report)."""
-    return 1 / rank
+    return 0.0 if rank is None else 1 / rank
+
+
+def coverage(recommended: Sequence[Sequence[Hashable]], items: int) -> float:
+    """Share of all `items` that appear in at least one of the recommended lists.
+
+    Catalogue coverage of Ge et al. 2010 (doi 10.1145/1864708.1864761); RecBole's ItemCoverage.
+    Raises ValueError if more than `items` different items are recommended.
+    """
+    return len(_counts(recommended, items)) / items
+
+
+def gini(recommended: Sequence[Sequence[Hashable]], items: int) -> float:
+    """Gini index of how often each of all `items` is recommended.
+
+    sum_i (2i - I - 1) P_(i) / (I sum_i P_(i)), where P_(1) <= … <= P_(I) are the numbers of lists
+    that contain each item (RecBole's GiniIndex). 0: all items equally often, or none at all;
+    (I - 1) / I: a single item. Raises ValueError as `coverage` does.
+    """
+    counts = sorted(_counts(recommended, items).values())
+    total = sum(counts)
+    # Items that are never recommended come first and add nothing to the sum.
+    ranks = range(items - len(counts) + 1, items + 1)
+    weighted = sum((2 * i - items - 1) * count for i, count in zip(ranks, counts, strict=True))
+    return weighted / (items * total) if total else 0.0
+
+
+def mean_popularity(
+    recommended: Sequence[Sequence[Hashable]], counts: Mapping[Hashable, int]
+) -> float:
+    """Mean number of training interactions of the recommended items.
+
+    The mean over the lists of the mean over each list (RecBole's AveragePopularity). Items without
+    a count have none. Empty lists are left out; 0 if all are empty.
+    """
+    means = [mean([counts.get(item, 0) for item in top]) for top in recommended if top]
+    return mean(means) if means else 0.0
+
+
+def _counts(recommended: Sequence[Sequence[Hashable]], items: int) -> collections.Counter:
+    """Number of lists per recommended item."""
+    counts = collections.Counter(item for top in recommended for item in top)
+    if len(counts) > items:
+        raise ValueError(f"items: found {len(counts)} recommended, expected at most {items}")
+    return counts
 
 
 def mean(values: Sequence[float]) -> float:
@@ -104,6 +152,24 @@ def wilson(successes: float, n: float, effect: float = 1.0) -> tuple[float, floa
     # At p = 0 and 1 an end is exact, but for rounding.
     low = (centre - half) / scale if p > 0 else 0.0
     return low, (centre + half) / scale if p < 1 else 1.0
+
+
+def interval(values: Sequence[float], users: Sequence[Hashable]) -> tuple[float, float]:
+    """Interval of the mean of `values`, users being drawn.
+
+    mean ± z sqrt(d s² / n) with sample variance s² and design effect d; clipped to [0, 1] when all
+    values lie in it. Its width is 0 when all values are equal, so use `wilson` for proportions. A
+    single value gives no variance: all of [0, 1], or of the real line.
+    """
+    n, centre = len(values), mean(values)
+    half = math.inf
+    if n > 1:
+        variance = math.fsum((value - centre) ** 2 for value in values) / (n - 1)
+        half = Z * math.sqrt(design_effect(values, users) * variance / n)
+    low, high = centre - half, centre + half
+    if all(0 <= value <= 1 for value in values):
+        return max(0.0, low), min(1.0, high)
+    return low, high
 
 
 @dataclasses.dataclass(frozen=True)

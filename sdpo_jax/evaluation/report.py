@@ -54,7 +54,7 @@ def choose_rows(run: SimpleNamespace, split: str | None = None) -> tuple[str, li
         )
     split = split or found[-1]["split"]
     # The catalogue's ranking is no column of the table.
-    kept = [s for s in found if s["split"] == split and s["decoder"] != "catalogue"]
+    kept = [s for s in found if s["split"] == split and s["rank"] == "candidates"]
     if not kept:
         known = sorted({summary["split"] for summary in found})
         raise InputError(
@@ -68,8 +68,7 @@ def choose_rows(run: SimpleNamespace, split: str | None = None) -> tuple[str, li
             latest = steps[-1] if stage in SYSTEMS else max(steps)
             step = best if best in steps else latest
             of_step = [s for s in kept if (s["stage"], s["step"]) == (stage, step)]
-            # Another system's ranking of the candidates is what `score` is of a language model.
-            decoders = {s["decoder"].replace("candidates", "score"): s for s in of_step}
+            decoders = {s["decoder"]: s for s in of_step}
             rows.append(Row(stage, step, {d: decoders[d] for d in DECODERS if d in decoders}))
     return split, rows
 

@@ -1,19 +1,26 @@
 """The files of `workdir/eval`: a summary as JSON, its predictions beside it as JSONL.
 
-`<stage>-<step>-<decoder>.json`, or `<system>-<decoder>.json` of what is no stage of the run, holds
-the split asked for last. An evaluation of another split that lay there is kept with `-<split>` at
-the end of its name, so none is lost and each is one file.
+| evaluated | candidates | whole catalogue |
+|---|---|---|
+| a stage of the run | `<stage>-<step>-<decoder>` | `<stage>-<step>-<decoder>-catalogue` |
+| a baseline, by score | `<system>-candidates` | `<system>-catalogue` |
+| ChatRec | `chatrec-greedy` | |
+
+Such a file holds the split evaluated last. An older evaluation of another split is kept with
+`-<split>` at the end of its name, so each split has one file and none is lost.
 """
 
+import collections
+import functools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdpo_jax import files
 from sdpo_jax.config import STAGES
-from sdpo_jax.data.prepared import SPLITS
+from sdpo_jax.data.prepared import SPLITS, Dataset
 from sdpo_jax.errors import InputError
 from sdpo_jax.evaluation import metrics
 from sdpo_jax.evaluation.decode import DECODERS
@@ -22,20 +29,33 @@ from sdpo_jax.workdir import write_json
 
 # Systems that are no stage of a run: they stand in `stage`.
 SYSTEMS = ("random", "popularity", "gru4rec", "caser", "sasrec", "morec", "chatrec")
-# How they choose: among a window's candidates, or among all items. Both rank, as `score` does.
-RANKINGS = ("candidates", "catalogue")
+# What is ranked: a window's candidates, or all items but those of its history.
+RANKS = ("candidates", "catalogue")
+KNOWN_DECODERS = tuple(dict.fromkeys((*DECODERS, "beam")))
+RANKING_DECODERS = ("score", "beam")  # their predictions have a rank
+CUTOFF = 10  # of the lists whose coverage, Gini index and popularity are measured
+Metric = Callable[[int | None], float]
+# The metrics of a rank, by key of the summary.
+METRICS: dict[str, dict[str, Metric]] = {
+    rank: {
+        **{f"hit_ratio_at_{k}": functools.partial(metrics.hit_at, k) for k in hits},
+        **{f"ndcg_at_{k}": functools.partial(metrics.ndcg_at, k) for k in gains},
+        "mrr": metrics.reciprocal_rank,
+    }
+    for rank, hits, gains in (("candidates", (5, 10), (5, 10)),
+                              ("catalogue", (1, 5, 10, 20), (5, 10, 20)))
+}  # fmt: skip
 INTERVAL = ("two numbers", lambda value: files.list_of(NUMBER)[1](value) and len(value) == 2)
-# Stage, step, decoder and split are also parts of names of files.
+_SHARES = ("valid_ratio", "coverage_at_10", "gini_at_10",
+           *dict.fromkeys(name for of_rank in METRICS.values() for name in of_rank))  # fmt: skip
+# Stage, step, decoder, rank and split are also parts of names of files.
 SUMMARY = {
+    **{f"{name}?": SHARE for name in _SHARES}, **{f"{name}_ci95?": INTERVAL for name in _SHARES},
+    "mean_popularity_at_10?": NUMBER,
     "stage": one_of("base", *STAGES, *SYSTEMS), "step": COUNT,
-    "decoder": one_of(*DECODERS, *RANKINGS),
+    "decoder": one_of(*KNOWN_DECODERS), "rank": one_of(*RANKS),
     "split": one_of(*SPLITS), "n": POSITIVE, "hit_ratio_at_1": SHARE, "seconds?": NUMBER,
-    "hit_ratio_at_1_ci95?": INTERVAL, "valid_ratio_ci95?": INTERVAL, "users?": POSITIVE,
-    "candidates?": POSITIVE,
-    **dict.fromkeys(
-        ("valid_ratio?", "hit_ratio_at_5?", "hit_ratio_at_10?", "ndcg_at_5?", "ndcg_at_10?",
-         "mrr?"), SHARE
-    ),
+    "users?": POSITIVE, "candidates?": POSITIVE, "items?": POSITIVE,
 }  # fmt: skip
 PREDICTION = {
     "row": COUNT, "hit": ("true or false", lambda value: type(value) is bool),
@@ -43,26 +63,69 @@ PREDICTION = {
 }  # fmt: skip
 AGAIN = "remove it and evaluate again"
 Prediction = dict[str, Any]
+Exposure = tuple[int, Mapping[Hashable, int]]  # the number of all items, item -> training count
 
 
-def summarise(decoder: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Metrics over all predictions; those of ranks only for decoders that rank."""
+def exposure_of(dataset: Dataset) -> Exposure:
+    """What recommended items are compared with; an item's count is that of training targets."""
+    counts = collections.Counter(window.target for window in dataset.splits["train"])
+    return len(dataset.titles), counts
+
+
+def summarise(
+    decoder: str,
+    predictions: Sequence[Prediction],
+    rank: str = "candidates",
+    exposure: Exposure | None = None,
+) -> dict[str, Any]:
+    """Metrics over all predictions; those of ranks only for decoders that rank.
+
+    A prediction of the catalogue has `rank` (None: not in the ranked list) and `top`, the ids of
+    the first 10 items, which are compared with `exposure` where it is given.
+    """
     n, users = len(predictions), users_of(predictions)
-    summary = {"n": n, "users": len(set(users))}
+    summary = {"rank": rank, "n": n, "users": len(set(users))}
     for key, name in (("hit", "hit_ratio_at_1"), ("valid", "valid_ratio")):
-        values = [p[key] for p in predictions]
-        interval = metrics.wilson(sum(values), n, metrics.design_effect(values, users))
-        summary |= {name: sum(values) / n, f"{name}_ci95": list(interval)}
-    if decoder in ("score", *RANKINGS):
+        summary |= _share(name, [p[key] for p in predictions], users)
+    if rank == "candidates" and decoder in RANKING_DECODERS:
         ranks = [p["rank"] for p in predictions]
-        summary |= {
-            "hit_ratio_at_5": metrics.mean([metrics.hit_at(5, rank) for rank in ranks]),
-            "hit_ratio_at_10": metrics.mean([metrics.hit_at(10, rank) for rank in ranks]),
-            "ndcg_at_5": metrics.mean([metrics.ndcg_at(5, rank) for rank in ranks]),
-            "ndcg_at_10": metrics.mean([metrics.ndcg_at(10, rank) for rank in ranks]),
-            "mrr": metrics.mean([metrics.reciprocal_rank(rank) for rank in ranks]),
-        }
+        summary |= {name: metrics.mean([metric(r) for r in ranks])
+                    for name, metric in METRICS[rank].items()}  # fmt: skip
+    if rank == "catalogue":
+        summary |= _of_catalogue(predictions, users)
+        summary |= {} if exposure is None else _of_items(predictions, *exposure)
     return summary
+
+
+def _share(name: str, values: Sequence[float], users: Sequence[Hashable]) -> dict[str, Any]:
+    """A proportion and its interval."""
+    n, successes = len(values), sum(values)
+    interval = metrics.wilson(successes, n, metrics.design_effect(values, users))
+    return {name: successes / n, f"{name}_ci95": list(interval)}
+
+
+def _of_catalogue(predictions: Sequence[Prediction], users: Sequence[Hashable]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, metric in METRICS["catalogue"].items():
+        values = [metric(p["rank"]) for p in predictions]
+        if name.startswith("hit_ratio"):
+            found |= _share(name, values, users)
+        else:
+            interval = metrics.interval(values, users)
+            found |= {name: metrics.mean(values), f"{name}_ci95": list(interval)}
+    return found
+
+
+def _of_items(
+    predictions: Sequence[Prediction], items: int, counts: Mapping[Hashable, int]
+) -> dict[str, Any]:
+    lists = [p["top"][:CUTOFF] for p in predictions]
+    return {
+        "items": items,
+        f"coverage_at_{CUTOFF}": metrics.coverage(lists, items),
+        f"gini_at_{CUTOFF}": metrics.gini(lists, items),
+        f"mean_popularity_at_{CUTOFF}": metrics.mean_popularity(lists, counts),
+    }
 
 
 def users_of(predictions: Iterable[Prediction]) -> list[Any]:
@@ -70,14 +133,20 @@ def users_of(predictions: Iterable[Prediction]) -> list[Any]:
     return [prediction.get("user", (prediction["row"],)) for prediction in predictions]
 
 
-def result_path(folder: Path, stage: str, step: int, decoder: str) -> Path:
-    name = stage if stage in SYSTEMS else f"{stage}-{step}"
-    return folder / f"{name}-{decoder}.json"
+def result_path(
+    folder: Path, stage: str, step: int, decoder: str, rank: str = "candidates"
+) -> Path:
+    if stage in SYSTEMS:
+        return folder / f"{stage}-{rank if decoder == 'score' else decoder}.json"
+    suffix = "" if rank == "candidates" else f"-{rank}"
+    return folder / f"{stage}-{step}-{decoder}{suffix}.json"
 
 
-def find(folder: Path, stage: str, step: int, decoder: str, split: str) -> dict[str, Any] | None:
+def find(
+    folder: Path, stage: str, step: int, decoder: str, split: str, rank: str = "candidates"
+) -> dict[str, Any] | None:
     """The summary of an earlier evaluation, whichever of the two names it has."""
-    path = result_path(folder, stage, step, decoder)
+    path = result_path(folder, stage, step, decoder, rank)
     for candidate in (path, path.with_stem(f"{path.stem}-{split}")):
         if os.path.lexists(candidate) and (summary := _read(candidate))["split"] == split:
             return summary
@@ -89,7 +158,7 @@ def write_result(folder: Path, summary: dict[str, Any], predictions: Iterable[Pr
 
     Raises InputError where the disk refuses.
     """
-    path = result_path(folder, summary["stage"], summary["step"], summary["decoder"])
+    path = result_path(folder, *(summary[key] for key in ("stage", "step", "decoder", "rank")))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _make_room(path, summary["split"])
@@ -116,19 +185,25 @@ def _make_room(path: Path, split: str) -> None:
 
 def line(summary: dict[str, Any], path: Path) -> str:
     """One line of a summary, for a terminal."""
-    low, high = summary["hit_ratio_at_1_ci95"]
-    ranking = ""
-    if "mrr" in summary:
-        ranking = (
-            f", HR@5 {summary['hit_ratio_at_5']:.4f}, NDCG@10 {summary['ndcg_at_10']:.4f}, "
-            f"MRR {summary['mrr']:.4f}"
-        )
+    if summary["rank"] == "catalogue":
+        how = f"{summary['decoder']} over the catalogue"
+        measured = [_with_interval(summary, "HR@10", "hit_ratio_at_10")]
+        further = (("NDCG@10", "ndcg_at_10"), ("MRR", "mrr"), ("coverage@10", "coverage_at_10"))
+    else:
+        how = summary["decoder"]
+        measured = [_with_interval(summary, "HR@1", "hit_ratio_at_1"),
+                    f"valid {summary['valid_ratio']:.4f}"]  # fmt: skip
+        further = (("HR@5", "hit_ratio_at_5"), ("NDCG@10", "ndcg_at_10"), ("MRR", "mrr"))
+    measured += [f"{name} {summary[key]:.4f}" for name, key in further if key in summary]
     return (
-        f"{summary['stage']} step {summary['step']}, {summary['decoder']}, {summary['split']}: "
-        f"HR@1 {summary['hit_ratio_at_1']:.4f} [{low:.4f}, {high:.4f}], valid "
-        f"{summary['valid_ratio']:.4f}{ranking}, n {summary['n']}, {summary['seconds']:.1f} s, "
-        f"{path}"
+        f"{summary['stage']} step {summary['step']}, {how}, {summary['split']}: "
+        f"{', '.join(measured)}, n {summary['n']}, {summary['seconds']:.1f} s, {path}"
     )
+
+
+def _with_interval(summary: dict[str, Any], name: str, key: str) -> str:
+    low, high = summary[f"{key}_ci95"]
+    return f"{name} {summary[key]:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

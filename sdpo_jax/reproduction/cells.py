@@ -140,7 +140,7 @@ class Row:
     @property
     def decoder(self) -> str:
         """The paper's metric: what a model says, or which candidate a network ranks first."""
-        return "candidates" if self.stage in SYSTEMS and self.stage != "chatrec" else "greedy"
+        return "score" if self.stage in SYSTEMS and self.stage != "chatrec" else "greedy"
 
 
 def prepared(place: Place) -> Cell:

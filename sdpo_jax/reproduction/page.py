@@ -79,8 +79,11 @@ def find(place: Place, row: Row) -> Found:
         summary["decoder"]: summary
         for summary in read_results(row.cell.folder / "eval")
         if (summary["stage"], summary["split"]) == (row.stage, place.split)
+        and summary["rank"] == "candidates"
     }
-    return Found(row, found.get(row.decoder), found.get("score"))
+    # A network only ranks, so its score is its figure by the paper's metric already.
+    scored = None if row.decoder == "score" else found.get("score")
+    return Found(row, found.get(row.decoder), scored)
 
 
 def results(place: Place, rows: Sequence[Row], failed: Mapping[Path, str]) -> list[Part]:

@@ -16,12 +16,13 @@ POLL_SECONDS = 2.0
 
 
 def hit_ratios(workdir: Path, stage: str, decoder: str, split: str) -> dict[int, float]:
-    """Step -> HR@1 of the evaluations of a stage on `split` that are written."""
+    """Step -> HR@1 among the candidates, of a stage's evaluations on `split` so far."""
+    expected = {"split": split, "decoder": decoder, "rank": "candidates"}
     found = {}
     for path in Path(workdir, "eval").glob(f"{stage}-*-{decoder}*.json"):
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
-            if summary["split"] == split and summary["decoder"] == decoder:
+            if all(summary[key] == value for key, value in expected.items()):
                 found[summary["step"]] = summary["hit_ratio_at_1"]
         except (OSError, ValueError, KeyError):  # moved meanwhile: it is there the next time
             continue

@@ -100,5 +100,7 @@ class JaxSide:
         """Arrays [parts, at_once, ...], and how many real tokens they hold."""
         rows = len(examples) // at_once
         batch = loader.collate(examples, loader.choose_shapes([examples], rows)[0], rows)
-        batch = {k: jnp.asarray(x.reshape(rows, len(x) // rows, *x.shape[1:])) for k, x in batch.items()}
+        batch = {
+            k: jnp.asarray(x.reshape(rows, len(x) // rows, *x.shape[1:])) for k, x in batch.items()
+        }
         return batch, sum(example.tokens for example in examples)

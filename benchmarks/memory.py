@@ -43,7 +43,7 @@ def one_device() -> jax.sharding.Mesh:
 
 
 def official_logp(decoder: Decoder, batch: Batch) -> jax.Array:
-    """`logp_BMC` as the official code has it: float32 logits at every position of every row."""
+    """`logp_BMC` as the official code computes it: float32 logits at every position of a row."""
     hidden_ZTD, answers_ZA, mask_ZA = padded_hidden(decoder, batch)
     A = answers_ZA.shape[1]
     logp_ZTV = jax.nn.log_softmax(decoder.logits(hidden_ZTD))

@@ -53,7 +53,7 @@ def test_prompts_of_the_workload_are_real_ones(model_folder, dataset_folder):
     from benchmarks.workload import lengths, read_workload
 
     examples = read_workload(model_folder, dataset_folder).examples(3, 2)
-    assert [len(e.answers) for e in examples] == [3, 3, 3]
+    assert [(e.M, e.C) for e in examples] == [(1, 3)] * 3
     assert lengths(examples)["prompt_tokens"] == pytest.approx(
         sorted(len(e.prompt) for e in examples)[1]
     )

@@ -11,11 +11,11 @@ from flax import nnx
 from sdpo_jax.data.loader import Shape, collate
 from sdpo_jax.data.tokens import Example
 from sdpo_jax.evaluation import decode
-from sdpo_jax.models.attention import attend
+from sdpo_jax.models.attention import attend, causal_mask
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
-from sdpo_jax.objectives.logprobs import causal_mask, padded_logp
+from sdpo_jax.objectives.logprobs import padded_logp
 
 EOS, V, P = 2, 12, 11
 CONFIG = DecoderConfig(V=V, L=2, D=16, N=4, G=2, H=8, F=24, tied=True)
@@ -35,9 +35,10 @@ MODEL = random_model()
 
 
 def make_batch(prompts, answers=ANSWERS, P=P):
-    answers = tuple(np.array(a, np.int32) for a in answers)
-    examples = [Example(np.array(p, np.int32), answers) for p in prompts]
-    return collate(examples, Shape(P, examples[0].packed + 2, max(map(len, answers)), 600))
+    answers = [np.array(a, np.int32) for a in answers]
+    examples = [Example.single(np.array(p, np.int32), answers) for p in prompts]
+    shape = Shape(P, examples[0].packed + 2, E=1, M=1, A=max(map(len, answers)), T=600)
+    return collate(examples, shape)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def greedy(batch, eos=EOS):
 
 
 def trie(batch):
-    return np.asarray(compiled(decode.trie)(batch, batch["answers_BCA"])).tolist()
+    return np.asarray(compiled(decode.trie)(batch, batch["answers_BMCA"][:, 0])).tolist()
 
 
 def score(batch):
@@ -139,8 +140,8 @@ def test_scores_from_the_cache_equal_those_of_full_rows(prompts, answers):
 
 def test_the_batch_and_its_padding_do_not_matter(prompts):
     together = make_batch(prompts)
-    tokens, logp_BC = greedy(together), score(together)
+    tokens, logp_BMC = greedy(together), score(together)
     for i, prompt in enumerate(prompts):
         alone = make_batch([prompt], P=P + 4)
         assert greedy(alone) == [tokens[i]]
-        np.testing.assert_allclose(score(alone)[0], logp_BC[i], rtol=1e-5)
+        np.testing.assert_allclose(score(alone)[0], logp_BMC[i], rtol=1e-5)

@@ -60,7 +60,7 @@ def make_batch(seed=0, B=3):
     rng = np.random.default_rng(seed)
     examples = random_examples(rng, B, C, P=20, A=7, V=64)
     batch = collate(examples, choose_shapes([examples])[0])
-    return batch | {"reference_logp_BC": np.zeros((B, C), np.float32)}
+    return batch | {"reference_logp_BMC": np.zeros((B, 1, C), np.float32)}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -68,13 +68,13 @@ def test_sharing_the_prompt_changes_neither_log_probs_nor_gradients(models, name
     model, batch = models(name), make_batch()
 
     def loss(lora, logp):
-        logp_BC = logp(nnx.merge(model.graphdef, lora, model.base), batch)
-        return (logp_BC * jnp.arange(1, C + 1)).sum(), logp_BC
+        logp_BMC = logp(nnx.merge(model.graphdef, lora, model.base), batch)
+        return (logp_BMC * jnp.arange(1, C + 1)).sum(), logp_BMC
 
     def both(logp):
         function = jax.jit(jax.value_and_grad(functools.partial(loss, logp=logp), has_aux=True))
-        (_, logp_BC), gradient = function(noisy(model.lora))
-        return logp_BC, np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradient)])
+        (_, logp_BMC), gradient = function(noisy(model.lora))
+        return logp_BMC, np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradient)])
 
     (shared, shared_gradient), (rows, rows_gradient) = both(shared_prefix_logp), both(padded_logp)
     np.testing.assert_allclose(shared, rows, atol=1e-4)
@@ -115,7 +115,7 @@ def test_a_step_of_sdpo_starts_at_log_c_falls_and_resumes(models, name, tmp_path
     model, batch = models(name), make_batch(B=4)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     logp = make_logp(model.graphdef, "shared_prefix")
-    batch["reference_logp_BC"] = jax.jit(logp)(model.lora, model.base, batch)
+    batch["reference_logp_BMC"] = jax.jit(logp)(model.lora, model.base, batch)
     batches = {key: jnp.asarray(x)[None] for key, x in batch.items()}
     optimizer = make_optimizer(0.02, 20, warmup=0.05, clip=1.0, weight_decay=0.0)
     objective = functools.partial(preference_objective, beta=1.0)

@@ -104,10 +104,10 @@ def test_a_mark_in_a_title_is_refused(encoder):
 
 
 def test_training_goes_from_texts_to_hybrid_prompts():
-    shown = np.array([hybrid for _, hybrid in curriculum(range(4000), True, True, 0)])
+    shown = np.array([key.vectors for key in curriculum(range(4000), True, True, 0)])
     assert shown[:40].mean() < 0.1 and 0.45 < shown.mean() < 0.55 and shown[-40:].mean() > 0.9
-    assert all(hybrid for _, hybrid in curriculum(range(9), True, False, 0))
-    assert not any(hybrid for _, hybrid in curriculum(range(9), False, True, 0))
+    assert all(key.vectors for key in curriculum(range(9), True, False, 0))
+    assert not any(key.vectors for key in curriculum(range(9), False, True, 0))
 
 
 def test_a_run_with_item_vectors_trains_resumes_and_is_evaluated(config, tmp_path, capsys):

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from conftest import random_examples
+from conftest import random_examples, random_segments
 from tiny import tiny_dataset
 
 from sdpo_jax.data import loader
 from sdpo_jax.data.prompts import TEMPLATES
-from sdpo_jax.data.tokens import Encoder, training_items
+from sdpo_jax.data.tokens import Encoder
 from sdpo_jax.errors import InputError
 from sdpo_jax.model_folder import load_tokenizer
 
@@ -15,7 +15,7 @@ from sdpo_jax.model_folder import load_tokenizer
 @pytest.fixture(scope="module")
 def encoder(model_folder):
     data = tiny_dataset()
-    return Encoder(data, load_tokenizer(model_folder), TEMPLATES["movie"], 0, 512)
+    return Encoder(data, load_tokenizer(model_folder), TEMPLATES["candidates"]["movie"], 0, 512)
 
 
 def test_every_epoch_is_a_fresh_permutation():
@@ -31,13 +31,25 @@ def test_grouped_batches_hold_every_row_once_and_less_padding():
     rng = np.random.default_rng(0)
     lengths = {row: int(rng.integers(100, 300)) for row in range(320)}
     order = [int(r) for r in rng.permutation(320)]
-    cut = loader.grouped_batches(order, lengths, 8, seed=0)
+    cut = loader.grouped_batches(order, lengths, 8, seed=0, alike=True)
     assert sorted(row for rows in cut for row in rows) == list(range(320))
-    assert cut == loader.grouped_batches(order, lengths, 8, seed=0)
+    assert cut == loader.grouped_batches(order, lengths, 8, seed=0, alike=True)
     real = sum(lengths.values())
     padded = sum(8 * max(lengths[r] for r in rows) for rows in cut)
     plain = sum(8 * max(lengths[r] for r in order[i : i + 8]) for i in range(0, 320, 8))
     assert real / padded > 0.95 > real / plain
+
+
+def test_batches_of_unlike_lengths_have_nearly_equal_sums():
+    rng = np.random.default_rng(0)
+    lengths = {row: int(rng.integers(20, 500)) for row in range(320)}
+    order = [int(r) for r in rng.permutation(320)]
+    cut = loader.grouped_batches(order, lengths, 8, seed=0, alike=False)
+    assert sorted(row for rows in cut for row in rows) == list(range(320))
+    assert cut == loader.grouped_batches(order, lengths, 8, seed=0, alike=False)
+    sums = [sum(lengths[r] for r in rows) for rows in cut]
+    plain = [sum(lengths[r] for r in order[i : i + 8]) for i in range(0, 320, 8)]
+    assert np.ptp(sums) < 0.2 * np.ptp(plain)
 
 
 def test_dealt_sizes_have_nearly_equal_sums():
@@ -50,9 +62,10 @@ def test_dealt_sizes_have_nearly_equal_sums():
     assert np.ptp(sums) < 0.1 * np.ptp(plain)
 
 
-def test_a_stage_has_at_most_four_shapes_and_every_example_fits():
+@pytest.mark.parametrize("make", [random_examples, random_segments])
+def test_a_stage_has_at_most_four_shapes_and_every_example_fits(make):
     rng = np.random.default_rng(0)
-    batches = [random_examples(rng, 4, 3, P=40) for _ in range(30)]
+    batches = [make(rng, 4, 3, 40) for _ in range(30)]
     shapes = loader.choose_shapes(batches, rows=2)
     assert len(set(shapes)) == 4
     assert len(set(loader.choose_shapes(batches, rows=2, limit=1))) == 1
@@ -65,6 +78,8 @@ def test_a_stage_has_at_most_four_shapes_and_every_example_fits():
                 batch["prompt_BP"][b][batch["prompt_mask_BP"][b]], example.prompt
             )
             assert (batch["packed_BS"][b] >= 0).sum() == example.packed
+            assert (batch["head_BE"][b] >= 0).sum() == example.heads
+            assert (batch["place_BM"][b] >= 0).sum() == example.M
 
 
 def test_batches_go_on_from_any_step():
@@ -79,13 +94,23 @@ def test_batches_go_on_from_any_step():
             np.testing.assert_array_equal(a[key], b[key])
 
 
-def test_negatives_are_drawn_once_from_the_candidates_shown(encoder):
-    window = encoder.window("train", 5)
-    items = training_items(encoder, "train", 5, 7)
-    assert items[0] == window.target
-    assert len(set(items)) == 8
-    assert set(items) <= set(window.candidates)
-    assert items == training_items(encoder, "train", 5, 7)
+def test_every_token_of_an_answer_is_predicted_by_the_one_before_it():
+    """At the places that `predictor_BMCA` names lie the tokens that come before the answer's."""
+    for make in (random_examples, random_segments):
+        examples = make(np.random.default_rng(1), 5, 3)
+        batch = loader.collate(examples, loader.choose_shapes([examples])[0])
+        E, answers = batch["head_BE"].shape[1], batch["answers_BMCA"].reshape(5, -1)
+        for b, example in enumerate(examples):
+            head, packed = batch["prompt_BP"][b][batch["head_BE"][b]], batch["packed_BS"][b]
+            fed = np.concatenate([head, answers[b][packed]])
+            for m, (place, of) in enumerate(zip(example.places, example.answers, strict=True)):
+                for c, answer in enumerate(of):
+                    predictor = batch["predictor_BMCA"][b, m, c, : len(answer)]
+                    np.testing.assert_array_equal(
+                        fed[predictor], [example.prompt[place], *answer[:-1]]
+                    )
+                    in_prompt = (np.arange(len(answer)) == 0) | (example.continued and c == 0)
+                    np.testing.assert_array_equal(predictor < E, in_prompt)
 
 
 def test_the_prompt_shows_history_and_candidates_and_the_answer_ends_in_eos(encoder):
@@ -94,9 +119,9 @@ def test_the_prompt_shows_history_and_candidates_and_the_answer_ends_in_eos(enco
     for item in (*window.history, *window.candidates):
         assert f"\n{titles[item]}\n" in text
     example = encoder.examples("train", [3], [[window.target]])[0]
-    assert example.answers[0][-1] == encoder.tokenizer.eos_token_id
+    assert example.answers[0][0][-1] == encoder.tokenizer.eos_token_id
     decode = encoder.tokenizer.decode
-    assert decode(example.answers[0][:-1]) == titles[window.target]
+    assert decode(example.answers[0][0][:-1]) == titles[window.target]
 
 
 def test_a_long_prompt_keeps_its_end_and_is_counted(encoder, model_folder):
@@ -104,7 +129,7 @@ def test_a_long_prompt_keeps_its_end_and_is_counted(encoder, model_folder):
     window = short.window("train", 0)
     example = short.examples("train", [0], [window.candidates])[0]
     whole = encoder.examples("train", [0], [window.candidates])[0]
-    longest = max(map(len, example.answers))
+    longest = max(map(len, example.answers[0]))
     assert len(example.prompt) == 60 - longest
     np.testing.assert_array_equal(example.prompt, whole.prompt[-len(example.prompt) :])
     assert short.truncated == 1

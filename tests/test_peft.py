@@ -123,7 +123,7 @@ def test_every_family_writes_and_reads_its_adapter(name, tmp_path):
 def test_training_starts_from_the_adapter_that_is_named(config, adapter, tmp_path):
     convert(str(hf_folder(tmp_path / "hf")), str(tmp_path / "model"))
     config.lora.rank, config.lora.alpha = 2, 4.0
-    model = load_model(tmp_path / "model", LoraConfig.of(config.lora), dtype=jnp.float32)
+    model = load_model(tmp_path / "model", LoraConfig.of(config), dtype=jnp.float32)
     (tmp_path / "peft").mkdir()
     tree = {name: {part: x + 1 for part, x in parts.items()}
             for name, parts in nnx.to_pure_dict(model.lora)["layers"].items()}  # fmt: skip

@@ -12,14 +12,27 @@ from sdpo_jax.model_folder import load_tokenizer
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("domain", prompts.TEMPLATES)
+DOMAINS = prompts.TEMPLATES["candidates"]
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
 def test_every_domain_has_eight_short_templates_that_end_before_the_answer(domain):
-    templates = prompts.TEMPLATES[domain]
+    templates = DOMAINS[domain]
     assert len(set(templates)) >= 8
     for template in templates:
         lines = template.split("\n")
         assert lines.index("[HistoryHere]") < lines.index("[CansHere]")
         assert template.endswith(":\n") and len(template.split()) < 35
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_every_domain_has_eight_short_templates_whose_history_comes_last(domain):
+    templates = prompts.TEMPLATES["history"][domain]
+    assert len(set(templates)) >= 8
+    for template in templates:
+        head = prompts.head(template)
+        assert template == f"{head}[HistoryHere]\n"
+        assert head.endswith(":\n") and "[" not in head and len(head.split()) < 15
 
 
 def test_a_placeholder_alone_on_its_line_lists_one_title_a_line():
@@ -64,6 +77,29 @@ def test_a_wrong_prompt_file_is_named_with_its_line(tmp_path, content, said):
         prompts.read_templates(file)
 
 
+def test_a_history_template_ends_with_its_history(tmp_path):
+    file = tmp_path / "movie.txt"
+    file.write_text("Seen:\\n[HistoryHere]\nLately [HistoryHere]\\n\n")
+    expected = ("Seen:\n[HistoryHere]\n", "Lately [HistoryHere]\n")
+    assert prompts.read_templates(file, "history") == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("Seen these films:", r"without \[HistoryHere\]"),
+        ("[HistoryHere] Next:", r"text after \[HistoryHere\]"),
+        ("[HistoryHere] and [HistoryHere]", r"text after \[HistoryHere\]"),
+        ("Of [CansHere], after [HistoryHere]", r"found \[CansHere\].*prompt=candidates"),
+    ],
+)
+def test_a_wrong_history_template_is_named_with_its_line(tmp_path, line, said):
+    file = tmp_path / "prompt.txt"
+    file.write_text(f"[HistoryHere]\n{line}\n")
+    with pytest.raises(InputError, match=f"prompt.txt:2: .*{said}"):
+        prompts.read_templates(file, "history")
+
+
 def test_the_template_is_drawn_by_seed_split_and_row():
     drawn = [prompts.template_index(0, "train", row, 8) for row in range(800)]
     assert drawn == [prompts.template_index(0, "train", row, 8) for row in range(800)]
@@ -76,7 +112,7 @@ def test_the_template_is_drawn_by_seed_split_and_row():
 def test_the_chat_prompt_file_holds_the_built_in_wording_in_the_chat_format():
     templates = prompts.read_templates(ROOT / "configs" / "prompts" / "movie-chatml.txt")
     turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-    assert templates == tuple(turn.format(text.rstrip("\n")) for text in prompts.TEMPLATES["movie"])
+    assert templates == tuple(turn.format(text.rstrip("\n")) for text in DOMAINS["movie"])
 
 
 CHAT = (
@@ -89,7 +125,7 @@ def test_the_models_chat_format_goes_around_each_template(model_folder):
     tokenizer = load_tokenizer(model_folder)
     tokenizer.chat_template = CHAT
     found = prompts.templates_of("book", chat=tokenizer)
-    plain = prompts.TEMPLATES["book"]
+    plain = DOMAINS["book"]
     assert found == tuple(f"<s><user>{text.strip()}<assistant>" for text in plain)
     assert prompts.fingerprint(found) != prompts.fingerprint(plain)
 

@@ -18,7 +18,7 @@ SETTINGS = {"dtype": "float32", "batch_layout": "shared_prefix"}
 
 
 def example(*answer: int) -> Example:
-    return Example(np.array([5, 6], np.int32), (np.array(answer, np.int32),))
+    return Example.single(np.array([5, 6], np.int32), [np.array(answer, np.int32)])
 
 
 KEY = reference.fingerprint("base", LORA, [example(7, 2)], SETTINGS)
@@ -47,21 +47,21 @@ def test_stored_log_probs_are_read_back_only_under_their_own_fingerprint(tmp_pat
 
 
 def test_moving_a_token_between_prompt_and_answer_changes_the_fingerprint():
-    one = Example(np.array([5, 6], np.int32), (np.array([7, 2], np.int32),))
-    other = Example(np.array([5], np.int32), (np.array([6, 7, 2], np.int32),))
+    one = Example.single(np.array([5, 6], np.int32), [np.array([7, 2], np.int32)])
+    other = Example.single(np.array([5], np.int32), [np.array([6, 7, 2], np.int32)])
     keys = {reference.fingerprint("base", LORA, [e], SETTINGS) for e in (one, other)}
     assert len(keys) == 2
 
 
 def test_an_interrupted_pass_goes_on_where_it_stopped():
-    examples = [Example(np.arange(1, n, dtype=np.int32), (np.array([7, 2], np.int32),))
+    examples = [Example.single(np.arange(1, n, dtype=np.int32), [np.array([7, 2], np.int32)])
                 for n in (4, 9, 5, 8, 6)]  # fmt: skip
     computed, saved = [], []
 
     def logp(lora, base, batch):
         computed.append(len(batch["prompt_BP"]))
         stop.received = len(computed) == 2  # a signal comes while the second batch is computed
-        return -batch["prompt_mask_BP"].sum(-1, keepdims=True).astype(np.float32)
+        return -batch["prompt_mask_BP"].sum(-1)[:, None, None].astype(np.float32)
 
     stop = SimpleNamespace(received=False)
     stop.ask = lambda: stop.received

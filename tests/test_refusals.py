@@ -43,6 +43,15 @@ def refused(config, run: Path) -> str:
     ("lora.targets", ("q", "query"), "gate, up, down"),
     ("validation_split", "test", "has val: choose"),
     ("max_length", 3, "max_length"),
+    ("prompt", "titles", "candidates, history"),
+    ("history", 0, "more than 0"),
+    ("segment", 0, "more than 0"),
+    ("negatives", "random", "shown, uniform, popularity, hard, disliked"),
+    ("redraw", 1, "True or False"),
+    ("popularity_power", -0.5, "0 or more"),
+    ("hard_band", (0.5, 0.2), "the lower first"),
+    ("hard_pool", 0, "more than 0"),
+    ("tune", "all", "lora, full"),
     ("prompt_file", "no/such/file.txt", "No such file"),
     ("dataset", "no/such/data", "sdpo_jax.prepare"),
     ("model", "no/such/model", "sdpo_jax.convert"),
@@ -58,7 +67,7 @@ def test_a_wrong_value_is_told_with_its_key_and_what_is_right(config, key, value
 
 def test_more_batch_than_windows_is_refused(config, tmp_path):
     config.batch_size, config.sft.epochs = 128, 1
-    assert "64 windows x 1 epochs" in refused(config, tmp_path / "run")
+    assert "64 examples x 1 epochs" in refused(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize(("file", "old", "new", "words"), [

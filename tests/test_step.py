@@ -204,7 +204,7 @@ def test_loss_is_log_C_when_the_reference_is_the_policy():
     model = tiny_model()
     batch = random_batch(B=4, C=4)
     logp = jax.jit(make_logp(model.graphdef, "shared_prefix"))
-    batch["reference_logp_BC"] = np.asarray(logp(model.lora, model.base, batch))
+    batch["reference_logp_BMC"] = np.asarray(logp(model.lora, model.base, batch))
     _, metrics, *_ = run(model, batch)
     np.testing.assert_allclose(metrics["loss"], np.log(4), rtol=1e-5)
     np.testing.assert_allclose(metrics["rewards/margins"], 0, atol=1e-4)

@@ -19,7 +19,8 @@ from sdpo_jax.workdir import open_run, write_stage_result
 
 TITLES = ("heat", "alien", "aliens", "the thing", "jaws", "big", "fargo", "babe", "speed", "up")
 CONFIG = {
-    "seed": 0, "stages": ["sft", "sdpo"], "prompt_file": "", "max_length": 512,
+    "seed": 0, "stages": ["sft", "sdpo"], "prompt": "candidates", "history": 10,
+    "prompt_file": "", "max_length": 512, "negatives": "shown", "tune": "lora",
     "item_vectors": "", "chat_template": False,
     "num_negatives": 3, "objective": "sdpo", "beta": 1.0, "batch_size": 8,
     "validation_split": "val", "dtype": "float32", "base_dtype": "same", "best_by": "loss",
@@ -79,8 +80,8 @@ def make_run(folder: Path) -> Path:
     config = CONFIG | {"dataset": str(folder / "data"), "model": str(folder / "model")}
     meta = json.loads((folder / "model" / "model.json").read_text())
     fingerprint = read_dataset(folder / "data").meta["fingerprint"]
-    fingerprints = {"dataset": fingerprint, "model": meta["sha256"],
-                    "prompts": prompts.fingerprint(prompts.TEMPLATES["movie"])}  # fmt: skip
+    wording = prompts.fingerprint(prompts.TEMPLATES["candidates"]["movie"])
+    fingerprints = {"dataset": fingerprint, "model": meta["sha256"], "prompts": wording}
     open_run(folder / "run", config, fingerprints)
     return folder / "run"
 

@@ -29,12 +29,12 @@ def run(tmp_path_factory) -> Path:
     run = tiny_run.make_run(tmp_path_factory.mktemp("whole"))
     for stage, step in (("sft", 2), ("sdpo", 3)):
         tiny_run.finish(run, stage, step)
-        for decoder in ("greedy", "score"):
-            records = [{"row": row, "hit": row % 3 == 0, "valid": True, "rank": 1 + row % 4}
-                       for row in range(6)]  # fmt: skip
+        for decoder, rank in (("greedy", "candidates"), *(("score", r) for r in results.RANKS)):
+            records = [{"row": row, "hit": row % 3 == 0, "valid": True, "rank": 1 + row % 4,
+                        "top": [row, 7]} for row in range(6)]  # fmt: skip
             about = {"stage": stage, "step": step, "decoder": decoder, "split": "test",
                      "seconds": 5.0, "protocol": "drawn", "candidates": 4}  # fmt: skip
-            summary = results.summarise(decoder, records) | about
+            summary = results.summarise(decoder, records, rank, (10, {})) | about
             results.write_result(run / "eval", summary, records)
     return run
 
@@ -64,6 +64,7 @@ def test_a_damaged_file_of_a_run_is_one_line(run, case, data):
     ("config.json", read_run),
     ("stages/sft.json", lambda folder: stage_result(folder, "sft")),
     ("eval/sft-2-score.json", report),
+    ("eval/sft-2-score-catalogue.json", report),
 ])  # fmt: skip
 def test_every_odd_value_of_a_small_file_of_a_run_is_one_line(run, case, file, read):
     folder = fresh(run, case)

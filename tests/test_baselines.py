@@ -58,7 +58,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_learns_what_comes_next_and_keeps_what_it_learned(name, folder, tmp_path):
     first = run(name, folder, tmp_path, settings=QUICK)
-    assert [s["decoder"] for s in first] == ["candidates", "catalogue"]
+    assert [(s["decoder"], s["rank"]) for s in first] == [
+        ("score", "candidates"), ("score", "catalogue"),
+    ]  # fmt: skip
     assert first[0]["hit_ratio_at_1"] > 0.5 and first[1]["hit_ratio_at_5"] > 0.5
     again = run(name, folder, tmp_path, limit=20, candidates_only=True, settings=QUICK)
     assert again[0]["n"] == 20 and again[0]["validation_by_l2"] == first[0]["validation_by_l2"]
@@ -166,11 +168,50 @@ def test_what_is_written_has_the_keys_of_an_evaluation(folder, tmp_path):
         "hit_ratio_at_1", "hit_ratio_at_1_ci95", "hit_ratio_at_5", "hit_ratio_at_10", "ndcg_at_5",
         "ndcg_at_10", "mrr", "protocol", "split", "seed", "dataset_fingerprint", "seconds",
     } <= summary.keys()  # fmt: skip
+    catalogue = json.loads((tmp_path / "eval" / "popularity-catalogue.json").read_text())
+    shares = (*(f"hit_ratio_at_{k}" for k in (1, 5, 10, 20)), "mrr",
+              *(f"ndcg_at_{k}" for k in (5, 10, 20)))  # fmt: skip
+    for name in shares:
+        low, high = catalogue[f"{name}_ci95"]
+        assert 0 <= low <= catalogue[name] <= high <= 1
+    same = {"stage", "step", "decoder", "split", "n", "users", "seed", "dataset_fingerprint"}
+    assert {key: catalogue[key] for key in same} == {key: summary[key] for key in same}
+
+
+def test_the_catalogue_is_all_items_but_the_history_s(folder, tmp_path):
+    _, summary = run("popularity", folder, tmp_path)
     lines = (tmp_path / "eval" / "popularity-catalogue.jsonl").read_text().splitlines()
-    history = {TITLES[item] for item in dataset().splits["test"][0].history}
-    first = json.loads(lines[0])
-    assert len(lines) == 80 and first["row"] == 0 and 1 <= first["rank"] <= ITEMS - 3
-    assert not history & {title for title, _ in first["ranked"]}
+    predictions, data = [json.loads(line) for line in lines], dataset()
+    counts = np.bincount([w.target for w in data.splits["train"]], minlength=100 + ITEMS)
+    for prediction, w in zip(predictions, data.splits["test"], strict=True):
+        allowed = [i for i in TITLES if i not in w.history or i == w.target]
+        better = [i for i in allowed if i != w.target and counts[i] >= counts[w.target]]
+        assert prediction["rank"] == 1 + len(better) and prediction["hit"] == (not better)
+        assert set(prediction["top"]) <= set(allowed) and len(prediction["top"]) == 10
+        assert [title for title, _ in prediction["ranked"]] == [
+            TITLES[item] for item in prediction["top"]
+        ]
+        assert counts[prediction["top"]].tolist() == sorted(counts[allowed], reverse=True)[:10]
+    tops = np.array([prediction["top"] for prediction in predictions])
+    assert summary["items"] == ITEMS and summary["coverage_at_10"] == len({*tops.flat}) / ITEMS
+    assert summary["mean_popularity_at_10"] == pytest.approx(counts[tops].mean())
+    _, random = run("random", folder, tmp_path)
+    assert random["gini_at_10"] < summary["gini_at_10"] < 1
+    assert random["coverage_at_10"] == 1 > summary["coverage_at_10"]
+    assert random["mean_popularity_at_10"] < summary["mean_popularity_at_10"]
+
+
+def test_a_target_that_was_seen_before_stays_in_the_catalogue(tmp_path):
+    data = dataset()
+    first = data.splits["test"][0]
+    again = window((first.target, *first.history), first.target, first.candidates)
+    write_dataset(
+        tmp_path / "data",
+        dataset_of(data.splits | {"test": [again, *data.splits["test"][1:]]}, TITLES),
+    )
+    run("random", str(tmp_path / "data"), tmp_path)
+    lines = (tmp_path / "eval" / "random-catalogue.jsonl").read_text().splitlines()
+    assert 1 <= json.loads(lines[0])["rank"] <= ITEMS - len(first.history)
 
 
 def test_wrong_splits_runs_and_networks_are_refused(folder, tmp_path):

@@ -95,9 +95,16 @@ def test_the_card_tells_data_protocol_and_metrics(run, tmp_path):
     }
     (run / "eval").mkdir()
     (run / "eval" / "sft-3-greedy.json").write_text(json.dumps(summary))
+    ranking = {"decoder": "beam", "rank": "catalogue", "hit_ratio_at_10": 0.5, "ndcg_at_10": 0.375}
+    path = run / "eval" / "sft-3-beam-catalogue.json"
+    path.write_text(json.dumps(summary | ranking))
     card = (export(run, "sft", "peft", tmp_path / "out") / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: peft") and "[HistoryHere]" in card
-    for words in ("drawn for a test", "| test | greedy | 0.2500 [0.1000, 0.5000] | 1.0000 | 11 |"):
+    rows = (
+        "| test | candidates | greedy | 0.2500 [0.1000, 0.5000] | – | – | 1.0000 | 11 |",
+        "| test | catalogue | beam | 0.2500 [0.1000, 0.5000] | 0.5000 | 0.3750 | 1.0000 | 11 |",
+    )
+    for words in ("drawn for a test", *rows):
         assert words in card
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 
 from sdpo_jax.evaluation import metrics
@@ -52,6 +53,56 @@ def test_ranking_metrics_equal_those_worked_by_hand():
     assert metrics.ndcg_at(10, 7) == pytest.approx(1 / 3)
     assert [metrics.reciprocal_rank(rank) for rank in (1, 4)] == [1, 0.25]
     assert metrics.mean([1, 0, 0, 1]) == 0.5
+
+
+def test_a_target_outside_the_ranked_list_is_a_miss():
+    assert metrics.hit_at(20, None) == metrics.ndcg_at(20, None) == 0
+    assert metrics.reciprocal_rank(None) == 0
+
+
+def test_recommended_items_by_hand():
+    """Four items are recommended 0, 1, 1 and 2 times: (-3 * 0 - 1 + 1 + 3 * 2) / (4 * 4)."""
+    lists = [["a", "b"], ["a", "c"]]
+    assert metrics.coverage(lists, 4) == 0.75
+    assert metrics.gini(lists, 4) == 0.375
+    # (5 + 1) / 2 and (5 + 0) / 2, as c has no training interaction.
+    assert metrics.mean_popularity(lists, {"a": 5, "b": 1, "d": 9}) == 2.75
+
+
+@pytest.mark.parametrize(
+    "lists, items, coverage, gini",
+    [
+        ([["a"]], 1, 1, 0),
+        ([["a"], ["a"], ["a"]], 4, 0.25, 0.75),  # one item of four: (I - 1) / I
+        ([["a", "b"], ["c", "d"]], 4, 1, 0),  # ties: all equally often
+        ([["a"], []], 2, 0.5, 0.5),
+        ([[], []], 3, 0, 0),
+        ([], 3, 0, 0),
+    ],
+)
+def test_coverage_and_gini_at_their_ends(lists, items, coverage, gini):
+    assert metrics.coverage(lists, items) == coverage
+    assert metrics.gini(lists, items) == gini
+
+
+def test_the_gini_index_is_half_the_relative_mean_difference():
+    """Another form of it: sum_ij |P_i - P_j| / (2 I sum_i P_i), over all pairs of items."""
+    rng = np.random.default_rng(0)
+    lists = (rng.integers(0, 30, (50, 10)) ** 2 // 30).tolist()
+    times = np.bincount(np.ravel(lists), minlength=40)
+    expected = np.abs(times[:, None] - times).sum() / (2 * 40 * times.sum())
+    assert metrics.gini(lists, 40) == pytest.approx(expected)
+
+
+def test_a_list_of_nothing_has_no_popularity():
+    assert metrics.mean_popularity([["a", "b"], []], {"a": 3, "b": 1}) == 2
+    assert metrics.mean_popularity([[]], {"a": 3}) == metrics.mean_popularity([], {}) == 0
+
+
+@pytest.mark.parametrize("measure", [metrics.coverage, metrics.gini])
+def test_more_items_recommended_than_there_are_is_an_error(measure):
+    with pytest.raises(ValueError, match="found 2 recommended, expected at most 1"):
+        measure([["a", "b"]], 1)
 
 
 def test_chance_is_the_mean_over_all_ranks():
@@ -108,6 +159,36 @@ def test_ten_copies_of_each_window_tell_no_more_than_the_windows_do():
     copied = metrics.paired_difference(hits * 10, other * 10, [*users] * 10)
     assert copied.p == pytest.approx(once.p)
     assert copied.high - copied.low == pytest.approx(once.high - once.low, rel=0.05)
+
+
+def test_the_interval_of_a_mean_by_hand():
+    """Values 1, 2, 3, 4: mean 5/2, s² = 5/3, so ± 1.96 sqrt(5/12)."""
+    low, high = metrics.interval([1, 2, 3, 4], range(4))
+    assert (low, high) == pytest.approx((2.5 - 1.2652, 2.5 + 1.2652), abs=1e-4)
+
+
+def test_the_interval_of_a_mean_is_wider_where_windows_of_a_user_are_alike():
+    values = [0.2, 0.8] * 100
+    apart = metrics.interval(values, range(200))
+    alike = metrics.interval(sorted(values), [i // 20 for i in range(200)])
+    assert np.ptp(alike) == pytest.approx(
+        np.ptp(apart) * metrics.design_effect(sorted(values), [i // 20 for i in range(200)]) ** 0.5
+    )
+    assert np.ptp(alike) > 4 * np.ptp(apart)
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([0.0, 0.0, 0.0, 0.1], (0.0, 0.074)),  # 0.025 ± 1.96 * 0.025, cut at 0
+        ([1.0, 1.0, 1.0, 0.9], (0.926, 1.0)),
+        ([0.5, 0.5], (0.5, 0.5)),
+        ([0.5], (0.0, 1.0)),
+        ([7.0], (-math.inf, math.inf)),
+    ],
+)
+def test_the_interval_of_shares_stays_within_zero_and_one(values, expected):
+    assert metrics.interval(values, range(len(values))) == pytest.approx(expected, abs=5e-4)
 
 
 @pytest.mark.parametrize(

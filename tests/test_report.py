@@ -29,11 +29,16 @@ def predictions(hits, decoder):
     return records
 
 
-def add(run, stage, step, hits, decoder="score", split="test"):
+def add(run, stage, step, hits, decoder="score", split="test", rank="candidates"):
+    """An evaluation of the catalogue has 25 items, of which the first 10 are recommended."""
     records = predictions(hits, decoder)
+    if rank == "catalogue":
+        records = [record | {"top": [*range(10)]} for record in records]
     about = {"stage": stage, "step": step, "decoder": decoder, "split": split, "seconds": 5.0,
              "protocol": "drawn for a test", "candidates": 20}  # fmt: skip
-    results.write_result(run / "eval", results.summarise(decoder, records) | about, records)
+    counts = {item: 7 for item in range(25)}
+    summary = results.summarise(decoder, records, rank, (25, counts)) | about
+    results.write_result(run / "eval", summary, records)
 
 
 def curves(steps=30):
@@ -114,9 +119,9 @@ def test_windows_that_only_one_evaluation_has_are_left_out(run):
 
 
 def test_a_system_trained_again_is_shown_whatever_its_older_catalogue_says(run):
-    add(run, "sasrec", 30, np.arange(N) < 3, "catalogue")
-    add(run, "sasrec", 12, np.arange(N) < 10, "candidates")
-    rows = rows_of(report(run))
+    add(run, "sasrec", 30, np.arange(N) < 3, rank="catalogue")
+    add(run, "sasrec", 12, np.arange(N) < 10)
+    rows = rows_of(report(run).split("## Whole catalogue")[0])
     assert rows["SASRec", "12"][4].startswith("0.250")
     assert ("S-DPO – SASRec", "score") in rows
 
@@ -131,14 +136,53 @@ def test_windows_of_one_user_that_agree_widen_the_interval():
 
 
 def test_other_systems_stand_above_the_stages_and_beside_s_dpo(run):
-    add(run, "sasrec", 7, np.arange(N) < 10, "candidates")
-    add(run, "sasrec", 7, np.arange(N) < 3, "catalogue")
-    assert (run / "eval" / "sasrec-candidates.json").exists()
-    text = report(run)
+    add(run, "sasrec", 7, np.arange(N) < 10)
+    add(run, "sasrec", 7, np.arange(N) < 3, rank="catalogue")
+    text = report(run).split("## Whole catalogue")[0]
     rows = rows_of(text)
     assert text.index("SASRec") < text.index("| base")
     assert rows["SASRec", "7"][2:6] == ["–", "–", "0.250 [0.142, 0.402]", "1.000"]
     assert rows["S-DPO – SASRec", "score"][4:] == ["4", "0", "40"]
+
+
+def test_the_whole_catalogue_has_a_table_of_its_own(run):
+    assert "Whole catalogue" not in report(run)
+    add(run, "sasrec", 7, np.arange(N) < 4, rank="catalogue")
+    add(run, "sft", 20, np.arange(N) < 2, rank="catalogue")
+    add(run, "sft", 20, np.arange(N) < 8, "beam", rank="catalogue")
+    candidates, catalogue = report(run).split("## Whole catalogue")
+    assert "SASRec" not in candidates and "S-DPO – SFT" in candidates
+    head, *rows = [[cell.strip() for cell in line.strip("|").split("|")]
+                   for line in catalogue.splitlines() if line.startswith("| ")]  # fmt: skip
+    assert head == [
+        "", "step", "decoder", "HR@1 [95%]", "HR@5 [95%]", "HR@10 [95%]", "HR@20 [95%]", "NDCG@10",
+        "MRR", "coverage@10", "Gini@10", "popularity@10", "n",
+    ]  # fmt: skip
+    assert [row[:3] for row in rows] == [
+        ["SASRec", "7", "score"], ["SFT", "20", "score"], ["SFT", "20", "beam"],
+    ]  # fmt: skip
+    # As among the candidates, ranks are 1 or 3; 10 of 25 items are recommended equally often.
+    assert rows[2][3:] == [
+        "0.200 [0.105, 0.348]", *3 * ["1.000 [0.912, 1.000]"], "0.600", "0.467", "0.400", "0.600",
+        "7.0", "40",
+    ]  # fmt: skip
+    assert "ranked among all 25 items except those of the window's history" in catalogue
+
+
+def test_the_catalogue_alone_makes_a_report(run):
+    for path in (run / "eval").iterdir():
+        path.unlink()
+    add(run, "sdpo", 30, np.arange(N) < 8, "beam", rank="catalogue")
+    text = report(run)
+    assert "Protocol: drawn for a test." in text and "| S-DPO | 30   | beam" in text
+    assert not any(words in text for words in ("valid", "chance", "Paired"))
+
+
+def test_each_table_has_the_best_step_that_it_can_show(run):
+    add(run, "sft", 30, np.arange(N) < 2, rank="catalogue")
+    _, rows = tables.choose_rows(read_run(run))
+    steps = {rank: {row.stage: row.step for row in of_rank} for rank, of_rank in rows.items()}
+    assert steps["candidates"]["sft"] == 20 and steps["catalogue"] == {"sft": 30}
 
 
 def test_a_run_of_another_objective_says_so(run):
@@ -153,11 +197,13 @@ def test_a_run_of_another_objective_says_so(run):
 
 
 def test_a_row_shows_the_best_step_or_else_the_last_one_evaluated(run):
-    _, rows = tables.choose_rows(read_run(run))
-    assert [(row.stage, row.step) for row in rows] == [("base", 0), ("sft", 20), ("sdpo", 30)]
+    def steps():
+        _, rows = tables.choose_rows(read_run(run))
+        return [(row.stage, row.step) for row in rows["candidates"]]
+
+    assert steps() == [("base", 0), ("sft", 20), ("sdpo", 30)]
     (run / "stages" / "sft.json").unlink()
-    _, rows = tables.choose_rows(read_run(run))
-    assert rows[1].step == 30
+    assert steps() == [("base", 0), ("sft", 30), ("sdpo", 30)]
 
 
 def test_another_split_keeps_the_earlier_one(tmp_path):

@@ -95,12 +95,17 @@ def _results(run: SimpleNamespace, stage: str, step: int) -> str:
     ]
     if not found:
         return "Not evaluated."
-    lines = ["| split | decoder | HR@1 [95%] | valid | n |", "|---|---|---|---|---|"]
+    lines = [
+        "| split | ranked | decoder | HR@1 [95%] | HR@10 | NDCG@10 | valid | n |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for summary in found:
         low, high = summary.get("hit_ratio_at_1_ci95", (math.nan, math.nan))
+        ranking = (f"{summary[key]:.4f}" if key in summary else "–"
+                   for key in ("hit_ratio_at_10", "ndcg_at_10"))  # fmt: skip
         lines.append(
-            f"| {summary['split']} | {summary['decoder']} | {summary['hit_ratio_at_1']:.4f} "
-            f"[{low:.4f}, {high:.4f}] | {summary.get('valid_ratio', math.nan):.4f} | "
-            f"{summary['n']} |"
+            f"| {summary['split']} | {summary['rank']} | {summary['decoder']} | "
+            f"{summary['hit_ratio_at_1']:.4f} [{low:.4f}, {high:.4f}] | {' | '.join(ranking)} | "
+            f"{summary.get('valid_ratio', math.nan):.4f} | {summary['n']} |"
         )
     return "\n".join(lines)

@@ -1,8 +1,7 @@
 """The table of a run's evaluations, the comparison of its stages, and what to read them against."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,15 @@ from sdpo_jax.config import method
 from sdpo_jax.errors import InputError
 from sdpo_jax.evaluation import metrics
 from sdpo_jax.evaluation.markdown import plain
-from sdpo_jax.evaluation.results import DECODERS, SYSTEMS, read_predictions, read_results, users_of
+from sdpo_jax.evaluation.results import (
+    KNOWN_DECODERS,
+    METRICS,
+    RANKS,
+    SYSTEMS,
+    read_predictions,
+    read_results,
+    users_of,
+)
 from sdpo_jax.training.metrics import read_metrics
 from sdpo_jax.workdir import stage_result
 
@@ -19,12 +26,11 @@ NAMES = {
     "random": "random", "popularity": "popularity", "gru4rec": "GRU4Rec", "caser": "Caser",
     "sasrec": "SASRec", "morec": "MoRec", "chatrec": "ChatRec", "base": "base", "sft": "SFT",
 }  # fmt: skip
-# Of the score decoder: column, key of the summary, metric of a rank.
-RANKING: tuple[tuple[str, str, Callable[[int], float]], ...] = (
-    ("HR@5", "hit_ratio_at_5", functools.partial(metrics.hit_at, 5)),
-    ("NDCG@10", "ndcg_at_10", functools.partial(metrics.ndcg_at, 10)),
-    ("MRR", "mrr", metrics.reciprocal_rank),
-)
+# Column and key of the summary: of the score decoder among the candidates, and of the catalogue.
+RANKING = (("HR@5", "hit_ratio_at_5"), ("NDCG@10", "ndcg_at_10"), ("MRR", "mrr"))
+HIT_RATIOS = tuple((f"HR@{k} [95%]", f"hit_ratio_at_{k}") for k in (1, 5, 10, 20))
+FURTHER = (("NDCG@10", "ndcg_at_10"), ("MRR", "mrr"), ("coverage@10", "coverage_at_10"),
+           ("Gini@10", "gini_at_10"))  # fmt: skip
 
 
 def names(run: SimpleNamespace) -> dict[str, str]:
@@ -41,8 +47,11 @@ class Row:
     by_decoder: dict[str, dict[str, Any]]
 
 
-def choose_rows(run: SimpleNamespace, split: str | None = None) -> tuple[str, list[Row]]:
-    """The split and one row a stage: at its best step if evaluated, else the last one that was.
+Rows = Mapping[str, Sequence[Row]]  # by rank
+
+
+def choose_rows(run: SimpleNamespace, split: str | None = None) -> tuple[str, Rows]:
+    """The split and, per rank, one row a stage: at its best step if evaluated, else the last.
 
     `split` defaults to the one evaluated last. Raises InputError when nothing is evaluated.
     """
@@ -53,24 +62,28 @@ def choose_rows(run: SimpleNamespace, split: str | None = None) -> tuple[str, li
             f"sdpo_jax.evaluate --workdir={run.path} --stage=base,sft,sdpo --decoder=greedy,score"
         )
     split = split or found[-1]["split"]
-    # The catalogue's ranking is no column of the table.
-    kept = [s for s in found if s["split"] == split and s["rank"] == "candidates"]
-    if not kept:
-        known = sorted({summary["split"] for summary in found})
+    if split not in (known := sorted({summary["split"] for summary in found})):
         raise InputError(
             f"--split: found {split}, expected one that was evaluated: {', '.join(known)}"
         )
+    return split, {
+        rank: _rows(run, [s for s in found if (s["split"], s["rank"]) == (split, rank)])
+        for rank in RANKS
+    }
+
+
+def _rows(run: SimpleNamespace, found: Sequence[dict[str, Any]]) -> list[Row]:
     rows = []
     for stage in names(run):
-        steps = [summary["step"] for summary in kept if summary["stage"] == stage]
+        steps = [summary["step"] for summary in found if summary["stage"] == stage]
         if steps:
             best = (stage_result(run.path, stage) or {}).get("best_step")
             latest = steps[-1] if stage in SYSTEMS else max(steps)
             step = best if best in steps else latest
-            of_step = [s for s in kept if (s["stage"], s["step"]) == (stage, step)]
-            decoders = {s["decoder"]: s for s in of_step}
-            rows.append(Row(stage, step, {d: decoders[d] for d in DECODERS if d in decoders}))
-    return split, rows
+            decoders = {s["decoder"]: s for s in found if (s["stage"], s["step"]) == (stage, step)}
+            ordered = {d: decoders[d] for d in KNOWN_DECODERS if d in decoders}
+            rows.append(Row(stage, step, ordered))
+    return rows
 
 
 def reward_accuracy(run: SimpleNamespace, step: int) -> tuple[float, int] | None:
@@ -90,13 +103,13 @@ def reward_accuracy(run: SimpleNamespace, step: int) -> tuple[float, int] | None
 
 
 def table(run: SimpleNamespace, rows: Sequence[Row]) -> list[list[str]]:
-    """Header and cells, the chance level last."""
-    decoders = [d for d in DECODERS if any(d in row.by_decoder for row in rows)]
+    """Header and cells of the rankings of candidates, the chance level last."""
+    decoders = [d for d in KNOWN_DECODERS if any(d in row.by_decoder for row in rows)]
     header = ["", "step"]
     for decoder in decoders:
         header.append(f"HR@1 {decoder} [95%]")
         header += ["valid"] if decoder == "greedy" else []
-        header += [name for name, _, _ in RANKING] if decoder == "score" else []
+        header += [name for name, _ in RANKING] if decoder == "score" else []
     header += ["reward accuracy [95%]", "n", "training s", "evaluation s"]
     return [header, *(_cells(run, row, decoders) for row in rows), _chance(run, rows, decoders)]
 
@@ -107,7 +120,7 @@ def _cells(run: SimpleNamespace, row: Row, decoders: Sequence[str]) -> list[str]
         summary = row.by_decoder.get(decoder, {})
         cells.append(_ratio(summary.get("hit_ratio_at_1"), summary.get("hit_ratio_at_1_ci95")))
         cells += [_number(summary.get("valid_ratio"))] if decoder == "greedy" else []
-        cells += [_number(summary.get(k)) for _, k, _ in RANKING] if decoder == "score" else []
+        cells += [_number(summary.get(key)) for _, key in RANKING] if decoder == "score" else []
     accuracy = reward_accuracy(run, row.step) if row.stage == "sdpo" else None
     if accuracy is None:
         cells.append("–")
@@ -128,8 +141,25 @@ def _chance(run: SimpleNamespace, rows: Sequence[Row], decoders: Sequence[str]) 
         cells.append(_number(1 / C))
         cells += ["–"] if decoder == "greedy" else []
         if decoder == "score":
-            cells += [_number(metrics.chance(metric, C)) for _, _, metric in RANKING]
+            of_rank = METRICS["candidates"]
+            cells += [_number(metrics.chance(of_rank[key], C)) for _, key in RANKING]
     return [*cells, _number(1 / (1 + run.config.num_negatives)), "", "", ""]
+
+
+def catalogue_table(run: SimpleNamespace, rows: Sequence[Row]) -> list[list[str]]:
+    """Header and cells of the rankings of the whole catalogue: a line per system and decoder."""
+    columns = [name for name, _ in (*HIT_RATIOS, *FURTHER)]
+    cells = [["", "step", "decoder", *columns, "popularity@10", "n"]]
+    for row in rows:
+        for decoder, s in row.by_decoder.items():
+            popularity = s.get("mean_popularity_at_10")
+            cells.append([
+                names(run)[row.stage], str(row.step), decoder,
+                *(_ratio(s.get(key), s.get(f"{key}_ci95")) for _, key in HIT_RATIOS),
+                *(_number(s.get(key)) for _, key in FURTHER),
+                "–" if popularity is None else f"{popularity:.1f}", str(s["n"]),
+            ])  # fmt: skip
+    return cells
 
 
 def differences(run: SimpleNamespace, rows: Sequence[Row]) -> list[list[str]]:
@@ -142,7 +172,7 @@ def differences(run: SimpleNamespace, rows: Sequence[Row]) -> list[list[str]]:
         if first not in of_stage or second not in of_stage:
             continue
         a, b = of_stage[first].by_decoder, of_stage[second].by_decoder
-        for decoder in (d for d in DECODERS if d in a and d in b):
+        for decoder in (d for d in KNOWN_DECODERS if d in a and d in b):
             d = paired(a[decoder], b[decoder])
             if d is not None:
                 interval = f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
@@ -163,16 +193,26 @@ def paired(a: dict[str, Any], b: dict[str, Any]) -> metrics.Difference | None:
     return metrics.paired_difference(hits_a, hits_b, users_of(of_a[row] for row in rows))
 
 
-def render(run: SimpleNamespace, split: str, rows: Sequence[Row], picture: str | None) -> str:
+def render(run: SimpleNamespace, split: str, rows: Rows, picture: str | None) -> str:
     """The whole report as Markdown."""
-    summary = next(iter(rows[0].by_decoder.values()))
-    cells = table(run, rows)
+    first = next(row for of_rank in rows.values() for row in of_rank)
+    summary = next(iter(first.by_decoder.values()))
     parts = [
         f"# {plain(run.path)}",
         f"Model {plain(run.config.model)}, data {plain(run.config.dataset)}, split {split}, seed "
         f"{run.config.seed}.",
         f"Protocol: {plain(summary.get('protocol'))}.",
-        "\n".join(markdown(cells)),
+        *(_candidates(run, rows["candidates"]) if rows["candidates"] else ()),
+        *(_catalogue(run, rows["catalogue"]) if rows["catalogue"] else ()),
+    ]
+    if picture:
+        parts.append(f"![training curves]({picture})")
+    return "\n\n".join(parts) + "\n"
+
+
+def _candidates(run: SimpleNamespace, rows: Sequence[Row]) -> list[str]:
+    parts = [
+        "\n".join(markdown(table(run, rows))),
         "HR@1 greedy and valid are the paper's: the generation names exactly one candidate. "
         "HR@5, NDCG@10 and MRR rank the candidates by log-probability. Reward accuracy is on the "
         f"{plain(run.config.validation_split)} split. Intervals are Wilson's, wider where windows "
@@ -187,9 +227,21 @@ def render(run: SimpleNamespace, split: str, rows: Sequence[Row], picture: str |
             "Interval: Bonett & Price, with the same care for users; p: exact test, two-sided, "
             "of exchanging the systems user by user (McNemar's where each has one window).",
         ]
-    if picture:
-        parts.append(f"![training curves]({picture})")
-    return "\n\n".join(parts) + "\n"
+    return parts
+
+
+def _catalogue(run: SimpleNamespace, rows: Sequence[Row]) -> list[str]:
+    sizes = {s["items"] for row in rows for s in row.by_decoder.values() if "items" in s}
+    items = f"all {'/'.join(f'{n:,}' for n in sorted(sizes))} items" if sizes else "all items"
+    return [
+        "## Whole catalogue",
+        "\n".join(markdown(catalogue_table(run, rows))),
+        f"The target is ranked among {items} except those of the window's history. A target that "
+        "beam search does not find is a miss. Of the first 10 items per window: coverage is the "
+        "share of all items recommended at least once, Gini the inequality of how often each item "
+        "is recommended (0: all equally often), popularity the mean number of training "
+        "interactions. Intervals are Wilson's, wider where windows of one user are alike.",
+    ]
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> list[str]:

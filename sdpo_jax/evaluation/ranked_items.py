@@ -15,12 +15,12 @@ SHOWN = 10  # of a ranking, in the predictions
 class RankedItems:
     """The items of a data set and their distinct titles, of which I and Y are the numbers.
 
-    A window's own history is not recommended, but for the target. Items of one title cannot be
+    A window's own history is not recommended, but for the target: the same items for every system. Items of one title cannot be
     told apart: all stand where the title stands, and the target after the others.
     """
 
     def __init__(self, dataset: Dataset, encoder: Encoder):
-        self.dataset, self.encoder = dataset, encoder
+        self.dataset = dataset
         self.items = np.array(list(dataset.titles))
         self._place = {item: place for place, item in enumerate(dataset.titles)}
         by_ids: dict[tuple[int, ...], int] = {}
@@ -33,8 +33,8 @@ class RankedItems:
     def allowed_items(self, window: Window) -> np.ndarray:
         """[I]: what may be recommended in this window."""
         allowed_I = np.ones(len(self.items), bool)
-        shown = {*window.history, *self.encoder.before(window)} - {window.target}
-        allowed_I[[self._place[item] for item in shown]] = False
+        history = set(window.history) - {window.target}
+        allowed_I[[self._place[item] for item in history]] = False
         return allowed_I
 
     def allowed_titles(self, windows: Sequence[Window]) -> np.ndarray:

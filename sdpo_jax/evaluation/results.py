@@ -31,7 +31,6 @@ from sdpo_jax.workdir import write_json
 SYSTEMS = ("random", "popularity", "gru4rec", "caser", "sasrec", "morec", "chatrec")
 # What is ranked: a window's candidates, or all items but those of its history.
 RANKS = ("candidates", "catalogue")
-KNOWN_DECODERS = tuple(dict.fromkeys((*DECODERS, "beam")))
 RANKING_DECODERS = ("score", "beam")  # their predictions have a rank
 CUTOFF = 10  # of the lists whose coverage, Gini index and popularity are measured
 Metric = Callable[[int | None], float]
@@ -53,7 +52,7 @@ SUMMARY = {
     **{f"{name}?": SHARE for name in _SHARES}, **{f"{name}_ci95?": INTERVAL for name in _SHARES},
     "mean_popularity_at_10?": NUMBER,
     "stage": one_of("base", *STAGES, *SYSTEMS), "step": COUNT,
-    "decoder": one_of(*KNOWN_DECODERS), "rank": one_of(*RANKS),
+    "decoder": one_of(*DECODERS), "rank": one_of(*RANKS),
     "split": one_of(*SPLITS), "n": POSITIVE, "hit_ratio_at_1": SHARE, "seconds?": NUMBER,
     "users?": POSITIVE, "candidates?": POSITIVE, "items?": POSITIVE,
 }  # fmt: skip

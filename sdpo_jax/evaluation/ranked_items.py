@@ -15,8 +15,9 @@ SHOWN = 10  # of a ranking, in the predictions
 class RankedItems:
     """The items of a data set and their distinct titles, of which I and Y are the numbers.
 
-    A window's own history is not recommended, but for the target: the same items for every system. Items of one title cannot be
-    told apart: all stand where the title stands, and the target after the others.
+    A window's own history is not recommended, but for the target: the same items for every system.
+    Items of one title cannot be told apart: all stand where the title stands, and the target after
+    the others.
     """
 
     def __init__(self, dataset: Dataset, encoder: Encoder):

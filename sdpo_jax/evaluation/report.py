@@ -10,7 +10,7 @@ from sdpo_jax.errors import InputError
 from sdpo_jax.evaluation import metrics
 from sdpo_jax.evaluation.markdown import plain
 from sdpo_jax.evaluation.results import (
-    KNOWN_DECODERS,
+    DECODERS,
     METRICS,
     RANKS,
     SYSTEMS,
@@ -81,7 +81,7 @@ def _rows(run: SimpleNamespace, found: Sequence[dict[str, Any]]) -> list[Row]:
             latest = steps[-1] if stage in SYSTEMS else max(steps)
             step = best if best in steps else latest
             decoders = {s["decoder"]: s for s in found if (s["stage"], s["step"]) == (stage, step)}
-            ordered = {d: decoders[d] for d in KNOWN_DECODERS if d in decoders}
+            ordered = {d: decoders[d] for d in DECODERS if d in decoders}
             rows.append(Row(stage, step, ordered))
     return rows
 
@@ -104,7 +104,7 @@ def reward_accuracy(run: SimpleNamespace, step: int) -> tuple[float, int] | None
 
 def table(run: SimpleNamespace, rows: Sequence[Row]) -> list[list[str]]:
     """Header and cells of the rankings of candidates, the chance level last."""
-    decoders = [d for d in KNOWN_DECODERS if any(d in row.by_decoder for row in rows)]
+    decoders = [d for d in DECODERS if any(d in row.by_decoder for row in rows)]
     header = ["", "step"]
     for decoder in decoders:
         header.append(f"HR@1 {decoder} [95%]")
@@ -172,7 +172,7 @@ def differences(run: SimpleNamespace, rows: Sequence[Row]) -> list[list[str]]:
         if first not in of_stage or second not in of_stage:
             continue
         a, b = of_stage[first].by_decoder, of_stage[second].by_decoder
-        for decoder in (d for d in KNOWN_DECODERS if d in a and d in b):
+        for decoder in (d for d in DECODERS if d in a and d in b):
             d = paired(a[decoder], b[decoder])
             if d is not None:
                 interval = f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"

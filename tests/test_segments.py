@@ -118,7 +118,7 @@ def test_the_tokens_are_a_head_and_one_title_a_line(tokenizer, encoder, history)
 def test_each_place_predicts_the_first_token_of_its_title(encoder):
     for rows in units(encoder, "train", SEGMENT):
         example = segment(encoder, "train", rows, others=(0, 5))
-        assert example.M == len(rows) and example.C == 3 and example.continued
+        assert (example.M, example.C, example.continued) == (len(rows), 3, True)
         whole = [*example.prompt.tolist(), encoder.end]
         for row, place, answers in zip(rows, example.places, example.answers, strict=True):
             target = encoder.answer(encoder.window("train", row).target)

@@ -45,7 +45,8 @@ def _parts(encoder: Encoder, split: str, run: list[int], segment: int) -> list[l
         parts = [part.tolist() for part in np.array_split(run, count)]
         if all(_fits(encoder, split, part) for part in parts):
             return parts
-    raise encoder.no_room(max(len(encoder.answer(encoder.window(split, row).target)) for row in run))
+    targets = (encoder.window(split, row).target for row in run)
+    raise encoder.no_room(max(len(encoder.answer(item)) for item in targets))
 
 
 def _fits(encoder: Encoder, split: str, rows: list[int]) -> bool:

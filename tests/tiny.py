@@ -66,6 +66,32 @@ def dataset_of(
     return Dataset(domain, titles, named, meta, sequences, {item: {} for item in titles})
 
 
+def history_dataset(users: int = 24, seed: int = 0) -> Dataset:
+    """The titles and tastes of `tiny_dataset`; users with 6 to 11 items and three dislikes.
+
+    Of the first two thirds of the users every window with an item before it is for training, of
+    the others the last one for val and test in turn.
+    """
+    rng = np.random.default_rng(seed)
+    tiny = tiny_dataset()
+    splits: dict[str, list[Window]] = {"train": [], "val": [], "test": []}
+    sequences = {}
+    for user in range(users):
+        taste = np.arange(48) % 4 == user % 4
+        items = rng.permutation(np.flatnonzero(taste))[: rng.integers(6, 12)].tolist()
+        places = np.sort(rng.integers(0, len(items), 3)).tolist()
+        others = rng.permutation(np.flatnonzero(~taste)).tolist()
+        disliked = tuple(zip(places, others[-3:], strict=True))
+        sequences[user] = sequence = UserSequence(user, tuple(items), disliked)
+        name = "train" if user < users * 2 // 3 else ("val", "test")[user % 2]
+        last = len(items) - 1
+        for place in range(1, last + 1) if name == "train" else [last]:
+            shown = rng.permutation([items[place], *others[:19]]).tolist()
+            splits[name].append(sequence.window(place, 10, tuple(shown)))
+    meta = {"protocol": "drawn for a test", "seed": 0, "history": 10}
+    return Dataset("movie", tiny.titles, splits, meta, sequences, tiny.attributes)
+
+
 def tiny_dataset() -> Dataset:
     """48 titles; a user's taste is a residue modulo 4, so there is something to learn."""
     rng = np.random.default_rng(0)

@@ -33,8 +33,7 @@ class Negatives:
         counts = dict.fromkeys(self._items, 0)
         for window in dataset.splits["train"] if kind == "popularity" else ():
             counts[window.target] += 1
-        weights = np.array(list(counts.values()), float) ** power if any(counts.values()) else None
-        self._shares = None if weights is None else np.cumsum(weights / weights.sum())
+        self._shares = _shares(np.array(list(counts.values()), float), power)
         # By title, as equal titles cannot be told apart.
         self._own = {
             user: frozenset(dataset.titles[item] for item in sequence.items)
@@ -60,8 +59,9 @@ class Negatives:
             self._take((near[i] for i in random.permutation(len(near))), count, taken, chosen)
         self._take(self._any(random), count, taken, chosen)
         if len(chosen) < count:
+            key = "hard_pool" if self.kind == "hard" else "num_negatives"
             raise InputError(
-                f"config.num_negatives: found {len(chosen)} titles beside those of the user "
+                f"config.{key}: found {len(chosen)} titles beside those of the user "
                 f"{window.user}, expected {count}: lower it"
             )
         return chosen
@@ -83,6 +83,14 @@ class Negatives:
             places = np.searchsorted(self._shares, random.random(TRIES), side="right")
         for place in itertools.chain(places, _permutation(random, len(self._items))):
             yield self._items[place]
+
+
+def _shares(counts: np.ndarray, power: float) -> np.ndarray | None:
+    """Cumulative shares of counts to a power, the last one 1; None where all counts are 0."""
+    if not counts.any():
+        return None
+    sums = np.cumsum((counts / counts.max()) ** power)
+    return sums / sums[-1]
 
 
 def _permutation(random: np.random.Generator, n: int) -> Iterator[int]:

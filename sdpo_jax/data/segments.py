@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from sdpo_jax.data.prepared import Window
+from sdpo_jax.data.prepared import User, Window
 from sdpo_jax.data.tokens import Encoder
 
 Unit = tuple[int, ...]  # row numbers of a split
@@ -28,21 +28,25 @@ def units(encoder: Encoder, split: str, segment: int) -> list[Unit]:
 
 
 def _runs(windows: Sequence[Window]) -> Iterator[list[int]]:
-    """Rows of one user whose targets follow one another."""
-    # Along a run the row and the target's place grow alike.
-    keyed = itertools.groupby(
-        range(len(windows)), lambda row: (windows[row].user, windows[row].place - row)
-    )
-    return (list(rows) for _, rows in keyed)
+    """Rows of one user whose targets follow one another, wherever in the split they are."""
+    own: dict[User, list[int]] = {}
+    for row, window in enumerate(windows):
+        own.setdefault(window.user, []).append(row)
+    for rows in own.values():
+        rows.sort(key=lambda row: windows[row].place)
+        # Along a run the number in this order and the target's place grow alike.
+        starts = [windows[row].place - n for n, row in enumerate(rows)]
+        for _, run in itertools.groupby(zip(starts, rows, strict=True), lambda pair: pair[0]):
+            yield [row for _, row in run]
 
 
-def _parts(encoder: Encoder, split: str, run: list[int], segment: int) -> list[np.ndarray]:
-    count = -(-len(run) // segment)
-    while True:
-        parts = np.array_split(run, count)
-        if count == len(run) or all(_fits(encoder, split, part.tolist()) for part in parts):
-            return [part.tolist() for part in parts]
-        count += 1
+def _parts(encoder: Encoder, split: str, run: list[int], segment: int) -> list[list[int]]:
+    for count in range(-(-len(run) // segment), len(run) + 1):
+        parts = [part.tolist() for part in np.array_split(run, count)]
+        if all(_fits(encoder, split, part) for part in parts):
+            return parts
+    targets = (encoder.window(split, row).target for row in run)
+    raise encoder.no_room(max(len(encoder.answer(item)) for item in targets))
 
 
 def _fits(encoder: Encoder, split: str, rows: list[int]) -> bool:

@@ -228,7 +228,7 @@ class Encoder:
         sizes = np.cumsum([len(self.answer(item)) for item in reversed(items)])
         count = int(np.searchsorted(sizes, room, side="right"))
         if items and count == 0:
-            raise self._no_room(len(self.answer(items[-1])))
+            raise self.no_room(len(self.answer(items[-1])))
         return items[len(items) - count :]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -247,12 +247,13 @@ class Encoder:
     def _example(self, ids: list[int], answers: list[np.ndarray]) -> Example:
         room = self.max_length - max(map(len, answers)) - len(self.bos)
         if room < 1:
-            raise self._no_room(max(map(len, answers)))
+            raise self.no_room(max(map(len, answers)))
         self.encoded += 1
         self.truncated += len(ids) > room
         return Example.single(np.array(self.bos + ids[-room:], np.int32), answers)
 
-    def _no_room(self, tokens: int) -> InputError:
+    def no_room(self, tokens: int) -> InputError:
+        """What to raise where the titles of a prompt do not fit."""
         return InputError(
             f"max_length={self.max_length} leaves no room for a prompt beside an answer of "
             f"{tokens} tokens: raise --config.max_length"

@@ -22,12 +22,14 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from sdpo_jax.data import prompts
 from sdpo_jax.errors import InputError, run_command
 from sdpo_jax.evaluation.card import model_card
+from sdpo_jax.evaluation.decode import MAX_NEW_TOKENS
 from sdpo_jax.evaluation.stages import choose_step, raw_adapter
 from sdpo_jax.files import is_free
 from sdpo_jax.hub import name_and_revision
-from sdpo_jax.model_folder import read_meta
+from sdpo_jax.model_folder import load_tokenizer, read_meta
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.peft import write_adapter
@@ -80,6 +82,8 @@ def export(workdir: str | Path, stage: str, form: str, output: str | Path,
             write_adapter(partial, tree, lora, config, *source)
         else:
             write_merged(partial, model, tree, lora, config)
+        if run.config.prompt == "history":
+            write_generation_config(partial, load_tokenizer(model))
         (partial / "README.md").write_text(card, encoding="utf-8")
         os.replace(partial, output)
     except CheckpointGone as error:
@@ -120,6 +124,14 @@ def write_merged(folder: Path, model: Path, tree: dict, lora: LoraConfig,
         index = {"metadata": plan.metadata, "weight_map": shard_of}
         path = folder / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_generation_config(folder: Path, tokenizer) -> None:
+    """Tells generators that a line break ends an answer, as does EOS, and not to sample."""
+    ends = [prompts.answer_end(tokenizer, "history"), tokenizer.eos_token_id]
+    content = {"eos_token_id": ends, "do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def shard_plan(config: DecoderConfig):

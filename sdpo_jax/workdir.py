@@ -22,7 +22,7 @@ LOCK = ".lock"
 # Keys of a stored config without which a run cannot be evaluated, reported or exported.
 READ = (
     "dataset", "model", "seed", "stages", "prompt", "history", "prompt_file", "chat_template",
-    "max_length", "negatives", "best_by", "tune",
+    "max_length", "negatives", "redraw", "best_by", "tune",
     "batch_size", "num_negatives", "objective", "beta", "validation_split", "dtype", "base_dtype",
     "lora.rank", "lora.alpha", "lora.dropout", "lora.targets", "lora.init_from", "item_vectors",
     "mesh.fsdp", "mesh.tensor",

@@ -20,7 +20,7 @@ from sdpo_jax.workdir import open_run, write_stage_result
 TITLES = ("heat", "alien", "aliens", "the thing", "jaws", "big", "fargo", "babe", "speed", "up")
 CONFIG = {
     "seed": 0, "stages": ["sft", "sdpo"], "prompt": "candidates", "history": 10,
-    "prompt_file": "", "max_length": 512, "negatives": "shown", "tune": "lora",
+    "prompt_file": "", "max_length": 512, "negatives": "shown", "redraw": False, "tune": "lora",
     "item_vectors": "", "chat_template": False,
     "num_negatives": 3, "objective": "sdpo", "beta": 1.0, "batch_size": 8,
     "validation_split": "val", "dtype": "float32", "base_dtype": "same", "best_by": "loss",

@@ -165,8 +165,16 @@ def fingerprint(templates: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(templates)).encode()).hexdigest()
 
 
-def end_of_line(tokenizer: Any) -> int:
-    """The token id of a line break, which ends each title of a history.
+def answer_end(tokenizer: Any, prompt: str) -> int:
+    """The token that ends an answer: EOS, or in a history the line break after each title.
+
+    Raises InputError where the tokenizer has no token for a line break alone.
+    """
+    return _end_of_line(tokenizer) if prompt == "history" else tokenizer.eos_token_id
+
+
+def _end_of_line(tokenizer: Any) -> int:
+    """The token id of a line break.
 
     Raises InputError where the tokenizer has no token for it alone.
     """

@@ -113,7 +113,7 @@ class Encoder:
         self.prompt, self.history = prompt, history
         self.encoded = self.truncated = 0
         self.bos = prompts.bos(tokenizer)
-        self.end = prompts.end_of_line(tokenizer) if prompt == "history" else tokenizer.eos_token_id
+        self.end = prompts.answer_end(tokenizer, prompt)
         self._answers: dict[int, np.ndarray] = {}
         self._heads: dict[int, list[int]] = {}
         self.first_vector = first_vector

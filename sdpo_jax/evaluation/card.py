@@ -17,6 +17,19 @@ from sdpo_jax.model_folder import load_tokenizer, read_meta
 from sdpo_jax.workdir import same, stage_result
 
 
+# What the model does with a prompt of each kind, and how the prompt is filled in.
+_ANSWERS = {
+    "candidates": "answers with one of the titles it is shown",
+    "history": "continues a history of titles with the next one",
+}
+_PLACES = {
+    "candidates": "History and candidates take the places in brackets, one title per line; the "
+    "answer is a title and EOS.",
+    "history": "The titles of the history take the place in brackets, oldest first, one per line, "
+    "and the last line is ended too. The answer is a title; a line break ends it.",
+}
+
+
 def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
     """Markdown with the Hub's header; `form` is "peft" or "merged"."""
     c, meta = run.config, read_meta(Path(run.config.model))
@@ -36,21 +49,20 @@ def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
     lines = [
         f"---\n{header.to_yaml()}\n---",
         f"# {plain(data.get('dataset', data['domain']))}: {trained}",
-        f"A {plain(meta['family'])} model of {meta['parameters']:,} parameters that answers with "
-        f"one of the titles it is shown. Its base: {plain(meta['source'])}.",
+        f"A {plain(meta['family'])} model of {meta['parameters']:,} parameters that "
+        f"{_ANSWERS[c.prompt]}. Its base: {plain(meta['source'])}.",
         "## Training",
         _table(
             ("stage", f"{trained}, step {step}{_examples(run, stage)}"),
-            ("negatives, beta", f"{c.num_negatives}, {c.beta}" if stage == "sdpo" else "–"),
+            ("negatives, beta", _negatives(c) if stage == "sdpo" else "–"),
             ("started from", c.lora.init_from or "a fresh adapter"),
-            ("LoRA", f"rank {c.lora.rank}, alpha {c.lora.alpha:g}, {', '.join(c.lora.targets)}"),
+            ("trained", _trained_weights(c)),
             ("global batch", c.batch_size),
             ("dtype of products, base", f"{c.dtype}, {c.base_dtype}"),
             ("seed", c.seed),
         ),
         "## Prompt",
-        "History and candidates take the places in brackets, one title a line; the answer is a "
-        f"title and EOS.{_one_of(len(templates))}",
+        f"{_PLACES[c.prompt]}{_one_of(len(templates))}",
         fenced(templates[0]),
         "## Data",
         _table(
@@ -63,6 +75,18 @@ def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
         _results(run, stage, step),
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _negatives(config: SimpleNamespace) -> str:
+    redrawn = ", redrawn in each epoch" if config.redraw else ""
+    return f"{config.num_negatives} {config.negatives}{redrawn}, {config.beta}"
+
+
+def _trained_weights(config: SimpleNamespace) -> str:
+    lora = config.lora
+    if config.tune == "full":
+        return "all weights"
+    return f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(lora.targets)}"
 
 
 def _trained(stage: str, method: str) -> str:

@@ -1,11 +1,12 @@
 """The device mesh, the rules from shape letters to mesh axes, and placement.
 
 Shape letters, used on signatures, batch keys and einsum strings throughout:
-B prompts · C candidates of a prompt = K+1, index 0 is the preferred one · P prompt tokens ·
-A answer tokens (EOS included) · S packed answer tokens of a prompt that are fed (each answer's
-last is only a target) · T = P + S tokens of a row · L layers · D model width · N query heads
-(times head width in a kernel) · G key/value heads (likewise) · H head width · F feed-forward
-width · V vocabulary · R LoRA rank · M microbatch.
+B examples · M targets of an example · C candidates of a target = K+1, index 0 is the preferred one
+· P prompt tokens · E prompt tokens that predict a token of an answer · A answer tokens (the end
+included) · S answer tokens that are fed beside the prompt (each answer's last is only a target) ·
+W rows of tokens · T tokens of a row · L layers · D model width · N query heads (times head width
+in a kernel) · G key/value heads (likewise) · H head width · F feed-forward width · V vocabulary ·
+R LoRA rank.
 """
 
 import jax

@@ -118,6 +118,16 @@ def gradient_flops(model, layout: str, negatives: int) -> int:
     return matrix_flops(gradient, model.lora)
 
 
+# What a candidates step took when its answers could be at the prompt's end alone.
+FLOPS_OF_ONE_TARGET = {0: 22689216, 3: 29287872, 15: 71165376, 19: 90629568}
+
+
+@pytest.mark.parametrize("negatives", FLOPS_OF_ONE_TARGET)
+def test_targets_within_the_prompt_cost_those_at_its_end_nothing(model, negatives):
+    found = gradient_flops(model, "shared_prefix", negatives)
+    assert found <= FLOPS_OF_ONE_TARGET[negatives]
+
+
 def test_a_negative_costs_its_own_tokens_alone(model):
     ours = {k: gradient_flops(model, "shared_prefix", k) for k in (1, 3)}
     rows = {k: gradient_flops(model, "padded", k) for k in (1, 3)}

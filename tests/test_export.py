@@ -22,7 +22,6 @@ from sdpo_jax.errors import InputError
 from sdpo_jax.export import export
 from sdpo_jax.model_folder import load_model
 from sdpo_jax.models.peft import read_adapter
-from sdpo_jax.workdir import open_run, read_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -138,18 +137,6 @@ def test_the_base_alone_is_merged_from_nothing(run, tmp_path):
     found = flat(load_model(tmp_path / "again", LORA, dtype=jnp.float32).base)
     for name, array in flat(model_of(run).base).items():
         np.testing.assert_allclose(found[name], array, rtol=2**-7, atol=1e-6)
-
-
-def test_a_run_without_the_keys_of_today_is_read_and_goes_on(run, tmp_path):
-    stored = json.loads((run / "config.json").read_text())
-    now = json.loads(json.dumps(stored["config"]))
-    del stored["config"]["base_dtype"], stored["config"]["lora"]["init_from"]
-    (tmp_path / "config.json").write_text(json.dumps(stored))
-    found = read_run(tmp_path).config
-    assert (found.base_dtype, found.lora.init_from) == ("same", "")
-    open_run(tmp_path, now, stored["fingerprints"])
-    with pytest.raises(InputError, match="base_dtype was 'same', now 'nf4'"):
-        open_run(tmp_path, now | {"base_dtype": "nf4"}, stored["fingerprints"])
 
 
 def test_what_cannot_be_exported_is_told_and_nothing_is_left(run, tmp_path):

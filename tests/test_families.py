@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_examples
+from conftest import random_examples, random_segments
 from flax import nnx
 from test_decoder_parity import traced_logits
 from tiny import FAMILIES, hf_folder
@@ -63,13 +63,12 @@ def make_batch(seed=0, B=3):
     return batch | {"reference_logp_BMC": np.zeros((B, 1, C), np.float32)}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_sharing_the_prompt_changes_neither_log_probs_nor_gradients(models, name):
-    model, batch = models(name), make_batch()
+def assert_same_in_both_layouts(model, batch):
+    """Log-probs, and gradients of the adapter."""
 
     def loss(lora, logp):
         logp_BMC = logp(nnx.merge(model.graphdef, lora, model.base), batch)
-        return (logp_BMC * jnp.arange(1, C + 1)).sum(), logp_BMC
+        return (logp_BMC * jnp.arange(1, 1 + logp_BMC.shape[-1])).sum(), logp_BMC
 
     def both(logp):
         function = jax.jit(jax.value_and_grad(functools.partial(loss, logp=logp), has_aux=True))
@@ -80,6 +79,22 @@ def test_sharing_the_prompt_changes_neither_log_probs_nor_gradients(models, name
     np.testing.assert_allclose(shared, rows, atol=1e-4)
     error = np.linalg.norm(shared_gradient - rows_gradient)
     assert error <= 1e-4 * np.linalg.norm(rows_gradient)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sharing_the_prompt_changes_neither_log_probs_nor_gradients(models, name):
+    assert_same_in_both_layouts(models(name), make_batch())
+
+
+@pytest.mark.parametrize("negatives", [0, 1, 3, 15])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nor_does_sharing_a_history_among_all_of_its_targets(models, name, negatives):
+    """Histories of up to 30 tokens, which is longer than mistral's window of 5."""
+    rng = np.random.default_rng(negatives)
+    examples = random_segments(rng, 3, 1 + negatives, M=5, A=5, V=64)
+    assert max(example.M for example in examples) > 2
+    batch = collate(examples, choose_shapes([examples], rows=3)[0], rows=3)
+    assert_same_in_both_layouts(models(name), batch)
 
 
 @pytest.mark.parametrize("name", ALONE)

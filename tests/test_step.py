@@ -8,11 +8,12 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, random_batch, tiny_model
+from conftest import TINY, random_batch, random_examples, random_segments, tiny_model
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from sdpo_jax import sharding
+from sdpo_jax.data.loader import choose_shapes, collate
 from sdpo_jax.errors import InputError
 from sdpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from sdpo_jax.training.step import (
@@ -26,6 +27,7 @@ from sdpo_jax.training.step import (
 
 OPTIMIZER = make_optimizer(1e-2, 10, warmup=0.1, clip=1.0, weight_decay=0.0)
 SDPO = functools.partial(preference_objective, beta=1.0)
+MAKE = pytest.mark.parametrize("make", [random_examples, random_segments])
 
 
 def mesh_of(shape=(1, 1, 1)) -> Mesh:
@@ -34,7 +36,7 @@ def mesh_of(shape=(1, 1, 1)) -> Mesh:
 
 
 def microbatches(batch, count: int):
-    return {k: x.reshape(count, -1, *x.shape[1:]) for k, x in batch.items()}
+    return {k: x.reshape(count, len(x) // count, *x.shape[1:]) for k, x in batch.items()}
 
 
 def placed(model, mesh):
@@ -70,21 +72,22 @@ def flat(state) -> np.ndarray:
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.lora)])
 
 
-@pytest.fixture(scope="module")
-def lowered():
-    *_, step, args = run(tiny_model(), random_batch(B=4, C=4))
+@pytest.fixture(scope="module", params=[random_examples, random_segments])
+def lowered(request):
+    *_, step, args = run(tiny_model(), random_batch(B=4, C=4, make=request.param))
     return step, args
 
 
-def test_no_array_has_logits_at_prompt_positions(lowered):
-    """V is 97, a size nothing else has: every array with it has at most M * (1 + S) rows."""
+def test_no_array_has_logits_at_other_positions_than_those_that_predict(lowered):
+    """V is 97, a size nothing else has: every array with it has at most B * (E + S) rows."""
     step, args = lowered
-    _, M, S = args[2]["packed_BS"].shape
+    B, S = args[2]["packed_BS"].shape[1:]
+    E = args[2]["head_BE"].shape[2]
     text = step.lower(*args).compile().as_text()
     shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"f32\[([\d,]+)\]", text)}
     of_logits = [s for s in shapes if TINY.V in s and s not in {(97, 16), (16, 97)}]
     assert of_logits, "the logits are there"
-    assert max(np.prod(s) // TINY.V for s in of_logits) <= M * (1 + S)
+    assert max(np.prod(s) // TINY.V for s in of_logits) <= B * (E + S)
 
 
 def test_one_base_is_in_memory(lowered):
@@ -130,9 +133,10 @@ def test_a_second_step_compiles_nothing(lowered):
     assert step._cache_size() == 1
 
 
+@MAKE
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
-def test_eight_devices_give_what_one_gives(shape):
-    batch = random_batch(B=8, C=3, rows=8)
+def test_eight_devices_give_what_one_gives(shape, make):
+    batch = random_batch(B=8, C=3, rows=8, make=make)
     one, metrics, *_ = run(tiny_model(), batch, count=2, steps=2)
     if shape[0] == 8:
         batch_count = 1  # eight examples at once, one a device
@@ -145,9 +149,17 @@ def test_eight_devices_give_what_one_gives(shape):
     np.testing.assert_allclose(many_metrics["loss"], metrics["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
-def test_twenty_steps_with_dropout_lose_the_same_on_any_mesh(shape):
-    batch = random_batch(B=8, C=3, rows=8)
+@pytest.mark.parametrize(
+    ("shape", "make"),
+    [
+        ((8, 1, 1), random_examples),
+        ((2, 4, 1), random_examples),
+        ((2, 2, 2), random_examples),
+        ((2, 2, 2), random_segments),
+    ],
+)
+def test_twenty_steps_with_dropout_lose_the_same_on_any_mesh(shape, make):
+    batch = random_batch(B=8, C=3, rows=8, make=make)
     model, key = tiny_model(dropout=0.1), jax.random.key(3)
     found = losses(model, batch, mesh_of(shape), 8 // (shape[0] * shape[1]), key)
     expected = losses(model, batch, mesh_of(), 8, key)
@@ -185,24 +197,57 @@ def _same(x, expected):
     assert x.sharding.is_equivalent_to(expected, x.ndim), (x.sharding, expected)
 
 
-def test_microbatches_add_up_to_the_global_batch():
-    batch = random_batch(B=8, C=3, rows=4)
-    whole, *_ = run(tiny_model(), batch, count=1)
-    cut, *_ = run(tiny_model(), batch, count=4)
-    np.testing.assert_allclose(flat(cut), flat(whole), atol=1e-6)
-
-
+@MAKE
 @pytest.mark.parametrize("objective", [SDPO, sft_objective])
-def test_both_objectives_learn_a_batch(objective):
-    batch = random_batch(B=4, C=3)
+def test_microbatches_add_up_to_the_global_batch(make, objective):
+    """However many targets each of them holds."""
+    batch = random_batch(B=8, C=3, rows=4, make=make)
+    targets = (batch["place_BM"] >= 0).reshape(4, -1).sum(-1)
+    assert (len(set(targets.tolist())) > 1) == (make is random_segments)
+    whole, of_whole, *_ = run(tiny_model(), batch, count=1, objective=objective)
+    cut, of_cut, *_ = run(tiny_model(), batch, count=4, objective=objective)
+    np.testing.assert_allclose(flat(cut), flat(whole), atol=1e-6)
+    assert of_cut["targets"] == of_whole["targets"] == targets.sum()
+    for name, value in of_whole.items():
+        np.testing.assert_allclose(of_cut[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_every_target_of_the_global_batch_counts_alike():
+    """The loss is their mean, not that of the examples' means."""
+    model, batch = tiny_model(), random_batch(B=8, C=3, rows=4, make=random_segments)
+    logp_BMC = jax.jit(make_logp(model.graphdef, "shared_prefix"))(model.lora, model.base, batch)
+    loss_BM, _ = SDPO(logp_BMC, batch)
+    there_BM = batch["place_BM"] >= 0
+    _, metrics, *_ = run(model, batch, count=2)
+    np.testing.assert_allclose(metrics["loss"], np.asarray(loss_BM)[there_BM].mean(), rtol=1e-5)
+    of_examples = np.mean([x[there].mean() for x, there in zip(loss_BM, there_BM, strict=True)])
+    assert abs(metrics["loss"] - of_examples) > 1e-3
+
+
+def test_sft_on_a_history_feeds_its_tokens_once_and_nothing_beside_them():
+    examples = random_segments(np.random.default_rng(5), 4, 1)
+    batch = collate(examples, choose_shapes([examples])[0])
+    assert batch["packed_BS"].shape == (4, 0)
+    assert (batch["slot_WT"] >= 0).sum() == sum(len(e.prompt) for e in examples)
+    state, metrics, *_ = run(tiny_model(), batch, objective=sft_objective)
+    padded, expected, *_ = run(tiny_model(), batch, objective=sft_objective, layout="padded")
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+    np.testing.assert_allclose(flat(state), flat(padded), atol=2e-5)
+
+
+@MAKE
+@pytest.mark.parametrize("objective", [SDPO, sft_objective])
+def test_both_objectives_learn_a_batch(objective, make):
+    batch = random_batch(B=4, C=3, make=make)
     _, first, *_ = run(tiny_model(), batch, objective=objective)
     _, last, *_ = run(tiny_model(), batch, objective=objective, steps=8)
     assert last["loss"] < first["loss"]
 
 
-def test_loss_is_log_C_when_the_reference_is_the_policy():
+@MAKE
+def test_loss_is_log_C_when_the_reference_is_the_policy(make):
     model = tiny_model()
-    batch = random_batch(B=4, C=4)
+    batch = random_batch(B=4, C=4, make=make)
     logp = jax.jit(make_logp(model.graphdef, "shared_prefix"))
     batch["reference_logp_BMC"] = np.asarray(logp(model.lora, model.base, batch))
     _, metrics, *_ = run(model, batch)

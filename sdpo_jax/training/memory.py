@@ -108,7 +108,7 @@ def lower_step(config: DecoderConfig, lora: LoraConfig, examples: Sequence[Examp
 
 
 def abstract_batch(examples: Sequence[Example], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of one microbatch as the step takes it, [1, M, ...]."""
+    """The shapes of one microbatch as the step takes it, [1, B, ...]."""
     rows = sharding.data_shards(mesh)
     batch = loader.collate(examples, loader.choose_shapes([examples], rows)[0], rows)
     batch["reference_logp_BMC"] = np.zeros(batch["answers_BMCA"].shape[:3], np.float32)

@@ -5,7 +5,7 @@ BIN := .venv/bin
 QUICK := runs/quickstart
 RUN := $(QUICK)/run
 CONFIG ?= configs/quickstart.py
-WINDOWS ?= 200
+LIMIT ?= --limit=500
 OTHERS ?=
 
 .PHONY: setup quickstart long bench parity chat stress test clean
@@ -24,13 +24,22 @@ quickstart: setup
 	$(BIN)/python -m sdpo_jax.prepare --dataset=movielens --output=$(QUICK)/data
 	$(BIN)/python -m sdpo_jax.convert --output=$(QUICK)/model
 	$(BIN)/python -m sdpo_jax.train --config=$(CONFIG) --workdir=$(RUN)
-	$(BIN)/python -m sdpo_jax.evaluate --workdir=$(RUN) --stage=base,sft,sdpo \
-	  --decoder=greedy,score --split=test_all --limit=$(WINDOWS)
+	$(BIN)/python -m sdpo_jax.baselines --model=random --dataset=$(QUICK)/data --workdir=$(RUN) \
+	  --split=test_all $(LIMIT)
+	$(BIN)/python -m sdpo_jax.baselines --model=popularity --dataset=$(QUICK)/data \
+	  --workdir=$(RUN) --split=test_all $(LIMIT)
+	$(BIN)/python -m sdpo_jax.evaluate --workdir=$(RUN) --stage=base,sft,sdpo --decoder=score \
+	  --split=test_all $(LIMIT)
+	$(BIN)/python -m sdpo_jax.evaluate --workdir=$(RUN) --stage=sdpo --rank=catalogue \
+	  --decoder=beam --split=test_all $(LIMIT)
 	$(BIN)/python -m sdpo_jax.report --workdir=$(RUN)
 
-# The same with four times the examples, in a run of its own.
+# Three epochs of SFT and all windows of test_all, with SASRec beside: a run of its own. Hours.
 long:
-	$(MAKE) quickstart CONFIG=configs/quickstart.py:long RUN=$(QUICK)/long
+	$(MAKE) quickstart CONFIG=configs/quickstart.py:long RUN=$(QUICK)/long LIMIT=
+	$(BIN)/python -m sdpo_jax.baselines --model=sasrec --dataset=$(QUICK)/data \
+	  --workdir=$(QUICK)/long --split=test_all
+	$(BIN)/python -m sdpo_jax.report --workdir=$(QUICK)/long
 
 # Beside PyTorch, which therefore has a .venv of its own; a bit over an hour on two cores.
 bench: .venv-bench/ready

@@ -16,7 +16,6 @@ from sdpo_jax.hub import is_hub_name, name_and_revision
 from sdpo_jax.model_folder import load_tokenizer, read_meta
 from sdpo_jax.workdir import same, stage_result
 
-
 # What the model does with a prompt of each kind, and how the prompt is filled in.
 _ANSWERS = {
     "candidates": "answers with one of the titles it is shown",

@@ -73,14 +73,16 @@ def finish(run: Path, stage: str, step: int) -> None:
     write_stage_result(run, stage, result)
 
 
-def make_run(folder: Path) -> Path:
+def make_run(folder: Path, prompt: str = "candidates") -> Path:
     """Prepared data, converted model and a started run without checkpoints; returns the run."""
     write_dataset(folder / "data", dataset())
     convert(hf_folder(folder / "hf"), folder / "model")
-    config = CONFIG | {"dataset": str(folder / "data"), "model": str(folder / "model")}
+    config = CONFIG | {
+        "dataset": str(folder / "data"), "model": str(folder / "model"), "prompt": prompt,
+    }  # fmt: skip
     meta = json.loads((folder / "model" / "model.json").read_text())
     fingerprint = read_dataset(folder / "data").meta["fingerprint"]
-    wording = prompts.fingerprint(prompts.TEMPLATES["candidates"]["movie"])
+    wording = prompts.fingerprint(prompts.TEMPLATES[prompt]["movie"])
     fingerprints = {"dataset": fingerprint, "model": meta["sha256"], "prompts": wording}
     open_run(folder / "run", config, fingerprints)
     return folder / "run"

@@ -1,0 +1,104 @@
+"""`evaluate --rank=catalogue` on a tiny run: files, keys, and agreement of both decoders."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_run
+
+from sdpo_jax.baselines.__main__ import run as run_baseline
+from sdpo_jax.data.prepared import read_dataset
+from sdpo_jax.errors import InputError
+from sdpo_jax.evaluate import evaluate
+from sdpo_jax.evaluation.ranked_items import RankedItems
+from sdpo_jax.report import report
+
+KEYS = {
+    *(f"hit_ratio_at_{k}" for k in (1, 5, 10, 20)), *(f"ndcg_at_{k}" for k in (5, 10, 20)),
+    "mrr", "n", "coverage_at_10", "gini_at_10", "mean_popularity_at_10",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of histories with one adapter, evaluated with both decoders."""
+    run = tiny_run.make_run(tmp_path_factory.mktemp("tiny"), "history")
+    tiny_run.save(run, "sft", 2, tiny_run.adapters(tiny_run.model_of(run), 2), 0.5)
+    tiny_run.finish(run, "sft", 2)
+    evaluate(run, ["base", "sft"], decoders=["score", "beam"], rank="catalogue", beams=10)
+    return run
+
+
+def result(run, name):
+    path = run / "eval" / f"{name}.json"
+    lines = path.with_suffix(".jsonl").read_text().splitlines()
+    return json.loads(path.read_text()), [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("decoder", ["score", "beam"])
+def test_the_file_has_the_name_and_the_keys_that_checks_read(run, decoder):
+    summary, predictions = result(run, f"sft-2-{decoder}-catalogue")
+    assert set(summary) >= KEYS
+    assert (summary["rank"], summary["decoder"], summary["n"]) == ("catalogue", decoder, 11)
+    assert len(predictions) == 11
+    assert summary["hit_ratio_at_20"] == 1  # ten items, none of which can be missed
+    assert 0 < summary["coverage_at_10"] <= 1
+
+
+def test_a_beam_as_wide_as_the_catalogue_ranks_as_the_exact_pass_does(run):
+    for stage in ("base-0", "sft-2"):
+        _, exact = result(run, f"{stage}-score-catalogue")
+        _, beam = result(run, f"{stage}-beam-catalogue")
+        for a, b in zip(exact, beam, strict=True):
+            assert a["rank"] == b["rank"] and a["top"] == b["top"]
+            np.testing.assert_allclose(
+                [x for _, x in a["ranked"]], [x for _, x in b["ranked"]], atol=2e-4
+            )
+
+
+def test_items_of_the_history_are_not_recommended_but_for_the_target(run):
+    windows = read_dataset(run.parent / "data").splits["test"]
+    _, predictions = result(run, "sft-2-score-catalogue")
+    for prediction in predictions:
+        window = windows[prediction["row"]]
+        assert not set(prediction["top"]) & (set(window.history) - {window.target})
+        assert len(prediction["top"]) == min(10, 10 - len(set(window.history) - {window.target}))
+
+
+def test_a_target_outside_a_narrow_beam_is_a_miss(run):
+    evaluate(run, ["sft"], decoders=["beam"], rank="catalogue", beams=2)
+    summary, predictions = result(run, "sft-2-beam-catalogue")
+    missed = [p for p in predictions if p["rank"] is None]
+    assert missed and summary["beams"] == 2
+    assert summary["hit_ratio_at_20"] == 1 - len(missed) / len(predictions)
+    evaluate(run, ["sft"], decoders=["beam"], rank="catalogue", beams=10)
+
+
+def test_items_of_one_title_stand_together_and_the_target_after_the_others():
+    ranked = RankedItems.__new__(RankedItems)
+    ranked.dataset = tiny_run.dataset()
+    ranked.items = np.arange(4)
+    ranked._place = {item: item for item in range(4)}
+    ranked.title_I = np.array([0, 1, 1, 2])
+    window = ranked.dataset.splits["test"][0]
+    for item, rank in ((0, 2), (1, 4), (2, 4), (3, 1)):
+        of_item = window.__class__(0, 1, (), (), item)
+        found = ranked.by_beam(of_item, np.array([2, 0, 1]), np.array([-1.0, -2.0, -3.0]))
+        scored = ranked.by_score(of_item, np.array([-2.0, -3.0, -1.0]))
+        assert found["rank"] == scored["rank"] == rank
+
+
+def test_the_report_has_a_table_of_the_whole_catalogue(run):
+    run_baseline("popularity", str(run.parent / "data"), str(run))
+    text = report(run)
+    assert "Whole catalogue" in text and "popularity" in text
+
+
+def test_candidates_prompts_and_their_decoders_are_refused(run, tmp_path):
+    with pytest.raises(InputError, match="--decoder: found 'greedy', expected score, beam"):
+        evaluate(run, ["sft"], decoders=["greedy"], rank="catalogue")
+    with pytest.raises(InputError, match="--decoder: found 'beam'"):
+        evaluate(run, ["sft"], decoders=["beam"])
+    candidates = tiny_run.make_run(tmp_path / "candidates")
+    with pytest.raises(InputError, match="--rank: found catalogue"):
+        evaluate(candidates, ["base"], decoders=["score"], rank="catalogue")

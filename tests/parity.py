@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import random_examples
+from conftest import random_examples, random_segments
 from flax import nnx
 from golden.make_golden import MODELS, logits_of, make_model, save_model
 from test_decoder_parity import all_logits
@@ -33,7 +33,9 @@ LORA = LoraConfig(rank=2, alpha=4.0)
 SEED, C = 1000, 4
 # `dynamic` stretches with the longest text fed, and the official rows feed EOS as well.
 SAME_ALONE = [name for name in MODELS if name != "dynamic"]
-COLUMNS = ("logits", "padded", "adapter out", "loss out", "loss in", "merged")
+COLUMNS = (
+    "logits", "padded", "adapter out", "loss out", "loss out, histories", "loss in", "merged"
+)  # fmt: skip
 found: dict[str, dict[str, float]] = {name: {} for name in MODELS}
 
 
@@ -73,13 +75,13 @@ def decoder_of(model, lora=None):
     return nnx.merge(model.graphdef, model.lora if lora is None else lora, model.base)
 
 
-def loss_here(model, lora, examples) -> jax.Array:
-    """S-DPO's loss of an adapter whose reference is the base."""
+def loss_here(model, lora, examples) -> np.ndarray:
+    """S-DPO's loss of an adapter whose reference is the base, for each target of all examples."""
     batch = collate(examples, choose_shapes([examples])[0])
     policy, reference = (
         shared_prefix_logp(decoder_of(model, adapter), batch) for adapter in (lora, model.lora)
     )
-    return sdpo_loss(policy, reference, 1.0)
+    return np.asarray(sdpo_loss(policy, reference, 1.0))[batch["place_BM"] >= 0]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -117,11 +119,16 @@ def test_our_adapter_loads_in_peft_and_in_transformers(pairs, name, tmp_path):
     plain = all_logits(decoder_of(model), tokens, np.ones(tokens.shape, bool))
     assert np.abs(plain - ours).max() > 1e-2, "the adapter changes nothing"
     if name in SAME_ALONE:
-        side = OfficialSide(loaded[0], checkpointing=False)
-        examples = random_examples(np.random.default_rng(4), 3, C, P=20, A=7, V=64)
-        with torch.no_grad():
-            theirs = side.loss(padded_rows(examples))
-        told(name, "loss out", loss_here(model, lora, examples), theirs)
+        side, rng = OfficialSide(loaded[0], checkpointing=False), np.random.default_rng(4)
+        for column, examples in (
+            ("loss out", random_examples(rng, 3, C, P=20, A=7, V=64)),
+            ("loss out, histories", random_segments(rng, 3, C, V=64)),
+        ):
+            with torch.no_grad():
+                theirs = side.loss(padded_rows(examples)).numpy()
+            ours = loss_here(model, lora, examples)
+            assert ours.shape == theirs.shape
+            told(name, column, ours, theirs)
 
 
 @pytest.mark.parametrize("name", SAME_ALONE)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from conftest import random_segments
 from jax.sharding import Mesh
 
 from sdpo_jax.data.tokens import Example
@@ -53,15 +54,31 @@ def test_moving_a_token_between_prompt_and_answer_changes_the_fingerprint():
     assert len(keys) == 2
 
 
-def test_an_interrupted_pass_goes_on_where_it_stopped():
-    examples = [Example.single(np.arange(1, n, dtype=np.int32), [np.array([7, 2], np.int32)])
-                for n in (4, 9, 5, 8, 6)]  # fmt: skip
+def test_another_place_of_a_target_changes_the_fingerprint():
+    one, other = (
+        Example(np.array([5, 6, 7], np.int32), places, ((np.array([7, 2], np.int32),),) * 2, True)
+        for places in ((0, 1), (0, 2))
+    )
+    keys = {reference.fingerprint("base", LORA, [e], SETTINGS) for e in (one, other)}
+    assert len(keys) == 2
+
+
+ONE_TARGET = [
+    Example.single(np.arange(1, n, dtype=np.int32), [np.array([7, 2], np.int32)])
+    for n in (4, 9, 5, 8, 6)
+]
+
+
+@pytest.mark.parametrize("examples", [ONE_TARGET, random_segments(np.random.default_rng(0), 5, 1)])
+def test_an_interrupted_pass_goes_on_where_it_stopped(examples):
     computed, saved = [], []
 
     def logp(lora, base, batch):
         computed.append(len(batch["prompt_BP"]))
         stop.received = len(computed) == 2  # a signal comes while the second batch is computed
-        return -batch["prompt_mask_BP"].sum(-1)[:, None, None].astype(np.float32)
+        # Of each target how many tokens its prompt has.
+        padding_B1 = (~batch["prompt_mask_BP"]).sum(-1, keepdims=True)
+        return -(batch["place_BM"] - padding_B1 + 1)[..., None].astype(np.float32)
 
     stop = SimpleNamespace(received=False)
     stop.ask = lambda: stop.received
@@ -73,8 +90,10 @@ def test_an_interrupted_pass_goes_on_where_it_stopped():
     inference._logp = logp
     with pytest.raises(Interrupted):
         inference.logp(None, examples, stop, save=lambda out: saved.append(out.copy()))
-    assert len(computed) == 2 and np.isnan(saved[-1]).sum() == 1
+    left = np.isnan(saved[-1]).sum()
+    assert len(computed) == 2 and left in {example.M for example in examples}
     stop.received = False
     whole = inference.logp(None, examples, stop, known_NC=saved[-1])
     assert len(computed) == 3
-    np.testing.assert_array_equal(whole[:, 0], [-3, -8, -4, -7, -5])
+    expected = [-1 - place for example in examples for place in example.places]
+    np.testing.assert_array_equal(whole[:, 0], expected)

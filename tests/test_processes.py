@@ -50,7 +50,7 @@ def test_two_processes_with_four_devices_each_lose_what_one_device_loses(alone, 
     mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
     output = trainers.end(trainers.start(flags(run, **mesh), processes=2, CPU_DEVICES="4"))
     assert "8 cpu device(s) in 2 process(es)" in output
-    assert output.count("--- train example 0 ---") == 1  # process 0 alone speaks
+    assert output.count("--- train example 0, 1 target(s) ---") == 1  # process 0 alone speaks
     assert_same_curves(run, alone)
 
 

@@ -113,6 +113,30 @@ def test_a_chat_prompt_is_what_transformers_makes_of_it(encoder, kind):
     assert example.prompt.tolist() == whole and whole.count(1) == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_titles_of_a_history_come_back_and_end_in_a_line_break(encoder, kind):
+    shown = encoder(kind)
+    data, tokenizer = shown.dataset, shown.tokenizer
+    made = Encoder(data, tokenizer, ["Seen:\n[HistoryHere]\n"], 0, 512, prompt="history")
+    for item, title in TITLES.items():
+        ids = made.answer(item)
+        assert tokenizer.decode(ids[-1:]) == "\n" and made.end not in ids[:-1]
+        assert tokenizer.decode(ids[:-1]) == title
+    (example,) = made.examples("train", [0], [[0, 1]])
+    assert example.prompt.tolist().count(1) == len(made.bos) == shown.bos.count(1)
+    text = tokenizer.decode(example.prompt, skip_special_tokens=True)
+    lines = [data.titles[item] for item in made.window("train", 0).history]
+    assert [line.strip() for line in text.split("\n")] == ["Seen:", *lines, ""]
+
+
+def test_a_history_needs_a_tokenizer_with_a_line_break(encoder):
+    made = encoder("byte-level")
+    model = models.WordLevel(vocab_of("abc"), unk_token="<unk>")
+    made.tokenizer.backend_tokenizer.model = model
+    with pytest.raises(InputError, match=r"config\.prompt is 'history'.*prompt=candidates"):
+        Encoder(made.dataset, made.tokenizer, ["[HistoryHere]\n"], 0, 512, prompt="history")
+
+
 def test_a_sentencepiece_title_begins_with_its_space(encoder):
     """The official code tokenises titles by themselves, so each gets the space of a text."""
     made = encoder("sentencepiece")

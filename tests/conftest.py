@@ -28,7 +28,10 @@ from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
 
-SLOW = ("test_survival", "test_processes", "test_benchmarks", "test_train", "test_step")
+SLOW = (
+    "test_survival", "test_processes", "test_history_run", "test_benchmarks", "test_train",
+    "test_step", "test_families",
+)  # fmt: skip
 TINY = DecoderConfig(V=97, L=3, D=16, N=4, G=2, H=4, F=24, tied=True)
 
 

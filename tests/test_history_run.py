@@ -91,9 +91,7 @@ def test_it_is_evaluated_with_every_decoder(unbroken):
     summaries = evaluate(run, ["base", "sft", "sdpo"], decoders=["score", "trie", "greedy"])
     assert len(summaries) == 9 and {summary["n"] for summary in summaries} == {4}
     evaluator = Evaluator(read_run(run), "test")
-    lora = adapter(
-        evaluator.model.lora, read_run(run), "sdpo", stage_result(run, "sdpo")["best_step"]
-    )
+    lora = adapter(read_run(run), "sdpo", STEPS, evaluator.model.lora)
     found, _ = evaluator.run(lora, ["score", "greedy"])
     model = evaluator.model
     logp = jax.jit(lambda batch: padded_logp(nnx.merge(model.graphdef, lora, model.base), batch))
@@ -186,7 +184,7 @@ def full(data, model_folder, tmp_path_factory) -> Path:
 def decoder_of(run: Path, stage: str) -> nnx.Module:
     read = read_run(run)
     model = load_model(read.config.model, LoraConfig.of(read.config), dtype="float32")
-    step = stage_result(run, stage)["best_step"] if stage != "base" else 0
+    step = stage_result(run, stage)["steps"] if stage != "base" else 0
     return nnx.merge(model.graphdef, adapter(read, stage, step, model.lora), model.base)
 
 
@@ -201,8 +199,9 @@ def test_all_weights_are_trained_in_both_stages(full):
     for name in base:
         assert (base[name] != sft[name]).any(), name
         assert (sft[name] != sdpo[name]).any(), name
-    losses = trainers.curve(full, "sdpo")
-    assert losses[0] == pytest.approx(np.log(4), abs=1e-5) and losses[-1] < losses[0]
+    assert trainers.curve(full, "sdpo")[0] == pytest.approx(np.log(4), abs=1e-5)
+    losses = trainers.curve(full, "sft")
+    assert losses[-1] < losses[0] - 0.5
 
 
 def test_a_full_run_is_evaluated(full):
@@ -222,7 +221,7 @@ def test_an_interrupted_full_run_goes_on_to_the_same_weights(full, data, model_f
 def test_a_full_run_is_exported_as_a_whole_model_and_as_no_adapter(full, tmp_path):
     with pytest.raises(InputError, match=r"config\.tune=full.*--format=merged"):
         export(full, "sdpo", "peft", tmp_path / "out")
-    folder = export(full, "sdpo", "merged", tmp_path / "out")
+    folder = export(full, "sdpo", "merged", tmp_path / "out", step=4)
     convert(str(folder), str(tmp_path / "again"))
     again = load_model(tmp_path / "again", LoraConfig(rank=2), dtype="float32")
     trained = decoder_of(full, "sdpo")

@@ -132,8 +132,12 @@ def _network(model: str, data: Dataset, workdir: Path, settings: fit.Settings, t
 
 def _recipe(model: str, data: Dataset, settings: fit.Settings, text: morec.Text) -> fit.Recipe:
     if model == "morec":
-        return morec.recipe(list(data.titles.values()), text, settings.learning_rate)
-    return fit.Recipe(lambda rngs: NETWORKS[model](len(data.titles), rngs=rngs))
+        return morec.recipe(
+            list(data.titles.values()), text, settings.learning_rate, data.meta["history"]
+        )
+    # The other networks have weights for each place of a history.
+    places = {} if model == "gru4rec" else {"T": data.meta["history"]}
+    return fit.Recipe(lambda rngs: NETWORKS[model](len(data.titles), **places, rngs=rngs))
 
 
 def _validation(data: Dataset) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from sdpo_jax.data.prepared import Dataset, Window
-from sdpo_jax.data.sequences import MAX_HISTORY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +18,12 @@ class Arrays:
 
 
 def arrays(dataset: Dataset, windows: Sequence[Window]) -> Arrays:
-    """The item numbers of `windows`; of a longer history the last places count."""
+    """The item numbers of `windows`, T being the most items that the data set's windows show."""
     number = {item: n for n, item in enumerate(dataset.titles)}
-    T = MAX_HISTORY
+    T = dataset.meta["history"]
     history_NT = np.full((len(windows), T), len(number), np.int32)
     for row, window in zip(history_NT, windows, strict=True):
-        last = [number[item] for item in window.history[-T:]]
-        row[T - len(last) :] = last
+        row[T - len(window.history) :] = [number[item] for item in window.history]
     return Arrays(
         history_NT,
         np.array([[number[item] for item in w.candidates] for w in windows], np.int32),

@@ -17,8 +17,7 @@ class Caser(nnx.Module):
     """
 
     def __init__(self, items: int, size: int = SIZE, horizontal: int = 16, vertical: int = 4,
-                 dropout: float = 0.5, *, rngs: nnx.Rngs):  # fmt: skip
-        T = MAX_HISTORY
+                 dropout: float = 0.5, *, T: int = MAX_HISTORY, rngs: nnx.Rngs):  # fmt: skip
         self.items = Items(items, size, rngs=rngs)
         # As products: XLA's gradient of a convolution is ten times as slow on a CPU.
         self.horizontal = nnx.List(

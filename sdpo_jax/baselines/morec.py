@@ -17,6 +17,7 @@ from sdpo_jax.baselines.fit import Recipe
 from sdpo_jax.baselines.networks import SIZE
 from sdpo_jax.baselines.sasrec import SASRec
 from sdpo_jax.convert import source_digest
+from sdpo_jax.data.sequences import MAX_HISTORY
 from sdpo_jax.errors import InputError
 from sdpo_jax.hub import hub_folder, is_hub_name
 from sdpo_jax.models.lora import Frozen
@@ -74,7 +75,8 @@ def standardised(text_IE: jax.Array) -> jax.Array:
     return text_IE * jax.lax.rsqrt(jnp.square(text_IE).mean() + 1e-12)
 
 
-def recipe(titles: Sequence[str], text: Text, learning_rate: float) -> Recipe:
+def recipe(titles: Sequence[str], text: Text, learning_rate: float,
+           T: int = MAX_HISTORY) -> Recipe:  # fmt: skip
     """Of the network over `titles`. Raises InputError where the encoder is not there or is none."""
     folder = encoder_folder(text.encoder)
     digest = source_digest(folder)
@@ -83,7 +85,7 @@ def recipe(titles: Sequence[str], text: Text, learning_rate: float) -> Recipe:
     module = Encoded(bert, tokens_IS) if text.trained else EncodedOnce(at_once(bert, tokens_IS))
 
     def make(rngs: nnx.Rngs) -> SASRec:
-        return SASRec(TextItems(module, bert.config.E, rngs=rngs), rngs=rngs)
+        return SASRec(TextItems(module, bert.config.E, rngs=rngs), T=T, rngs=rngs)
 
     about = {
         "encoder": text.encoder or "==".join(MINILM[:2]), "encoder_sha256": digest,

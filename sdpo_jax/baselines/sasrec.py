@@ -31,13 +31,14 @@ class Block(nnx.Module):
 class SASRec(nnx.Module):
     """Two blocks of causal self-attention; the last place against the items' own vectors (eq. 7).
 
-    `items` gives the vectors, [I, D]; by default one is learned for each item.
+    `items` gives the vectors, [I, D]; by default one is learned for each item. A history has T
+    items at most.
     """
 
     def __init__(self, items: int | nnx.Module, size: int = SIZE, blocks: int = 2, heads: int = 1,
-                 dropout: float = 0.3, *, rngs: nnx.Rngs):  # fmt: skip
+                 dropout: float = 0.3, *, T: int = MAX_HISTORY, rngs: nnx.Rngs):  # fmt: skip
         self.items = Items(items, size, rngs=rngs) if isinstance(items, int) else items
-        self.places = nnx.Param(jax.random.normal(rngs.params(), (MAX_HISTORY, size)) * 0.02)
+        self.places = nnx.Param(jax.random.normal(rngs.params(), (T, size)) * 0.02)
         self.blocks = nnx.List(Block(size, heads, dropout, rngs=rngs) for _ in range(blocks))
         self.norm = nnx.LayerNorm(size, epsilon=1e-8, rngs=rngs)
         self.dropout = dropout

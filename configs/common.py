@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Whence the negatives come: shown, the candidates of the prompt's window [paper]; uniform, all
     # titles; popularity, all by their share of the training targets to a power; hard, of a uniform
     # pool those in a band of the reference's log-probs; disliked, what the user rated lowest.
-    # But for shown, none is a title of the user's own.
+    # Except for shown, none is a title that the user has up to the last target of the split.
     config.negatives = "shown"
     config.redraw = False  # True: other negatives in each epoch
     config.popularity_power = 1.0

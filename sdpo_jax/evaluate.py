@@ -10,8 +10,9 @@ candidates by log-probability. The prompts are run once for all decoders.
 
     python -m sdpo_jax.evaluate --workdir=runs/quickstart/run --rank=catalogue --decoder=beam
 
-ranks all items but the window's history, for runs with config.prompt=history: `beam` searches
-among the titles, `score` computes every title's log-probability.
+ranks all items but the window's history, or all items where users have items repeatedly, for runs
+with config.prompt=history: `beam` searches among the titles, `score` computes every title's
+log-probability.
 
 Writes eval/<stage>-<step>-<decoder>.json and, beside it, the predictions as .jsonl. The name holds
 the split asked for last; another split that lay there gets its split's name at the end.

@@ -201,17 +201,19 @@ def test_the_catalogue_is_all_items_but_the_history_s(folder, tmp_path):
     assert random["mean_popularity_at_10"] < summary["mean_popularity_at_10"]
 
 
-def test_a_target_that_was_seen_before_stays_in_the_catalogue(tmp_path):
+def test_the_catalogue_is_all_items_where_one_was_had_before(tmp_path):
+    """If a history were left out but for its target, the target would be told."""
     data = dataset()
     first = data.splits["test"][0]
     again = window((first.target, *first.history), first.target, first.candidates)
-    write_dataset(
-        tmp_path / "data",
-        dataset_of(data.splits | {"test": [again, *data.splits["test"][1:]]}, TITLES),
-    )
-    run("random", str(tmp_path / "data"), tmp_path)
-    lines = (tmp_path / "eval" / "random-catalogue.jsonl").read_text().splitlines()
-    assert 1 <= json.loads(lines[0])["rank"] <= ITEMS - len(first.history)
+    splits = data.splits | {"test": [again, *data.splits["test"][1:]]}
+    write_dataset(tmp_path / "data", dataset_of(splits, TITLES))
+    run("popularity", str(tmp_path / "data"), tmp_path)
+    lines = (tmp_path / "eval" / "popularity-catalogue.jsonl").read_text().splitlines()
+    counts = np.bincount([w.target for w in data.splits["train"]], minlength=100 + ITEMS)
+    for line, w in zip(lines, splits["test"], strict=True):
+        better = [i for i in TITLES if i != w.target and counts[i] >= counts[w.target]]
+        assert json.loads(line)["rank"] == 1 + len(better)
 
 
 def test_wrong_splits_runs_and_networks_are_refused(folder, tmp_path):

@@ -30,6 +30,7 @@ from sdpo_jax.objectives.logprobs import padded_logp
 from sdpo_jax.runtime import Interrupted
 from sdpo_jax.train import train
 from sdpo_jax.training.metrics import read_metrics
+from sdpo_jax.training.stage import Stage
 from sdpo_jax.workdir import read_run, stage_result
 
 STEPS = 12
@@ -91,7 +92,8 @@ def test_it_is_evaluated_with_every_decoder(unbroken):
     summaries = evaluate(run, ["base", "sft", "sdpo"], decoders=["score", "trie", "greedy"])
     assert len(summaries) == 9 and {summary["n"] for summary in summaries} == {4}
     evaluator = Evaluator(read_run(run), "test")
-    lora = adapter(read_run(run), "sdpo", STEPS, evaluator.model.lora)
+    step = stage_result(run, "sdpo")["best_step"]
+    lora = adapter(read_run(run), "sdpo", step, evaluator.model.lora)
     found, _ = evaluator.run(lora, ["score", "greedy"])
     model = evaluator.model
     logp = jax.jit(lambda batch: padded_logp(nnx.merge(model.graphdef, lora, model.base), batch))
@@ -202,6 +204,23 @@ def test_all_weights_are_trained_in_both_stages(full):
     assert trainers.curve(full, "sdpo")[0] == pytest.approx(np.log(4), abs=1e-5)
     losses = trainers.curve(full, "sft")
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_all_weights_are_in_memory_once_beside_their_moments(
+    data, model_folder, tmp_path, monkeypatch
+):
+    """As `memory` counts them."""
+    copies, shape = [], (64, 32)  # of the embedding
+    validate = Stage.validate
+
+    def counted(stage, state, references):
+        copies.append(sum(x.shape == shape for x in jax.live_arrays()))
+        return validate(stage, state, references)
+
+    monkeypatch.setattr(Stage, "validate", counted)
+    before = sum(x.shape == shape for x in jax.live_arrays())
+    train(short(data, model_folder, tune="full"), tmp_path / "run", NEVER)
+    assert {count - before for count in copies} == {3}
 
 
 def test_a_full_run_is_evaluated(full):

@@ -11,6 +11,7 @@ from sdpo_jax.data.negatives import NEGATIVES, Negatives
 from sdpo_jax.data.prepared import Dataset
 from sdpo_jax.data.prompts import TEMPLATES
 from sdpo_jax.data.segments import units
+from sdpo_jax.data.sequences import leave_one_out
 from sdpo_jax.data.tokens import Encoder
 from sdpo_jax.errors import InputError
 from sdpo_jax.model_folder import load_tokenizer
@@ -63,6 +64,22 @@ def test_no_title_of_the_users_own_is_drawn_whatever_its_item(kind):
         drawn.update(items)
     # Twins are drawn too, but never were a target.
     assert any(item >= 100 for item in drawn) == (kind != "popularity")
+
+
+@pytest.mark.parametrize(("split", "later"), [("train", 2), ("val", 1)])
+@pytest.mark.parametrize("kind", ["uniform", "hard", "disliked"])
+def test_titles_of_a_users_later_splits_are_drawn_like_any_other(kind, split, later):
+    """A title that is never drawn for a user would tell that it is a target of the test."""
+    splits = leave_one_out(DATA.sequences.values(), 10, 1)
+    made = Negatives(dataclasses.replace(DATA, splits=splits), kind, 0)
+    drawn = collections.defaultdict(set)
+    for row, window in enumerate(splits[split]):
+        for draw in range(40):
+            items = made.draw(split, row, COUNT, draw)
+            drawn[window.user].update(DATA.titles[item] for item in items)
+    for user, titles in drawn.items():
+        own = [DATA.titles[item] for item in DATA.sequences[user].items]
+        assert titles >= set(own[-later:]) and not titles & set(own[:-later])
 
 
 def test_shown_negatives_are_those_that_the_window_shows():

@@ -1,5 +1,6 @@
 """`evaluate --rank=catalogue` on a tiny run: files, keys, and agreement of both decoders."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,11 +8,13 @@ import pytest
 import tiny_run
 
 from sdpo_jax.baselines.__main__ import run as run_baseline
-from sdpo_jax.data.prepared import read_dataset
+from sdpo_jax.data.prepared import Dataset, read_dataset
 from sdpo_jax.errors import InputError
 from sdpo_jax.evaluate import evaluate
+from sdpo_jax.evaluation.evaluator import Evaluator
 from sdpo_jax.evaluation.ranked_items import RankedItems
 from sdpo_jax.report import report
+from sdpo_jax.workdir import read_run
 
 KEYS = {
     *(f"hit_ratio_at_{k}" for k in (1, 5, 10, 20)), *(f"ndcg_at_{k}" for k in (5, 10, 20)),
@@ -56,13 +59,55 @@ def test_a_beam_as_wide_as_the_catalogue_ranks_as_the_exact_pass_does(run):
             )
 
 
-def test_items_of_the_history_are_not_recommended_but_for_the_target(run):
+def test_items_of_the_history_are_not_recommended(run):
     windows = read_dataset(run.parent / "data").splits["test"]
     _, predictions = result(run, "sft-2-score-catalogue")
     for prediction in predictions:
         window = windows[prediction["row"]]
-        assert not set(prediction["top"]) & (set(window.history) - {window.target})
-        assert len(prediction["top"]) == min(10, 10 - len(set(window.history) - {window.target}))
+        assert not set(prediction["top"]) & set(window.history)
+        assert len(prediction["top"]) == 10 - len(window.history)
+
+
+def with_repeats() -> Dataset:
+    """Of each second test window the target is the first item of its history."""
+    data, rows = tiny_run.dataset(), []
+    sequences = dict(data.sequences)
+    for row, window in enumerate(data.splits["test"]):
+        if row % 2 == 0:
+            user = sequences[window.user]
+            items = list(user.items)
+            items[window.place] = window.history[0]
+            sequences[window.user] = dataclasses.replace(user, items=tuple(items))
+            others = [item for item in window.candidates if item not in window.history][:3]
+            window = sequences[window.user].window(window.place, 3, (*others, window.history[0]))
+        rows.append(window)
+    return dataclasses.replace(data, splits=data.splits | {"test": rows}, sequences=sequences)
+
+
+def test_where_users_repeat_items_nothing_is_left_out(tmp_path):
+    """If a history were left out but for its target, the target would be told."""
+    data = with_repeats()
+    run = tiny_run.make_run(tmp_path, "history", data)
+    tiny_run.save(run, "sft", 2, tiny_run.adapters(tiny_run.model_of(run), 2), 0.5)
+    evaluate(run, ["sft"], decoders=["score", "beam"], rank="catalogue", step=2, beams=10)
+    run_baseline("popularity", str(tmp_path / "data"), str(run))
+    for name in ("sft-2-score", "sft-2-beam", "popularity"):
+        _, predictions = result(run, f"{name}-catalogue")
+        assert all(len(prediction["top"]) == 10 for prediction in predictions)
+
+
+def test_a_prompt_does_not_depend_on_the_length_of_its_target(run):
+    """Where not all of a history fits, else a short target would leave it more titles."""
+    read = read_run(run)
+    read.config.max_length = 80
+    evaluator = Evaluator(read, "test", rank="catalogue")
+    room = 80 - max(map(len, tiny_run.TITLES)) - 1
+    for row, example in enumerate(evaluator.examples):
+        head = len(evaluator.encoder.head("test", row))
+        window = evaluator.windows[row]
+        sizes = [len(tiny_run.TITLES[item]) + 1 for item in evaluator.encoder.before(window)]
+        fitting = [sum(sizes[-n:]) for n in range(1, 11) if sum(sizes[-n:]) <= room - head]
+        assert len(example.prompt) == head + max(fitting)
 
 
 def test_a_target_outside_a_narrow_beam_is_a_miss(run):
@@ -76,7 +121,7 @@ def test_a_target_outside_a_narrow_beam_is_a_miss(run):
 
 def test_items_of_one_title_stand_together_and_the_target_after_the_others():
     ranked = RankedItems.__new__(RankedItems)
-    ranked.dataset = tiny_run.dataset()
+    ranked.dataset, ranked._repeats = tiny_run.dataset(), False
     ranked.items = np.arange(4)
     ranked._place = {item: item for item in range(4)}
     ranked.title_I = np.array([0, 1, 1, 2])

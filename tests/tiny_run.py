@@ -73,9 +73,9 @@ def finish(run: Path, stage: str, step: int) -> None:
     write_stage_result(run, stage, result)
 
 
-def make_run(folder: Path, prompt: str = "candidates") -> Path:
+def make_run(folder: Path, prompt: str = "candidates", data: Dataset | None = None) -> Path:
     """Prepared data, converted model and a started run without checkpoints; returns the run."""
-    write_dataset(folder / "data", dataset())
+    write_dataset(folder / "data", data or dataset())
     convert(hf_folder(folder / "hf"), folder / "model")
     config = CONFIG | {
         "dataset": str(folder / "data"), "model": str(folder / "model"), "prompt": prompt,

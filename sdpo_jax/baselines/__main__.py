@@ -4,9 +4,9 @@
 
 Writes eval/<model>-candidates.json and eval/<model>-catalogue.json, with the keys of
 sdpo_jax.evaluate, and the predictions beside each. The catalogue is all items but those of the
-window's history; the target always belongs to it. In the workdir of a language model's run, the
-report shows both systems on the same windows. `random` and `popularity` are the floor and need no
-training. The trained network is kept in baselines/.
+window's history, or all items where users have items repeatedly. In the workdir of a language
+model's run, the report shows both systems on the same windows. `random` and `popularity` are the
+floor and need no training. The trained network is kept in baselines/.
 
 `morec` is SASRec over the titles, which a BERT encoder turns into vectors:
 
@@ -150,17 +150,16 @@ def _predictions(
 ) -> Iterator[results.Prediction]:
     """A prediction for each window: the first titles of the ranking, and the target's rank.
 
-    `ranked` is one of results.RANKS. The catalogue leaves out the items of the window's history,
-    except the target.
+    `ranked` is one of results.RANKS. The catalogue leaves out what `RankedItems` does.
     """
     ids, titles, items = list(data.titles), list(data.titles.values()), np.arange(len(data.titles))
-    number = {item: n for n, item in enumerate(ids)}
+    number, repeats = {item: n for n, item in enumerate(ids)}, data.repeats(split)
     for row, among_X, target, scores_I in zip(
         rows, found.candidates_NC, found.target_N, scores_NI, strict=True
     ):
         if ranked == "catalogue":
-            history = [number[item] for item in data.splits[split][row].history]
-            among_X = np.setdiff1d(items, np.setdiff1d(history, target))
+            history = () if repeats else data.splits[split][row].history
+            among_X = np.setdiff1d(items, [number[item] for item in history])
         scores_X = scores_I[among_X]
         rank = metrics.target_rank(scores_X, place(among_X, target))
         first = among_X[np.argsort(-scores_X, kind="stable")[:SHOWN]]

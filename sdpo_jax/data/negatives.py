@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from sdpo_jax.data.draws import generator
-from sdpo_jax.data.prepared import Dataset
+from sdpo_jax.data.prepared import Dataset, User
 from sdpo_jax.errors import InputError
 
 TRIES = 512  # draws with replacement before all items are looked through
@@ -24,7 +24,9 @@ class Negatives:
       disliked: what the user rated below the protocol's least rating, up to the end of the
         segment; filled up as uniform does.
 
-    But for `shown`, no title of the user's own sequence is drawn, and no two equal titles.
+    Except for `shown`, no title is drawn that the user has up to the last target of the split, nor
+    two equal titles. Titles of the user's later targets can be drawn: if they never were, the
+    negatives of training would tell the targets of the test.
     """
 
     def __init__(self, dataset: Dataset, kind: str, seed: int, power: float = 1.0):
@@ -34,11 +36,7 @@ class Negatives:
         for window in dataset.splits["train"] if kind == "popularity" else ():
             counts[window.target] += 1
         self._shares = _shares(np.array(list(counts.values()), float), power)
-        # By title, as equal titles cannot be told apart.
-        self._own = {
-            user: frozenset(dataset.titles[item] for item in sequence.items)
-            for user, sequence in dataset.sequences.items()
-        }
+        self._own = {split: _own_titles(dataset, split) for split in dataset.splits}
 
     def draw(self, split: str, row: int, count: int, draw: int = 0, until: int = 0) -> list[int]:
         """`count` items beside the target of a row; the draws 0, 1, … are independent.
@@ -52,7 +50,7 @@ class Negatives:
             others = [item for item in window.candidates if item != window.target]
             return [others[i] for i in random.choice(len(others), count, replace=False)]
         chosen: list[int] = []
-        taken = {*self._own[window.user], self.dataset.titles[window.target]}
+        taken = {*self._own[split][window.user], self.dataset.titles[window.target]}
         if self.kind == "disliked":
             disliked = self.dataset.sequences[window.user].disliked
             near = [item for place, item in disliked if place <= max(until, window.place)]
@@ -83,6 +81,20 @@ class Negatives:
             places = np.searchsorted(self._shares, random.random(TRIES), side="right")
         for place in itertools.chain(places, _permutation(random, len(self._items))):
             yield self._items[place]
+
+
+def _own_titles(dataset: Dataset, split: str) -> dict[User, frozenset[str]]:
+    """The titles of each user up to the last target of a split.
+
+    By title, as equal titles cannot be told apart.
+    """
+    last: dict[User, int] = {}
+    for window in dataset.splits[split]:
+        last[window.user] = max(window.place, last.get(window.user, 0))
+    return {
+        user: frozenset(dataset.titles[item] for item in dataset.sequences[user].items[: place + 1])
+        for user, place in last.items()
+    }
 
 
 def _shares(counts: np.ndarray, power: float) -> np.ndarray | None:

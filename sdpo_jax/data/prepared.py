@@ -77,6 +77,10 @@ class Dataset:
     sequences: dict[User, UserSequence]
     attributes: dict[int, dict]
 
+    def repeats(self, split: str) -> bool:
+        """Whether users have items repeatedly: some window's history holds its target."""
+        return any(window.target in window.history for window in self.splits[split])
+
 
 def write_dataset(path: str | Path, dataset: Dataset) -> None:
     """Writes the whole folder, or nothing: a folder beside it is filled and then renamed.

@@ -25,7 +25,9 @@ _PLACES = {
     "candidates": "History and candidates take the places in brackets, one title per line; the "
     "answer is a title and EOS.",
     "history": "The titles of the history take the place in brackets, oldest first, one per line, "
-    "and the last line is ended too. The answer is a title; a line break ends it.",
+    "and the last line is ended too. The answer is a title; a line break ends it. Each title and "
+    "each line break is tokenised apart, without special tokens. Give token ids where a tokenizer "
+    "joins a line break with what stands before it, as those of Llama 3 and Qwen join `)` with it.",
 }
 
 
@@ -54,7 +56,7 @@ def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
         _table(
             ("stage", f"{trained}, step {step}{_examples(run, stage)}"),
             ("negatives, beta", _negatives(c) if stage == "sdpo" else "–"),
-            ("started from", c.lora.init_from or "a fresh adapter"),
+            ("started from", _start(c)),
             ("trained", _trained_weights(c)),
             ("global batch", c.batch_size),
             ("dtype of products, base", f"{c.dtype}, {c.base_dtype}"),
@@ -79,6 +81,12 @@ def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
 def _negatives(config: SimpleNamespace) -> str:
     redrawn = ", redrawn in each epoch" if config.redraw else ""
     return f"{config.num_negatives} {config.negatives}{redrawn}, {config.beta}"
+
+
+def _start(config: SimpleNamespace) -> str:
+    if config.tune == "full":
+        return "the base's weights"
+    return config.lora.init_from or "a fresh adapter"
 
 
 def _trained_weights(config: SimpleNamespace) -> str:

@@ -37,7 +37,7 @@ class Evaluator:
       split: of the run's data set.
       limit: number of windows, evenly spread over the split so that those of many users are
         among them (users lie one after another); 0 or more than there are: all.
-      rank: "candidates", those of each window, or "catalogue", all items but the window's history.
+      rank: "candidates", those of each window, or "catalogue", see `RankedItems`.
       beams: width of the decoder `beam`.
       batch_size: windows at once, rounded up to a multiple of the data shards; 0: 8 on a CPU, 32
         elsewhere. Results do not depend on it but for rounding.
@@ -81,16 +81,18 @@ class Evaluator:
         self.rows = loader.spread(len(self.windows), limit)
         first_vector = None if vectors_IE is None else self.model.config.V
         self.encoder = Encoder.of(c, self.dataset, self.model.tokenizer, templates, first_vector)
-        answers = [
-            self.windows[row].candidates if rank == "candidates" else (self.windows[row].target,)
-            for row in self.rows
-        ]
+        answers = [self.windows[row].candidates for row in self.rows]
+        if rank == "catalogue":  # its longest title: no prompt depends on its target's length
+            longest = max(self.dataset.titles, key=lambda item: len(self.encoder.answer(item)))
+            answers = [(longest,)] * len(self.rows)
         self.examples = self.encoder.examples(split, self.rows, answers)
         batch_size = batch_size or (8 if jax.default_backend() == "cpu" else 32)
         self._rows = sharding.data_shards(mesh)
         self._batches = self._cut(loader.round_up(batch_size, self._rows))
         self._placed = sharding.batch_sharding(mesh)
-        self._ranked = RankedItems(self.dataset, self.encoder) if rank == "catalogue" else None
+        self._ranked = None
+        if rank == "catalogue":
+            self._ranked = RankedItems(self.dataset, split, self.encoder)
         self._prefill, self._decoders = self._compile(sharding.replicated(mesh))
 
     def _cut(self, size: int) -> list[list[int]]:

@@ -15,13 +15,15 @@ SHOWN = 10  # of a ranking, in the predictions
 class RankedItems:
     """The items of a data set and their distinct titles, of which I and Y are the numbers.
 
-    A window's own history is not recommended, but for the target: the same items for every system.
+    A window's own history is not recommended, unless users of the split have items repeatedly: then
+    every item is, as leaving out all of a history but its target would tell the target. The same
+    items for every system.
     Items of one title cannot be told apart: all stand where the title stands, and the target after
     the others.
     """
 
-    def __init__(self, dataset: Dataset, encoder: Encoder):
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, split: str, encoder: Encoder):
+        self.dataset, self._repeats = dataset, dataset.repeats(split)
         self.items = np.array(list(dataset.titles))
         self._place = {item: place for place, item in enumerate(dataset.titles)}
         by_ids: dict[tuple[int, ...], int] = {}
@@ -34,8 +36,8 @@ class RankedItems:
     def allowed_items(self, window: Window) -> np.ndarray:
         """[I]: what may be recommended in this window."""
         allowed_I = np.ones(len(self.items), bool)
-        history = set(window.history) - {window.target}
-        allowed_I[[self._place[item] for item in history]] = False
+        if not self._repeats:
+            allowed_I[[self._place[item] for item in window.history]] = False
         return allowed_I
 
     def allowed_titles(self, windows: Sequence[Window]) -> np.ndarray:

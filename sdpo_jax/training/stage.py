@@ -330,12 +330,16 @@ class Stage:
         return means(total, targets) | {"windows": int(targets)}
 
     def run(self, lora: nnx.State) -> nnx.State:
-        """Trains from `lora` unless the stage is finished; returns its best adapter."""
+        """Trains from `lora` unless the stage is finished; returns its best adapter.
+
+        The arrays of `lora` are deleted.
+        """
         result = stage_result(self.workdir, self.name)
         if result is None:
             result = self.train(lora)
             first_process(lambda: write_stage_result(self.workdir, self.name, result))
         checkpoints = Checkpoints(self.workdir / self.name)
+        jax.tree.map(lambda x: x.delete(), lora)  # only its shapes and places are needed
         lora = checkpoints.restore_lora(result["best_step"], lora)
         checkpoints.close()
         print(
@@ -361,7 +365,8 @@ class Stage:
             learning_rate, self.steps, warmup=c.warmup, clip=c.clip, weight_decay=c.weight_decay
         )
         step = self.compiled_step(lora, optimizer)
-        state = init_state(lora, optimizer, self.mesh)
+        # All weights may be in it: a second copy would be memory that `memory` does not count.
+        state = init_state(lora, optimizer, self.mesh, donate=True)
         before = 0.0
         checkpoints = Checkpoints(self.workdir / self.name, judged=self.judged())
         if checkpoints.steps():

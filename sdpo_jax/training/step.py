@@ -128,10 +128,13 @@ def first_state(lora: nnx.State, optimizer: optax.GradientTransformation) -> Tra
     return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
 
 
-def init_state(lora: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """`first_state`, its moments placed as the adapter is."""
+def init_state(
+    lora: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh, donate: bool = False
+) -> TrainState:
+    """`first_state`, its moments placed as the adapter is; `donate`: the state takes its arrays."""
     make = functools.partial(first_state, optimizer=optimizer)
-    return jax.jit(make, out_shardings=state_shardings(lora, optimizer, mesh))(lora)
+    placed = state_shardings(lora, optimizer, mesh)
+    return jax.jit(make, out_shardings=placed, donate_argnums=0 if donate else ())(lora)
 
 
 def state_shardings(lora: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh):

@@ -65,6 +65,24 @@ def test_a_wrong_value_is_told_with_its_key_and_what_is_right(config, key, value
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"prompt": "history", "chat_template": True}, "config.chat_template is True"),
+    ({"prompt": "history", "item_vectors": "x"}, "config.item_vectors is 'x'"),
+    ({"prompt": "history", "max_length": 40}, "raise --config.max_length"),
+    ({"prompt": "history", "batch_size": 512}, "give no batch of 512"),
+    ({"tune": "full", "base_dtype": "int8"}, "set --config.base_dtype=same"),
+    ({"tune": "full", "lora.init_from": "x"}, "config.lora.init_from is 'x'"),
+    ({"negatives": "hard", "hard_pool": 2}, "at least config.num_negatives=3"),
+    ({"negatives": "hard", "hard_pool": 99}, "config.hard_pool: found 44 titles"),
+    ({"negatives": "uniform", "num_negatives": 45}, "config.num_negatives: found 44 titles"),
+])  # fmt: skip
+def test_values_that_do_not_go_together_are_refused(config, changes, words, tmp_path):
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    assert words in refused(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_more_batch_than_windows_is_refused(config, tmp_path):
     config.batch_size, config.sft.epochs = 128, 1
     assert "64 examples x 1 epochs" in refused(config, tmp_path / "run")

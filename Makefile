@@ -5,7 +5,9 @@ BIN := .venv/bin
 QUICK := runs/quickstart
 RUN := $(QUICK)/run
 CONFIG ?= configs/quickstart.py
-LIMIT ?= --limit=500
+# Windows evaluated, evenly spread: those of HALF are every second one of LIMIT.
+LIMIT ?= --limit=501
+HALF ?= --limit=251
 OTHERS ?=
 
 .PHONY: setup quickstart long bench parity chat stress test clean
@@ -28,15 +30,17 @@ quickstart: setup
 	  --split=test_all $(LIMIT)
 	$(BIN)/python -m sdpo_jax.baselines --model=popularity --dataset=$(QUICK)/data \
 	  --workdir=$(RUN) --split=test_all $(LIMIT)
-	$(BIN)/python -m sdpo_jax.evaluate --workdir=$(RUN) --stage=base,sft,sdpo --decoder=score \
+	$(BIN)/python -m sdpo_jax.evaluate --workdir=$(RUN) --stage=base,sft --decoder=score \
+	  --split=test_all $(HALF)
+	$(BIN)/python -m sdpo_jax.evaluate --workdir=$(RUN) --stage=sdpo --decoder=score \
 	  --split=test_all $(LIMIT)
 	$(BIN)/python -m sdpo_jax.evaluate --workdir=$(RUN) --stage=sdpo --rank=catalogue \
-	  --decoder=beam --split=test_all $(LIMIT)
+	  --decoder=beam --split=test_all $(HALF)
 	$(BIN)/python -m sdpo_jax.report --workdir=$(RUN)
 
 # Three epochs of SFT and all windows of test_all, with SASRec beside: a run of its own. Hours.
 long:
-	$(MAKE) quickstart CONFIG=configs/quickstart.py:long RUN=$(QUICK)/long LIMIT=
+	$(MAKE) quickstart CONFIG=configs/quickstart.py:long RUN=$(QUICK)/long LIMIT= HALF=
 	$(BIN)/python -m sdpo_jax.baselines --model=sasrec --dataset=$(QUICK)/data \
 	  --workdir=$(QUICK)/long --split=test_all
 	$(BIN)/python -m sdpo_jax.report --workdir=$(QUICK)/long

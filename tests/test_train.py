@@ -45,7 +45,7 @@ def test_one_command_runs_both_stages_and_learns(unbroken):
     assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
             "logps/chosen", "logps/rejected", "loss", "grad_norm"} <= set(curve[-2])  # fmt: skip
     assert list((run / "metrics").glob("sdpo/events.*"))
-    assert "--- train example 0 ---" in output
+    assert "--- train example 0, 1 target(s) ---" in output
     assert "sdpo_jax.evaluate" in output.splitlines()[-2]
 
 

@@ -250,7 +250,7 @@ def test_a_full_run_is_exported_as_a_whole_model_and_as_no_adapter(full, tmp_pat
     folder = export(full, "sdpo", "merged", tmp_path / "out", step=4)
     convert(str(folder), str(tmp_path / "again"))
     again = load_model(tmp_path / "again", LoraConfig(rank=2), dtype="float32")
-    trained = decoder_of(full, "sdpo")
+    trained = decoder_of(full, "sdpo", step=4)
     tokens = np.random.default_rng(0).integers(3, 60, (2, 9))
     mask = np.ones(tokens.shape, bool)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), nnx.split(trained)[1])

@@ -31,9 +31,11 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_step_benchmark_measures_each_side_and_their_ratio(model_folder, dataset_folder):
     sides = ("strong", "ours")
-    found = step.benchmark(model_folder, dataset_folder, sides, [0, 3], 8, 1, "float32")
-    assert set(found["examples_per_second"]) == set(sides)
-    assert found["examples_per_second"]["ours"]["3"]["median"] > 0
+    kinds = ("candidates", "history")
+    found = step.benchmark(model_folder, dataset_folder, sides, [0, 3], 8, 1, "float32", kinds)
+    assert set(found["targets_per_second"]) == {*sides, "history"}
+    assert found["targets_per_second"]["ours"]["3"]["median"] > 0
+    assert set(found["ratio"]) == {"ours/strong", "history/ours"}
     assert found["ratio"]["ours/strong"]["3"] > 0
     memory = {name: facts["temporary_bytes"] for name, facts in found["facts"]["3"].items()}
     assert memory["strong"] > 2 * memory["ours"]

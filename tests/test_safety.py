@@ -119,7 +119,8 @@ def test_text_from_files_is_no_markup_in_report_and_card(tmp_path):
     stored = json.loads((run / "config.json").read_text())
     stored["config"]["lora"]["init_from"] = HOSTILE
     (run / "config.json").write_text(json.dumps(stored))
-    summary = {"stage": "sft", "step": 2, "decoder": "greedy", "split": "test", "n": 4,
+    summary = {"stage": "sft", "step": 2, "decoder": "greedy", "rank": "candidates",
+               "split": "test", "n": 4,
                "hit_ratio_at_1": 0.5, "protocol": HOSTILE}  # fmt: skip
     (run / "eval").mkdir()
     (run / "eval" / "sft-2-greedy.json").write_text(json.dumps(summary))

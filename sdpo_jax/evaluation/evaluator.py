@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -197,9 +198,9 @@ class Evaluator:
         }  # fmt: skip
 
     def _text(self, tokens: list[int]) -> str:
-        end = self.encoder.end
+        ends = {self.encoder.end, self.model.tokenizer.eos_token_id}
         return self.model.tokenizer.decode(
-            [*tokens, end][: [*tokens, end].index(end)],
+            list(itertools.takewhile(lambda token: token not in ends, tokens)),
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,  # would change titles with spaces before marks
         )

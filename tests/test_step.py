@@ -72,15 +72,21 @@ def flat(state) -> np.ndarray:
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.lora)])
 
 
-@pytest.fixture(scope="module", params=[random_examples, random_segments])
-def lowered(request):
-    *_, step, args = run(tiny_model(), random_batch(B=4, C=4, make=request.param))
+@functools.cache
+def step_of(make):
+    *_, step, args = run(tiny_model(), random_batch(B=4, C=4, make=make))
     return step, args
 
 
-def test_no_array_has_logits_at_other_positions_than_those_that_predict(lowered):
+@pytest.fixture
+def lowered():
+    return step_of(random_examples)
+
+
+@MAKE
+def test_no_array_has_logits_at_other_positions_than_those_that_predict(make):
     """V is 97, a size nothing else has: every array with it has at most B * (E + S) rows."""
-    step, args = lowered
+    step, args = step_of(make)
     B, S = args[2]["packed_BS"].shape[1:]
     E = args[2]["head_BE"].shape[2]
     text = step.lower(*args).compile().as_text()
@@ -108,9 +114,10 @@ def layer_scans(jaxpr):
             yield from layer_scans(inner)
 
 
-def test_the_step_runs_the_layers_once_forward_and_once_backward(lowered):
+@MAKE
+def test_the_step_runs_the_layers_once_forward_and_once_backward(make):
     """A reference pass would be a third scan over L."""
-    step, args = lowered
+    step, args = step_of(make)
     scans = layer_scans(step.trace(*args).jaxpr.jaxpr)
     assert sorted(scan.params["reverse"] for scan in scans) == [False, True]
 
@@ -133,8 +140,10 @@ def test_a_second_step_compiles_nothing(lowered):
     assert step._cache_size() == 1
 
 
-@MAKE
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    ("shape", "make"),
+    [((8, 1, 1), random_examples), ((2, 2, 2), random_examples), ((2, 2, 2), random_segments)],
+)
 def test_eight_devices_give_what_one_gives(shape, make):
     batch = random_batch(B=8, C=3, rows=8, make=make)
     one, metrics, *_ = run(tiny_model(), batch, count=2, steps=2)
@@ -149,17 +158,9 @@ def test_eight_devices_give_what_one_gives(shape, make):
     np.testing.assert_allclose(many_metrics["loss"], metrics["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("shape", "make"),
-    [
-        ((8, 1, 1), random_examples),
-        ((2, 4, 1), random_examples),
-        ((2, 2, 2), random_examples),
-        ((2, 2, 2), random_segments),
-    ],
-)
-def test_twenty_steps_with_dropout_lose_the_same_on_any_mesh(shape, make):
-    batch = random_batch(B=8, C=3, rows=8, make=make)
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_twenty_steps_with_dropout_lose_the_same_on_any_mesh(shape):
+    batch = random_batch(B=8, C=3, rows=8)
     model, key = tiny_model(dropout=0.1), jax.random.key(3)
     found = losses(model, batch, mesh_of(shape), 8 // (shape[0] * shape[1]), key)
     expected = losses(model, batch, mesh_of(), 8, key)
@@ -197,8 +198,10 @@ def _same(x, expected):
     assert x.sharding.is_equivalent_to(expected, x.ndim), (x.sharding, expected)
 
 
-@MAKE
-@pytest.mark.parametrize("objective", [SDPO, sft_objective])
+@pytest.mark.parametrize(
+    ("make", "objective"),
+    [(random_examples, SDPO), (random_segments, SDPO), (random_segments, sft_objective)],
+)
 def test_microbatches_add_up_to_the_global_batch(make, objective):
     """However many targets each of them holds."""
     batch = random_batch(B=8, C=3, rows=4, make=make)
@@ -235,8 +238,10 @@ def test_sft_on_a_history_feeds_its_tokens_once_and_nothing_beside_them():
     np.testing.assert_allclose(flat(state), flat(padded), atol=2e-5)
 
 
-@MAKE
-@pytest.mark.parametrize("objective", [SDPO, sft_objective])
+@pytest.mark.parametrize(
+    ("objective", "make"),
+    [(SDPO, random_examples), (SDPO, random_segments), (sft_objective, random_examples)],
+)
 def test_both_objectives_learn_a_batch(objective, make):
     batch = random_batch(B=4, C=3, make=make)
     _, first, *_ = run(tiny_model(), batch, objective=objective)

@@ -20,7 +20,7 @@ from sdpo_jax.data.segments import units
 from sdpo_jax.data.tokens import Encoder, Example
 from sdpo_jax.errors import InputError
 from sdpo_jax.model_folder import load_tokenizer
-from sdpo_jax.training.stage import Key, encode
+from sdpo_jax.training.order import Key, encode
 from sdpo_jax.workdir import write_json
 
 PROMPT, ANSWER = 300, 9  # Llama tokens of a prompt and of a title with EOS

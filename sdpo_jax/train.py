@@ -35,7 +35,9 @@ from sdpo_jax.models.peft import TENSORS, read_adapter
 from sdpo_jax.models.weights import read_json
 from sdpo_jax.runtime import Interrupted, StopSignal, first_process, join_processes, set_up_jax
 from sdpo_jax.training import memory
-from sdpo_jax.training.stage import Inference, Key, Stage, encode
+from sdpo_jax.training.inference import Inference
+from sdpo_jax.training.order import Key, encode
+from sdpo_jax.training.stage import Stage
 
 EXPLAINED = 512  # examples spread over the training split, of which --explain takes the longest
 

@@ -22,7 +22,7 @@ from sdpo_jax.model_folder import load_tokenizer
 from sdpo_jax.models.item_vectors import fill
 from sdpo_jax.objectives.logprobs import padded_logp, shared_prefix_logp
 from sdpo_jax.train import train
-from sdpo_jax.training.stage import curriculum
+from sdpo_jax.training.order import curriculum
 
 ITEMS, SIZE = 12, 6
 

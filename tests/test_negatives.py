@@ -15,7 +15,7 @@ from sdpo_jax.data.sequences import leave_one_out
 from sdpo_jax.data.tokens import Encoder
 from sdpo_jax.errors import InputError
 from sdpo_jax.model_folder import load_tokenizer
-from sdpo_jax.training.stage import Key, chosen_in_band, encode, redrawn
+from sdpo_jax.training.order import Key, chosen_in_band, encode, redrawn
 
 ANY = [kind for kind in NEGATIVES if kind != "shown"]
 COUNT = 7

@@ -12,7 +12,7 @@ from sdpo_jax.data.tokens import Example
 from sdpo_jax.runtime import Interrupted, StopSignal
 from sdpo_jax.sharding import AXES
 from sdpo_jax.training import reference
-from sdpo_jax.training.stage import Inference
+from sdpo_jax.training.inference import Inference
 
 LORA = {"a": jax.numpy.ones((2, 3))}
 SETTINGS = {"dtype": "float32", "batch_layout": "shared_prefix"}

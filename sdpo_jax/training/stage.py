@@ -6,11 +6,10 @@ reference's log-probs.
 
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +17,6 @@ from flax import nnx
 
 from sdpo_jax import sharding
 from sdpo_jax.data import loader
-from sdpo_jax.data.draws import generator
 from sdpo_jax.data.negatives import Negatives
 from sdpo_jax.data.segments import Unit, units
 from sdpo_jax.data.tokens import Encoder, Example
@@ -26,8 +24,18 @@ from sdpo_jax.errors import InputError
 from sdpo_jax.runtime import Interrupted, StopSignal, first_process
 from sdpo_jax.training import reference, selection
 from sdpo_jax.training.checkpoint import Checkpoints
+from sdpo_jax.training.inference import Inference, by_example
 from sdpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from sdpo_jax.training.progress import NotANumber, Progress, progress_bar
+from sdpo_jax.training.order import (
+    Key,
+    chosen_in_band,
+    curriculum,
+    dealt,
+    encode,
+    plan,
+    redrawn,
+)  # fmt: skip
+from sdpo_jax.training.progress import NotANumber, Progress
 from sdpo_jax.training.step import (
     Objective,
     TrainState,
@@ -44,163 +52,7 @@ from sdpo_jax.training.throughput import traced
 from sdpo_jax.workdir import stage_result, write_json, write_stage_result
 
 COMPILATION_IN_STEPS = 8  # roughly what a compilation costs; short runs use fewer shapes
-SAVE_SECONDS = 300.0  # between two copies on disk of a reference pass in progress
-
-
-class Key(NamedTuple):
-    """An example of a stage: its number among the split's, whether its prompt holds item vectors,
-    and the number of its draw of negatives."""
-
-    unit: int
-    vectors: bool = False
-    draw: int = 0
-
-
-class Inference:
-    """Log-probs of many examples with a given adapter; compiled once per batch shape."""
-
-    def __init__(self, model, layout: str, mesh, microbatch: int):
-        self.base, self.mesh = model.base, mesh
-        self.microbatch, self.rows = microbatch, sharding.data_shards(mesh)
-        self.batch_size = microbatch * self.rows
-        self._logp = jax.jit(
-            make_logp(model.graphdef, layout), out_shardings=sharding.replicated(mesh)
-        )
-
-    def logp(self, lora, examples: Sequence[Example], stop: StopSignal, name: str = "",
-             known_NC: np.ndarray | None = None,
-             save: Callable[[np.ndarray], None] = lambda _: None) -> np.ndarray:  # fmt: skip
-        """`logp_NC` in nats, N being the targets of all examples, in their order.
-
-        Args:
-          lora: the adapter.
-          examples: all with the same number of answers.
-          stop: looked at before every batch.
-          name: of a progress bar; "" for none.
-          known_NC: what `save` got in a call that was cut off: that part is not computed again.
-          save: gets `logp_NC`, NaN where not yet computed, now and then and before Interrupted.
-        """
-        order = list(range(len(examples)))
-        order += order[-1:] * (-len(order) % self.batch_size)  # full batches; repeats are dropped
-        order = dealt(examples, order, len(order) // self.microbatch)
-        cut = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        ends = np.cumsum([example.M for example in examples])
-        shape = (int(ends[-1]), examples[0].C)
-        out = np.full(shape, np.nan, np.float32) if known_NC is None else known_NC
-        parts = [out[end - e.M : end] for e, end in zip(examples, ends, strict=True)]
-        first = sum(1 for _ in itertools.takewhile(
-            lambda part: all(np.isfinite(parts[i]).all() for i in part), cut
-        ))  # fmt: skip
-        batches = loader.batches(
-            [[examples[i] for i in part] for part in cut], start=first, rows=self.rows, limit=1,
-            own=sharding.local_shards(self.mesh),
-        )  # fmt: skip
-        todo = zip(cut[first:], batches, strict=True)
-        if name:
-            todo = progress_bar(todo, name, len(examples), first * self.batch_size, self.batch_size)
-        placed, saved = sharding.batch_sharding(self.mesh), time.monotonic()
-        for part, batch in todo:
-            if stop.ask() or time.monotonic() - saved > SAVE_SECONDS:
-                save(out)
-                saved = time.monotonic()
-            stop.check()
-            batch = sharding.put(batch, placed)
-            logp_BMC = jax.device_get(self._logp(lora, self.base, batch))
-            for i, logp_MC in zip(part, logp_BMC, strict=True):
-                parts[i][:] = logp_MC[: len(parts[i])]
-        return out
-
-
-def dealt(examples, keys: Sequence[Any], rows: int) -> list[Any]:
-    """`keys` in an order in which `rows` equal runs of their examples have nearly equal lengths."""
-    order = loader.deal([examples[k].tokens for k in keys], rows)
-    return [keys[i] for i in order]
-
-
-def by_example(logp_NC: np.ndarray, examples: Sequence[Example]) -> list[np.ndarray]:
-    """The rows of each example's targets, [M, C]."""
-    return np.split(logp_NC, np.cumsum([example.M for example in examples])[:-1])
-
-
-def plan(config, stage: str, units: int) -> list[int]:
-    """The examples of `train` in the order the stage takes them; a multiple of the batch size.
-
-    Raises InputError when the stage would have no step.
-    """
-    of_stage = config[stage]
-    steps = units * of_stage.epochs // config.batch_size
-    if of_stage.max_steps:
-        steps = min(steps, of_stage.max_steps)
-    if steps < 1:
-        raise InputError(
-            f"{stage}: {units} examples x {of_stage.epochs} epochs give no batch of "
-            f"{config.batch_size}: lower --config.batch_size or raise --config.{stage}.epochs"
-        )
-    order = loader.stream(units, config.seed + (stage == "sdpo"), of_stage.epochs)
-    return [int(order[i]) for i in range(steps * config.batch_size)]
-
-
-def curriculum(units: Sequence[int], vectors: bool, gradual: bool, seed: int) -> list[Key]:
-    """Each example with whether its prompt holds item vectors.
-
-    Where they come gradually, the i-th of n examples has them with probability i / n: LLaRA's
-    curriculum from texts to hybrid prompts (Liao et al. 2024, arXiv 2312.02445, section 3.3).
-    """
-    draws = generator(seed, "curriculum", "train", 0).random(len(units))
-    shares = np.arange(len(units)) / len(units) if gradual else np.ones(len(units))
-    return [
-        Key(unit, bool(vectors and draw < share))
-        for unit, draw, share in zip(units, draws, shares, strict=True)
-    ]
-
-
-def redrawn(order: Sequence[Key], units: int) -> list[Key]:
-    """The same with a draw of negatives of its own for each epoch of `units` examples."""
-    return [key._replace(draw=i // units) for i, key in enumerate(order)]
-
-
-def encode(
-    encoder: Encoder, split: str, units: Sequence[Unit], keys: Iterable[Key],
-    negatives: Negatives, count: int,
-) -> dict[Key, Example]:  # fmt: skip
-    """Key -> Example, with each target and `count` drawn negatives as answers."""
-    found = sorted(set(keys))
-    rows = [units[key.unit] for key in found]
-    items = [
-        [[encoder.window(split, row).target, *drawn]
-         for row, drawn in zip(of, _drawn(encoder, split, of, key, negatives, count), strict=True)]
-        for key, of in zip(found, rows, strict=True)
-    ]  # fmt: skip
-    if encoder.prompt == "history":
-        return {
-            key: encoder.segment(split, of, of_rows)
-            for key, of, of_rows in zip(found, rows, items, strict=True)
-        }
-    single = encoder.examples(
-        split, [row for (row,) in rows], [of for (of,) in items], [key.vectors for key in found]
-    )
-    return dict(zip(found, single, strict=True))
-
-
-def _drawn(
-    encoder: Encoder, split: str, rows: Unit, key: Key, negatives: Negatives, count: int
-) -> list[list[int]]:
-    last = encoder.window(split, rows[-1]).place
-    return [negatives.draw(split, row, count, key.draw, last) if count else [] for row in rows]
-
-
-def chosen_in_band(logp_MC: np.ndarray, count: int, band: Sequence[float]) -> np.ndarray:
-    """[M, 1 + count]: the preferred answer, and `count` others whose log-probs lie in a band.
-
-    The others are ordered from the most likely on; `band` is the share of them that is left out
-    before, and that after which none is taken. The places between are evenly spaced.
-    """
-    order_MK = 1 + np.argsort(-logp_MC[:, 1:], 1, kind="stable")
-    n = order_MK.shape[1]
-    first, last = int(band[0] * n), max(int(band[0] * n) + count, round(band[1] * n))
-    first = min(first, n - count)
-    places = np.linspace(first, min(last, n) - 1, count).round().astype(int)
-    return np.concatenate([np.zeros((len(order_MK), 1), int), order_MK[:, places]], 1)
+# SAVE = 300.0  # between two copies on disk of a reference pass in progress
 
 
 class Stage:

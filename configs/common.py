@@ -3,8 +3,12 @@
 [paper] marks the values of the paper and its code.
 """
 
+import importlib.metadata
+import pathlib
+
 import ml_collections
 
+CPUINFO = pathlib.Path("/proc/cpuinfo")
 
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
@@ -115,6 +119,16 @@ def small(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.validation_windows = 64
     config.eval_every, config.checkpoint_every = 40, 20
     return config
+
+
+def cpu_dtype() -> str:
+    """bfloat16 where Linux says that this CPU multiplies it, and jax does so; else float32.
+
+    Other CPUs emulate it, slower than float32. On a CPU, jax 0.11 fails in such products.
+    """
+    flags = CPUINFO.read_text() if CPUINFO.exists() else ""
+    able = "avx512_bf16" in flags or "amx_bf16" in flags
+    return "bfloat16" if able and importlib.metadata.version("jax") < "0.11" else "float32"
 
 
 def medium(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

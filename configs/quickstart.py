@@ -15,14 +15,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = common.small(common.get_config())
     config.dataset = "runs/quickstart/data"
     config.chat_template = False
+    config.dtype = common.cpu_dtype()
     config.prompt, config.negatives = "history", "uniform"
     # Two segments, about 90 targets per step.
     config.batch_size, config.microbatch = 2, 2
     config.lora.rank, config.lora.alpha = 16, 64.0
-    config.sft.max_steps, config.sft.learning_rate = 130, 1e-3
+    config.sft.max_steps, config.sft.learning_rate = 300, 1e-3
     config.sdpo.max_steps, config.sdpo.learning_rate = 6, 1e-4
     config.validation_split, config.validation_windows = "val_all", 200
-    config.eval_every, config.checkpoint_every = 130, 26
+    config.eval_every, config.checkpoint_every = 300, 60
     return common.variant(config, arg, smoke=common.smoke, long=long)
 
 

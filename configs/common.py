@@ -10,6 +10,7 @@ import ml_collections
 
 CPUINFO = pathlib.Path("/proc/cpuinfo")
 
+
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.dataset = "runs/data"  # folder written by sdpo_jax.prepare

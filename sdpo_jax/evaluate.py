@@ -12,7 +12,8 @@ candidates by log-probability. The prompts are run once for all decoders.
 
 ranks all items but the window's history, or all items where users have items repeatedly, for runs
 with config.prompt=history: `beam` searches among the titles, `score` computes every title's
-log-probability.
+log-probability. `--rank=disliked --decoder=score` ranks the target against one item that the same
+user rated low: HR@1 among these two is the AUC of liked against disliked.
 
 Writes eval/<stage>-<step>-<decoder>.json and, beside it, the predictions as .jsonl. The name holds
 the split asked for last; another split that lay there gets its split's name at the end.
@@ -36,7 +37,8 @@ from sdpo_jax.training.checkpoint import CheckpointGone
 from sdpo_jax.workdir import read_run, stage_result
 
 # What may be ranked, and by which decoders.
-DECODERS_OF = {"candidates": ("greedy", "trie", "score"), "catalogue": ("score", "beam")}
+DECODERS_OF = {"candidates": ("greedy", "trie", "score"), "catalogue": ("score", "beam"),
+               "disliked": ("score",)}  # fmt: skip
 SPLITS = ("test", "val", "test_all", "val_all")
 
 
@@ -117,9 +119,9 @@ def _open(
     rank: str = "candidates",
 ) -> SimpleNamespace:  # fmt: skip
     run = read_run(Path(workdir))
-    if rank == "catalogue" and run.config.prompt != "history":
+    if rank != "candidates" and run.config.prompt != "history":
         raise InputError(
-            "--rank: found catalogue of a run whose prompts show the candidates "
+            f"--rank: found {rank} of a run whose prompts show the candidates "
             f"(config.prompt={run.config.prompt}), expected one with config.prompt=history"
         )
     for flag, values, known in (
@@ -164,7 +166,7 @@ def _evaluate(
             "decoder": decoder,
             **({"beams": evaluator.beams} if decoder == "beam" else {}),
             "history": run.config.history,
-            "candidates": len(evaluator.windows[0].candidates),
+            "candidates": len(evaluator.windows[evaluator.rows[0]].candidates),
             "seconds": round(seconds[decoder], 2),
             "seed": run.config.seed,
             "dataset": run.config.dataset,
@@ -192,10 +194,10 @@ def main(argv: Sequence[str]) -> None:
     common = (args.workdir, args.stage, args.split, args.decoder, args.limit or 0)
     if args.follow and args.step is not None:
         raise InputError("--step: found it beside --follow, expected one of the two: drop one")
-    if args.follow and args.rank == "catalogue":
+    if args.follow and args.rank != "candidates":
         raise InputError(
-            "--rank: found catalogue beside --follow, expected candidates: the catalogue is ranked "
-            "once a stage has ended"
+            f"--rank: found {args.rank} beside --follow, expected candidates: anything else is "
+            "ranked once a stage has ended"
         )
     try:
         if args.follow:
@@ -217,10 +219,12 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "decoder",
         ["greedy"],
-        "greedy, trie, score or several, with commas; with --rank=catalogue score (exact) or beam",
+        "greedy, trie, score or several, with commas; with --rank=catalogue score (exact) or beam, "
+        "with --rank=disliked score",
     )
-    flags.DEFINE_enum("rank", "candidates", list(DECODERS_OF), "a window's candidates, or all "
-                      "items but its history (config.prompt=history)")  # fmt: skip
+    flags.DEFINE_enum("rank", "candidates", list(DECODERS_OF), "a window's candidates; or, with "
+                      "config.prompt=history, all items but its history, or the target against an "
+                      "item that the same user rated low")  # fmt: skip
     flags.DEFINE_integer("beams", 20, "width of the decoder beam", lower_bound=1)
     flags.DEFINE_integer("limit", None, "this many windows, evenly spread over the split; "
                          "default: all", lower_bound=1)  # fmt: skip

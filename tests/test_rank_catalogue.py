@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import tiny_run
+from tiny import history_dataset
 
 from sdpo_jax.baselines.__main__ import run as run_baseline
 from sdpo_jax.data.prepared import Dataset, read_dataset
@@ -147,3 +148,39 @@ def test_candidates_prompts_and_their_decoders_are_refused(run, tmp_path):
     candidates = tiny_run.make_run(tmp_path / "candidates")
     with pytest.raises(InputError, match="--rank: found catalogue"):
         evaluate(candidates, ["base"], decoders=["score"], rank="catalogue")
+
+
+def rated_low() -> Dataset:
+    """Of the users of the test windows, each second one rated items low."""
+    data = history_dataset()
+    sequences = dict(data.sequences)
+    for window in data.splits["test"][1::2]:
+        sequences[window.user] = dataclasses.replace(sequences[window.user], disliked=())
+    return dataclasses.replace(data, sequences=sequences)
+
+
+def test_liked_against_disliked_is_ranked_where_the_user_rated_an_item_low(tmp_path):
+    data = rated_low()
+    run = tiny_run.make_run(tmp_path, "history", data)
+    evaluate(run, ["base"], decoders=["score"], rank="disliked")
+    run_baseline("popularity", str(tmp_path / "data"), str(run))
+    for name in ("base-0-score", "popularity"):
+        summary, predictions = result(run, f"{name}-disliked")
+        assert [p["row"] for p in predictions] == [0, 2]
+        for p in predictions:
+            window = data.splits["test"][p["row"]]
+            low = {data.titles[item] for _, item in data.sequences[window.user].disliked}
+            (first, above), (second, below) = p["ranked"]
+            target = data.titles[window.target]
+            assert {first, second} - low == {target}
+            assert p["hit"] == (first == target and above > below)
+        assert summary["hit_ratio_at_1"] == sum(p["hit"] for p in predictions) / 2
+    text = report(run)
+    assert "Liked against disliked" in text and "AUC [95%]" in text
+
+
+def test_without_low_ratings_nothing_is_ranked_against_them(run):
+    with pytest.raises(InputError, match="--rank: found disliked for test"):
+        evaluate(run, ["base"], decoders=["score"], rank="disliked")
+    run_baseline("random", str(run.parent / "data"), str(run))
+    assert not (run / "eval" / "random-disliked.json").exists()

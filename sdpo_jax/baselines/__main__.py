@@ -35,6 +35,7 @@ from sdpo_jax.baselines.caser import Caser
 from sdpo_jax.baselines.gru4rec import GRU4Rec
 from sdpo_jax.baselines.sasrec import SASRec
 from sdpo_jax.data import loader
+from sdpo_jax.data.negatives import against_disliked
 from sdpo_jax.data.prepared import SPLITS, Dataset, read_dataset
 from sdpo_jax.errors import InputError, run_command
 from sdpo_jax.evaluation import metrics, results
@@ -79,8 +80,10 @@ def run(
         "seconds": round(time.monotonic() - start, 2),
     }  # fmt: skip
     exposure, summaries = results.exposure_of(data), []
-    for rank in results.RANKS[: 1 if candidates_only else 2]:
+    for rank in results.RANKS[: 1 if candidates_only else None]:
         predictions = list(_predictions(data, split, rows, found, scores_NI, rank))
+        if not predictions:  # no user has rated an item low
+            continue
         summary = results.summarise("score", predictions, rank, exposure) | about
         path = results.write_result(Path(workdir, "eval"), summary, predictions)
         print(results.line(summary, path), flush=True)
@@ -150,13 +153,19 @@ def _predictions(
 ) -> Iterator[results.Prediction]:
     """A prediction for each window: the first titles of the ranking, and the target's rank.
 
-    `ranked` is one of results.RANKS. The catalogue leaves out what `RankedItems` does.
+    `ranked` is one of results.RANKS. The catalogue leaves out what `RankedItems` does, and
+    `disliked` the windows that `against_disliked` leaves out.
     """
     ids, titles, items = list(data.titles), list(data.titles.values()), np.arange(len(data.titles))
     number, repeats = {item: n for n, item in enumerate(ids)}, data.repeats(split)
+    disliked = against_disliked(data, split) if ranked == "disliked" else {}
     for row, among_X, target, scores_I in zip(
         rows, found.candidates_NC, found.target_N, scores_NI, strict=True
     ):
+        if ranked == "disliked":
+            if row not in disliked:
+                continue
+            among_X = np.array([number[item] for item in disliked[row].candidates])
         if ranked == "catalogue":
             history = () if repeats else data.splits[split][row].history
             among_X = np.setdiff1d(items, [number[item] for item in history])

@@ -1,12 +1,13 @@
 """The rejected titles of a target: how they are drawn, as pure functions of (seed, draw, row)."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from sdpo_jax.data.draws import generator
-from sdpo_jax.data.prepared import Dataset, User
+from sdpo_jax.data.prepared import Dataset, User, Window
 from sdpo_jax.errors import InputError
 
 TRIES = 512  # draws with replacement before all items are looked through
@@ -81,6 +82,21 @@ class Negatives:
             places = np.searchsorted(self._shares, random.random(TRIES), side="right")
         for place in itertools.chain(places, _permutation(random, len(self._items))):
             yield self._items[place]
+
+
+def against_disliked(dataset: Dataset, split: str) -> dict[int, Window]:
+    """Row -> its window with two candidates: the target, and an item that the same user rated low.
+
+    That item is drawn from all disliked ones of the user, as no history shows any. Rows of users
+    without them are left out.
+    """
+    found = {}
+    for row, window in enumerate(dataset.splits[split]):
+        if pairs := dataset.sequences[window.user].disliked:
+            place = generator(0, "against disliked", split, row).integers(len(pairs))
+            candidates = (window.target, pairs[place][1])
+            found[row] = dataclasses.replace(window, candidates=candidates)
+    return found
 
 
 def _own_titles(dataset: Dataset, split: str) -> dict[User, frozenset[str]]:

@@ -139,4 +139,7 @@ def _results(run: SimpleNamespace, stage: str, step: int) -> str:
             f"{summary['hit_ratio_at_1']:.4f} [{low:.4f}, {high:.4f}] | {' | '.join(ranking)} | "
             f"{summary.get('valid_ratio', math.nan):.4f} | {summary['n']} |"
         )
+    if any(summary["rank"] == "disliked" for summary in found):
+        told = "Of `disliked`, the target against an item rated low by its user, HR@1 is the AUC."
+        lines += ["", told]
     return "\n".join(lines)

@@ -16,8 +16,10 @@ from flax import nnx
 from sdpo_jax import sharding
 from sdpo_jax.baselines import kept
 from sdpo_jax.data import loader, prompts
+from sdpo_jax.data.negatives import against_disliked
 from sdpo_jax.data.prepared import Dataset, read_split
 from sdpo_jax.data.tokens import Encoder
+from sdpo_jax.errors import InputError
 from sdpo_jax.evaluation import catalogue, decode, metrics, title_trie
 from sdpo_jax.evaluation.ranked_items import RankedItems
 from sdpo_jax.evaluation.results import Prediction, exposure_of
@@ -38,7 +40,8 @@ class Evaluator:
       split: of the run's data set.
       limit: number of windows, evenly spread over the split so that those of many users are
         among them (users lie one after another); 0 or more than there are: all.
-      rank: "candidates", those of each window, or "catalogue", see `RankedItems`.
+      rank: "candidates", those of each window; "catalogue", see `RankedItems`; or "disliked", see
+        `against_disliked`: of the rows chosen, those that it has.
       beams: width of the decoder `beam`.
       batch_size: windows at once, rounded up to a multiple of the data shards; 0: 8 on a CPU, 32
         elsewhere. Results do not depend on it but for rounding.
@@ -78,8 +81,16 @@ class Evaluator:
             c.prompt,
         )
         same(run, "prompts", c.prompt_file or "built-in", prompts.fingerprint(templates))
-        self.windows = self.dataset.splits[split]
+        self.windows = dict(enumerate(self.dataset.splits[split]))
         self.rows = loader.spread(len(self.windows), limit)
+        if rank == "disliked":
+            self.windows = against_disliked(self.dataset, split)
+            self.rows = [row for row in self.rows if row in self.windows]
+            if not self.rows:
+                raise InputError(
+                    f"--rank: found disliked for {split}, none of whose users rated an item low, "
+                    "expected ratings: leave the flag out"
+                )
         first_vector = None if vectors_IE is None else self.model.config.V
         self.encoder = Encoder.of(c, self.dataset, self.model.tokenizer, templates, first_vector)
         answers = [self.windows[row].candidates for row in self.rows]

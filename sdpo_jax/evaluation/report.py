@@ -162,10 +162,12 @@ def catalogue_table(run: SimpleNamespace, rows: Sequence[Row]) -> list[list[str]
     return cells
 
 
-def differences(run: SimpleNamespace, rows: Sequence[Row]) -> list[list[str]]:
+def differences(run: SimpleNamespace, rows: Sequence[Row], metric: str = "HR@1") -> list[list[str]]:
     """S-DPO against all others, SFT against base: paired HR@1 on the windows both have."""
     named = names(run)
-    cells = [["", "decoder", "difference of HR@1 [95%]", "p", "only first", "only second", "n"]]
+    cells = [
+        ["", "decoder", f"difference of {metric} [95%]", "p", "only first", "only second", "n"]
+    ]
     of_stage = {row.stage: row for row in rows}
     others = [("sdpo", system) for system in SYSTEMS]
     for first, second in (("sdpo", "sft"), ("sdpo", "base"), ("sft", "base"), *others):
@@ -204,6 +206,7 @@ def render(run: SimpleNamespace, split: str, rows: Rows, picture: str | None) ->
         f"Protocol: {plain(summary.get('protocol'))}.",
         *(_candidates(run, rows["candidates"]) if rows["candidates"] else ()),
         *(_catalogue(run, rows["catalogue"]) if rows["catalogue"] else ()),
+        *(_disliked(run, rows["disliked"]) if rows["disliked"] else ()),
     ]
     if picture:
         parts.append(f"![training curves]({picture})")
@@ -241,6 +244,22 @@ def _catalogue(run: SimpleNamespace, rows: Sequence[Row]) -> list[str]:
         "share of all items recommended at least once, Gini the inequality of how often each item "
         "is recommended (0: all equally often), popularity the mean number of training "
         "interactions. Intervals are Wilson's, wider where windows of one user are alike.",
+    ]
+
+
+def _disliked(run: SimpleNamespace, rows: Sequence[Row]) -> list[str]:
+    cells = [["", "step", "AUC [95%]", "n"]]
+    for row in rows:
+        s = row.by_decoder["score"]
+        auc = _ratio(s["hit_ratio_at_1"], s.get("hit_ratio_at_1_ci95"))
+        cells.append([names(run)[row.stage], str(row.step), auc, str(s["n"])])
+    compared = differences(run, rows, "AUC")
+    return [
+        "## Liked against disliked",
+        "\n".join(markdown(cells)),
+        *(["\n".join(markdown(compared))] if len(compared) > 1 else ()),
+        "AUC: the share of windows whose target has a higher score than an item that the same user "
+        "rated low. 0.5 is chance. Intervals as above.",
     ]
 
 

@@ -1,9 +1,9 @@
 """The files of `workdir/eval`: a summary as JSON, its predictions beside it as JSONL.
 
-| evaluated | candidates | whole catalogue |
+| evaluated | candidates | another rank: `catalogue`, `disliked` |
 |---|---|---|
-| a stage of the run | `<stage>-<step>-<decoder>` | `<stage>-<step>-<decoder>-catalogue` |
-| a baseline, by score | `<system>-candidates` | `<system>-catalogue` |
+| a stage of the run | `<stage>-<step>-<decoder>` | `<stage>-<step>-<decoder>-<rank>` |
+| a baseline, by score | `<system>-candidates` | `<system>-<rank>` |
 | ChatRec | `chatrec-greedy` | |
 
 Such a file holds the split evaluated last. An older evaluation of another split is kept with
@@ -29,8 +29,9 @@ from sdpo_jax.workdir import write_json
 
 # Systems that are no stage of a run: they stand in `stage`.
 SYSTEMS = ("random", "popularity", "gru4rec", "caser", "sasrec", "morec", "chatrec")
-# What is ranked: a window's candidates, or all items but those of its history.
-RANKS = ("candidates", "catalogue")
+# What is ranked: a window's candidates; all items but those of its history; or the target against
+# an item that the same user rated low, among which HR@1 is the AUC of liked against disliked.
+RANKS = ("candidates", "catalogue", "disliked")
 RANKING_DECODERS = ("score", "beam")  # their predictions have a rank
 CUTOFF = 10  # of the lists whose coverage, Gini index and popularity are measured
 Metric = Callable[[int | None], float]
@@ -188,6 +189,9 @@ def line(summary: dict[str, Any], path: Path) -> str:
         how = f"{summary['decoder']} over the catalogue"
         measured = [_with_interval(summary, "HR@10", "hit_ratio_at_10")]
         further = (("NDCG@10", "ndcg_at_10"), ("MRR", "mrr"), ("coverage@10", "coverage_at_10"))
+    elif summary["rank"] == "disliked":
+        how, further = f"{summary['decoder']} of liked against disliked", ()
+        measured = [_with_interval(summary, "AUC", "hit_ratio_at_1")]
     else:
         how = summary["decoder"]
         measured = [_with_interval(summary, "HR@1", "hit_ratio_at_1"),

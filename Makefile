@@ -5,9 +5,11 @@ BIN := .venv/bin
 QUICK := runs/quickstart
 RUN := $(QUICK)/run
 CONFIG ?= configs/quickstart.py
-# Windows evaluated, evenly spread: those of HALF are every second one of LIMIT.
+# Windows evaluated, evenly spread: those of HALF are every second one of LIMIT, those of QUARTER
+# every fourth.
 LIMIT ?= --limit=501
 HALF ?= --limit=251
+QUARTER ?= --limit=126
 OTHERS ?=
 
 .PHONY: setup quickstart long bench parity chat stress test clean
@@ -35,12 +37,13 @@ quickstart: setup
 	$(BIN)/python -m sdpo_jax.evaluate --workdir=$(RUN) --stage=sdpo --decoder=score \
 	  --split=test_all $(LIMIT)
 	$(BIN)/python -m sdpo_jax.evaluate --workdir=$(RUN) --stage=sdpo --rank=catalogue \
-	  --decoder=beam --split=test_all $(HALF)
+	  --decoder=beam --split=test_all $(QUARTER)
 	$(BIN)/python -m sdpo_jax.report --workdir=$(RUN)
 
-# Three epochs of SFT and all windows of test_all, with SASRec beside: a run of its own. Hours.
+# Two epochs of SFT and all windows of test_all, with SASRec beside: a run of its own. Hours.
 long:
-	$(MAKE) quickstart CONFIG=configs/quickstart.py:long RUN=$(QUICK)/long LIMIT= HALF=
+	$(MAKE) quickstart CONFIG=configs/quickstart.py:long RUN=$(QUICK)/long LIMIT= HALF= \
+	  QUARTER=
 	$(BIN)/python -m sdpo_jax.baselines --model=sasrec --dataset=$(QUICK)/data \
 	  --workdir=$(QUICK)/long --split=test_all
 	$(BIN)/python -m sdpo_jax.report --workdir=$(QUICK)/long

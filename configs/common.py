@@ -47,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.beta = 1.0  # [paper] of the rewards
     config.batch_layout = "shared_prefix"  # or "padded": K+1 full rows, the oracle
     config.dtype = "bfloat16"  # of the base and of matrix products; or "float32"
-    config.base_dtype = "same"  # how the frozen base is held: bf16, int8, nf4; same = in dtype
+    config.base_dtype = "same"  # how the frozen base is held: f32, bf16, int8, nf4; same: in dtype
     # What the backward pass computes again, to save memory: none; cheap: what is element-wise;
     # full: each layer; least: each layer, its MLP in eight pieces.
     config.remat = "full"
@@ -122,14 +122,18 @@ def small(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
-def cpu_dtype() -> str:
-    """bfloat16 where Linux says that this CPU multiplies it, and jax does so; else float32.
+def cpu_dtypes() -> tuple[str, str]:
+    """`dtype` and `base_dtype`: products in bfloat16 where this CPU multiplies it, else in float32.
 
-    Other CPUs emulate it, slower than float32. On a CPU, jax 0.11 fails in such products.
+    Linux tells whether it does. Other CPUs emulate it, slower than float32, and jax 0.11 fails in
+    such products on a CPU. The base is float32 in both cases: of a bfloat16 one XLA:CPU makes a
+    float32 copy in every call.
     """
     flags = CPUINFO.read_text() if CPUINFO.exists() else ""
     able = "avx512_bf16" in flags or "amx_bf16" in flags
-    return "bfloat16" if able and importlib.metadata.version("jax") < "0.11" else "float32"
+    if able and importlib.metadata.version("jax") < "0.11":
+        return "bfloat16", "f32"
+    return "float32", "same"
 
 
 def medium(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

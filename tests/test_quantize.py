@@ -9,6 +9,7 @@ import pytest
 from conftest import TINY, random_batch, tiny_model
 from flax import nnx
 
+from configs import common
 from sdpo_jax import sharding
 from sdpo_jax.errors import InputError
 from sdpo_jax.models.quantize import BLOCK, NF4, Quantised, dense, quantise
@@ -105,6 +106,37 @@ def test_no_dense_stack_of_kernels_is_kept_for_the_backward_pass(kind):
 
     text = jax.jit(jax.grad(loss)).lower(model.lora, model.base).compile().as_text()
     assert f"f32[{WIDE.L},{WIDE.D},{WIDE.F}]" not in text
+
+
+def test_a_float32_base_under_bfloat16_products_gives_what_a_bfloat16_one_gives():
+    batch = random_batch(2, 3)
+    narrow = tiny_model(WIDE, dtype=jnp.bfloat16)
+    wide = tiny_model(WIDE, dtype=jnp.bfloat16, base_dtype="f32")
+    assert {x.dtype for x in jax.tree.leaves(wide.base)} == {jnp.dtype(jnp.float32)}
+    same_values = jax.tree.map(lambda x: x.astype(jnp.float32), narrow.base)
+    found, expected = (
+        jax.jit(shared_prefix_logp)(nnx.merge(m.graphdef, m.lora, base), batch)
+        for m, base in ((wide, same_values), (narrow, narrow.base))
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "version", "expected"),
+    [
+        ("fma avx512_bf16", "0.10.2", ("bfloat16", "f32")),
+        ("amx_bf16", "0.10.2", ("bfloat16", "f32")),
+        ("fma avx2", "0.10.2", ("float32", "same")),
+        ("amx_bf16", "0.11.2", ("float32", "same")),
+    ],
+)
+def test_the_quickstart_multiplies_in_what_the_cpu_is_fast_in(
+    flags, version, expected, tmp_path, monkeypatch
+):
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(common, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(common.importlib.metadata, "version", lambda package: version)
+    assert common.cpu_dtypes() == expected
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

@@ -136,7 +136,7 @@ class LinearOptions:
         """The dtype of what is not quantised: embedding, norms, biases, head; trained, float32."""
         if self.lora.full:
             return jnp.float32
-        return jnp.bfloat16 if self.base_dtype == "bf16" else self.dtype
+        return {"f32": jnp.float32, "bf16": jnp.bfloat16}.get(self.base_dtype, self.dtype)
 
 
 def fold_in(dropout_keys_W: jax.Array | None, number) -> jax.Array | None:

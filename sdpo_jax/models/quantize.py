@@ -13,7 +13,7 @@ import numpy as np
 
 from sdpo_jax.errors import InputError
 
-BASE_DTYPES = ("same", "bf16", "int8", "nf4")  # "same": that of products
+BASE_DTYPES = ("same", "f32", "bf16", "int8", "nf4")  # "same": that of products
 QUANTISED = ("int8", "nf4")
 BLOCK = 64
 # Quantiles of a normal distribution, scaled to [-1, 1], with a zero: the values of bitsandbytes.

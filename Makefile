@@ -5,11 +5,11 @@ BIN := .venv/bin
 QUICK := runs/quickstart
 RUN := $(QUICK)/run
 CONFIG ?= configs/quickstart.py
-# Windows evaluated, evenly spread: those of HALF are every second one of LIMIT, those of QUARTER
+# Windows evaluated, evenly spread: those of THIRD are every third one of LIMIT, those of QUARTER
 # every fourth.
-LIMIT ?= --limit=501
-HALF ?= --limit=251
-QUARTER ?= --limit=126
+LIMIT ?= --limit=505
+THIRD ?= --limit=169
+QUARTER ?= --limit=127
 OTHERS ?=
 
 .PHONY: setup quickstart long bench parity chat stress test clean
@@ -33,7 +33,7 @@ quickstart: setup
 	$(BIN)/python -m sdpo_jax.baselines --model=popularity --dataset=$(QUICK)/data \
 	  --workdir=$(RUN) --split=test_all $(LIMIT)
 	$(BIN)/python -m sdpo_jax.evaluate --workdir=$(RUN) --stage=base,sft --decoder=score \
-	  --split=test_all $(HALF)
+	  --split=test_all $(THIRD)
 	$(BIN)/python -m sdpo_jax.evaluate --workdir=$(RUN) --stage=sdpo --decoder=score \
 	  --split=test_all $(LIMIT)
 	$(BIN)/python -m sdpo_jax.evaluate --workdir=$(RUN) --stage=sdpo --rank=catalogue \
@@ -42,8 +42,7 @@ quickstart: setup
 
 # Two epochs of SFT and all windows of test_all, with SASRec beside: a run of its own. Hours.
 long:
-	$(MAKE) quickstart CONFIG=configs/quickstart.py:long RUN=$(QUICK)/long LIMIT= HALF= \
-	  QUARTER=
+	$(MAKE) quickstart CONFIG=configs/quickstart.py:long RUN=$(QUICK)/long LIMIT= THIRD= QUARTER=
 	$(BIN)/python -m sdpo_jax.baselines --model=sasrec --dataset=$(QUICK)/data \
 	  --workdir=$(QUICK)/long --split=test_all
 	$(BIN)/python -m sdpo_jax.report --workdir=$(QUICK)/long

@@ -91,6 +91,7 @@ def test_candidates_and_catalogue_of_several_splits_lie_beside_each_other(tmp_pa
             write(tmp_path, "sft", 20, "score", rank, split)
     assert {p.stem for p in tmp_path.iterdir()} == {
         "sft-20-score", "sft-20-score-val", "sft-20-score-catalogue", "sft-20-score-catalogue-val",
+        "sft-20-score-disliked", "sft-20-score-disliked-val",
     }  # fmt: skip
     for rank in results.RANKS:
         for split in ("val", "test"):

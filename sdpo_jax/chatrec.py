@@ -16,6 +16,7 @@ must be that run's, and `report` then has ChatRec beside its stages.
 import collections
 import itertools
 import json
+import math
 import operator
 import os
 import sys
@@ -88,7 +89,8 @@ def chatrec(
         "step": 0,
         "decoder": "greedy",
         "candidates": len(windows[0].candidates),
-        "seconds": round(sum(answer["seconds"] for answer in used), 2),
+        # In any order the same, as the answers come in another one than they are read again.
+        "seconds": round(math.fsum(answer["seconds"] for answer in used), 2),
         "seed": seed,
         "dataset": str(dataset),
         "dataset_fingerprint": data.meta["fingerprint"],

@@ -24,8 +24,12 @@ LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI"
 
 
 def set_up_jax(dtype: str) -> None:
-    """Persistent compilation cache in the user's cache folder, and honest float32 products."""
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    """Persistent compilation cache, and honest float32 products.
+
+    The cache is in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     if dtype == "float32":
         # GPUs and TPUs else round the operands of float32 products.
         jax.config.update("jax_default_matmul_precision", "highest")

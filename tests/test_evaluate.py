@@ -25,14 +25,6 @@ from sdpo_jax.workdir import read_run
 ALL = ("greedy", "trie", "score")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """The compilation cache of these tests, not the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def model_and_run(tmp_path_factory):
     """A finished run: sft at steps 2 and 4 (best: 2), sdpo at step 3."""

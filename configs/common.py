@@ -131,7 +131,8 @@ def cpu_dtypes() -> tuple[str, str]:
     """
     flags = CPUINFO.read_text() if CPUINFO.exists() else ""
     able = "avx512_bf16" in flags or "amx_bf16" in flags
-    if able and importlib.metadata.version("jax") < "0.11":
+    major, minor, *_ = importlib.metadata.version("jax").split(".")
+    if able and (int(major), int(minor)) < (0, 11):
         return "bfloat16", "f32"
     return "float32", "same"
 

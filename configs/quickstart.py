@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 def long(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """All weights, two epochs of SFT: 132,000 targets."""
-    config.tune, config.base_dtype = "full", "same"
+    config.tune = "full"
     config.batch_size, config.microbatch = 8, 4
     config.sft.epochs, config.sft.max_steps, config.sft.learning_rate = 2, 0, 3e-4
     config.sdpo.max_steps, config.sdpo.learning_rate = 24, 1e-5

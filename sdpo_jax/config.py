@@ -102,14 +102,15 @@ def check(config) -> None:
                     "set --config.prompt=candidates"
                 )
     if config.tune == "full":
-        for key, needed in (("base_dtype", "same"), ("item_vectors", ""), ("lora.init_from", "")):
+        for key, able in (("base_dtype", ("same", "f32")), ("item_vectors", ("",)),
+                          ("lora.init_from", ("",))):  # fmt: skip
             value = config.to_dict()
             for part in key.split("."):
                 value = value[part]
-            if value != needed:
+            if value not in able:
                 raise InputError(
                     f"config.{key} is {shown(value)} beside config.tune='full', which trains all "
-                    f"weights in float32: set --config.{key}={needed}"
+                    f"weights in float32: set --config.{key}={able[0]}"
                 )
     if config.negatives == "hard" and config.hard_pool < config.num_negatives:
         raise InputError(

@@ -13,7 +13,7 @@ candidates by log-probability. The prompts are run once for all decoders.
 ranks all items but the window's history, or all items where users have items repeatedly, for runs
 with config.prompt=history: `beam` searches among the titles, `score` computes every title's
 log-probability. `--rank=disliked --decoder=score` ranks the target against one item that the same
-user rated low: HR@1 among these two is the AUC of liked against disliked.
+user rated low later on: HR@1 among these two is the AUC of liked against disliked.
 
 Writes eval/<stage>-<step>-<decoder>.json and, beside it, the predictions as .jsonl. The name holds
 the split asked for last; another split that lay there gets its split's name at the end.
@@ -166,7 +166,7 @@ def _evaluate(
             "decoder": decoder,
             **({"beams": evaluator.beams} if decoder == "beam" else {}),
             "history": run.config.history,
-            "candidates": len(evaluator.windows[evaluator.rows[0]].candidates),
+            "candidates": len(evaluator.dataset.splits[evaluator.split][0].candidates),
             "seconds": round(seconds[decoder], 2),
             "seed": run.config.seed,
             "dataset": run.config.dataset,

@@ -151,15 +151,18 @@ def test_candidates_prompts_and_their_decoders_are_refused(run, tmp_path):
 
 
 def rated_low() -> Dataset:
-    """Of the users of the test windows, each second one rated items low."""
+    """Of the users of the test windows, all rated an item low early, each second one also later."""
     data = history_dataset()
     sequences = dict(data.sequences)
-    for window in data.splits["test"][1::2]:
-        sequences[window.user] = dataclasses.replace(sequences[window.user], disliked=())
+    for row, window in enumerate(data.splits["test"]):
+        own = sequences[window.user]
+        early, late = (item for _, item in own.disliked[:2])
+        disliked = ((window.place - 1, early), (window.place, late))[: 2 - row % 2]
+        sequences[window.user] = dataclasses.replace(own, disliked=disliked)
     return dataclasses.replace(data, sequences=sequences)
 
 
-def test_liked_against_disliked_is_ranked_where_the_user_rated_an_item_low(tmp_path):
+def test_a_target_is_ranked_against_what_its_user_rated_low_later_on(tmp_path):
     data = rated_low()
     run = tiny_run.make_run(tmp_path, "history", data)
     evaluate(run, ["base"], decoders=["score"], rank="disliked")
@@ -169,10 +172,10 @@ def test_liked_against_disliked_is_ranked_where_the_user_rated_an_item_low(tmp_p
         assert [p["row"] for p in predictions] == [0, 2]
         for p in predictions:
             window = data.splits["test"][p["row"]]
-            low = {data.titles[item] for _, item in data.sequences[window.user].disliked}
+            _, (_, late) = data.sequences[window.user].disliked
             (first, above), (second, below) = p["ranked"]
             target = data.titles[window.target]
-            assert {first, second} - low == {target}
+            assert {first, second} == {target, data.titles[late]}
             assert p["hit"] == (first == target and above > below)
         assert summary["hit_ratio_at_1"] == sum(p["hit"] for p in predictions) / 2
     text = report(run)

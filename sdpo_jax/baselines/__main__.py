@@ -2,11 +2,12 @@
 
     python -m sdpo_jax.baselines --model=sasrec --dataset=runs/movielens/data --workdir=DIR
 
-Writes eval/<model>-candidates.json and eval/<model>-catalogue.json, with the keys of
-sdpo_jax.evaluate, and the predictions beside each. The catalogue is all items but those of the
-window's history, or all items where users have items repeatedly. In the workdir of a language
-model's run, the report shows both systems on the same windows. `random` and `popularity` are the
-floor and need no training. The trained network is kept in baselines/.
+Writes eval/<model>-candidates.json, eval/<model>-catalogue.json and, where users rated items low,
+eval/<model>-disliked.json, with the keys of sdpo_jax.evaluate, and the predictions beside each. The
+catalogue is all items but those of the window's history, or all items where users have items
+repeatedly. In the workdir of a language model's run, the report shows both systems on the same
+windows. `random` and `popularity` are the floor and need no training. The trained network is kept
+in baselines/.
 
 `morec` is SASRec over the titles, which a BERT encoder turns into vectors:
 

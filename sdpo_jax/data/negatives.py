@@ -87,14 +87,16 @@ class Negatives:
 def against_disliked(dataset: Dataset, split: str) -> dict[int, Window]:
     """Row -> its window with two candidates: the target, and an item that the same user rated low.
 
-    That item is drawn from all disliked ones of the user, as no history shows any. Rows of users
-    without them are left out.
+    That item is drawn from those which the user rated after the window's history: training, which
+    ends before a window of another split, has seen none of them as `disliked`. Rows without such an
+    item are left out.
     """
     found = {}
     for row, window in enumerate(dataset.splits[split]):
-        if pairs := dataset.sequences[window.user].disliked:
-            place = generator(0, "against disliked", split, row).integers(len(pairs))
-            candidates = (window.target, pairs[place][1])
+        disliked = dataset.sequences[window.user].disliked
+        if later := [item for place, item in disliked if place >= window.place]:
+            drawn = generator(0, "against disliked", split, row).integers(len(later))
+            candidates = (window.target, later[drawn])
             found[row] = dataclasses.replace(window, candidates=candidates)
     return found
 

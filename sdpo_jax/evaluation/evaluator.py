@@ -88,8 +88,8 @@ class Evaluator:
             self.rows = [row for row in self.rows if row in self.windows]
             if not self.rows:
                 raise InputError(
-                    f"--rank: found disliked for {split}, none of whose users rated an item low, "
-                    "expected ratings: leave the flag out"
+                    f"--rank: found disliked for {split}, where no user rates an item low after a "
+                    "window's history, expected ratings: leave the flag out"
                 )
         first_vector = None if vectors_IE is None else self.model.config.V
         self.encoder = Encoder.of(c, self.dataset, self.model.tokenizer, templates, first_vector)

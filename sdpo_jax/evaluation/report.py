@@ -248,18 +248,18 @@ def _catalogue(run: SimpleNamespace, rows: Sequence[Row]) -> list[str]:
 
 
 def _disliked(run: SimpleNamespace, rows: Sequence[Row]) -> list[str]:
-    cells = [["", "step", "AUC [95%]", "n"]]
+    cells = [["", "step", "decoder", "AUC [95%]", "n"]]
     for row in rows:
-        s = row.by_decoder["score"]
-        auc = _ratio(s["hit_ratio_at_1"], s.get("hit_ratio_at_1_ci95"))
-        cells.append([names(run)[row.stage], str(row.step), auc, str(s["n"])])
+        for decoder, s in row.by_decoder.items():
+            auc = _ratio(s["hit_ratio_at_1"], s.get("hit_ratio_at_1_ci95"))
+            cells.append([names(run)[row.stage], str(row.step), decoder, auc, str(s["n"])])
     compared = differences(run, rows, "AUC")
     return [
         "## Liked against disliked",
         "\n".join(markdown(cells)),
         *(["\n".join(markdown(compared))] if len(compared) > 1 else ()),
         "AUC: the share of windows whose target has a higher score than an item that the same user "
-        "rated low. 0.5 is chance. Intervals as above.",
+        "rated low later on. 0.5 is chance. Intervals as above.",
     ]
 
 

@@ -5,8 +5,8 @@ BIN := .venv/bin
 QUICK := runs/quickstart
 RUN := $(QUICK)/run
 CONFIG ?= configs/quickstart.py
-# Windows evaluated, evenly spread: those of THIRD are every third one of LIMIT, those of QUARTER
-# every fourth.
+# Windows evaluated, evenly spread: by S-DPO and the floor, by base and SFT (every third one of them),
+# and over the whole catalogue (every fourth).
 LIMIT ?= --limit=505
 THIRD ?= --limit=169
 QUARTER ?= --limit=127
@@ -40,9 +40,11 @@ quickstart: setup
 	  --decoder=beam --split=test_all $(QUARTER)
 	$(BIN)/python -m sdpo_jax.report --workdir=$(RUN)
 
-# Two epochs of SFT and all windows of test_all, with SASRec beside: a run of its own. Hours.
+# Two epochs of SFT and all windows of test_all, with SASRec beside: a run of its own. Hours. Base and
+# SFT have every third window, the catalogue every fifteenth.
 long:
-	$(MAKE) quickstart CONFIG=configs/quickstart.py:long RUN=$(QUICK)/long LIMIT= THIRD= QUARTER=
+	$(MAKE) quickstart CONFIG=configs/quickstart.py:long RUN=$(QUICK)/long LIMIT= \
+	  THIRD=--limit=2555 QUARTER=--limit=511
 	$(BIN)/python -m sdpo_jax.baselines --model=sasrec --dataset=$(QUICK)/data \
 	  --workdir=$(QUICK)/long --split=test_all
 	$(BIN)/python -m sdpo_jax.report --workdir=$(QUICK)/long

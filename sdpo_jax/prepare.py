@@ -14,8 +14,12 @@ goodreads_books*.json.gz (all or a genre's), or with sequences_top4500_r3.json a
 id2name_top4500.txt. Amazon: a folder with UCSD's reviews of a category (CATEGORY_5.json.gz of 2018,
 CATEGORY.jsonl.gz of 2023) and its meta_CATEGORY.json.gz, or with published windows: items.jsonl,
 train_sequences.jsonl, valid.jsonl and test.jsonl. csv: a file with the columns user, item, title,
-timestamp (a number or ISO 8601) and, where there are ratings, rating; further columns become
-attributes of the item, and `--domain` chooses the prompts' wording.
+timestamp (a number or ISO 8601) and, where there are ratings, rating, or with other names that
+`--columns` gives; further columns become attributes of the item, and `--domain` chooses the
+prompts' wording.
+
+Titles are kept in one form: HTML entities resolved, accents composed (NFC), single spaces. What a
+person should know of the source is printed as notes, and kept in dataset.json.
 
 Each data set has its protocol; `--split` chooses another. users: 8:1:1 of the users by their first
 interaction; val and test are the last window of each, val_all and test_all every window of theirs.
@@ -39,6 +43,7 @@ from sdpo_jax.data.catalogue import DATASETS
 from sdpo_jax.data.goodreads import STAND_IN
 from sdpo_jax.data.prepared import DOMAINS, Dataset, Window, fingerprint, write_dataset
 from sdpo_jax.data.protocol import SPLITS, Options, read_windows
+from sdpo_jax.data.table import Form
 from sdpo_jax.data.tokens import check_titles
 from sdpo_jax.errors import InputError, run_command, shown
 from sdpo_jax.files import is_free, read_json
@@ -56,6 +61,7 @@ _CANDIDATES = {
 def prepare(
     dataset: str, source: str | None, output: str, candidates: str = "independent", seed: int = 0,
     model: str | None = None, domain: str | None = None, options: Options | None = None,
+    form: Form | None = None,
 ) -> dict:  # fmt: skip
     """Writes the prepared folder `output` and returns its dataset.json.
 
@@ -79,9 +85,14 @@ def prepare(
             f"--domain: found {domain}, expected none for {dataset}, whose domain is "
             f"{DATASETS[dataset].domain}: it is for --dataset=csv"
         )
+    if dataset != "csv" and form and form != Form():
+        raise InputError(
+            f"--columns, --delimiter, --quote: found one for {dataset}, expected none: they are "
+            "for --dataset=csv"
+        )
     domain = domain or DATASETS[dataset].domain
     old = _existing(Path(output))
-    found = read_windows(dataset, source, options)
+    found = read_windows(dataset, source, options, form if dataset == "csv" else None)
     if model:
         check_titles(found.titles, load_tokenizer(Path(model)))
     listed = len(next(iter(found.windows.values()))[0].candidates)
@@ -98,6 +109,7 @@ def prepare(
         "min_interactions": found.least,
         "protocol": f"{found.protocol}; {_CANDIDATES[candidates].format(size, size - 1)}",
         "source": found.source,
+        "notes": [*found.notes],
         "counts": {
             "users": len(found.sequences),
             "items": len(found.titles),
@@ -177,6 +189,7 @@ def report(meta: dict, output: str) -> str:
             f"left out: {counts['items_without_title']:,} items without a usable title and their "
             f"{counts['interactions_without_title']:,} interactions"
         )
+    lines += [f"note: {note}" for note in meta["notes"]]
     lines.append("windows: " + ", ".join(f"{k} {v:,}" for k, v in counts["windows"].items()))
     lines.append(
         f"candidates: {meta['candidates']}, {meta['num_candidates']} a window, seed "
@@ -212,7 +225,7 @@ def main(argv: Sequence[str]) -> None:
     options = Options(args.split, args.history, args.min_interactions, args.num_candidates)
     meta = prepare(
         args.dataset, args.source, args.output, args.candidates, args.seed, args.model, args.domain,
-        options,
+        options, Form.of(args.columns, args.delimiter, args.quote),
     )  # fmt: skip
     print(report(meta, args.output))
 
@@ -220,6 +233,12 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_enum("dataset", None, list(DATASETS), "data set", required=True)
     flags.DEFINE_string("source", None, "raw files: a folder, a zip or a CSV; see above")
+    flags.DEFINE_string("columns", None, "csv only: the header's names where they are others, as "
+                        "user=reviewerID,item=asin,rating=overall; rating=: none")  # fmt: skip
+    flags.DEFINE_string("delimiter", None, "csv only: a character, or tab (default: the one of "
+                        "comma, semicolon, tab and | that the header has)")  # fmt: skip
+    flags.DEFINE_string("quote", None, "csv only: the character around fields, or none "
+                        "(default \")")  # fmt: skip
     flags.DEFINE_string("output", None, "prepared folder to write", required=True)
     flags.DEFINE_enum("split", None, SPLITS, "how windows are split (default: the data set's way)")
     flags.DEFINE_integer("history", None, "most titles a window shows (default 10)", lower_bound=1)

@@ -1,12 +1,13 @@
 """A CSV file of one's own: its forms, its protocol, and the line of each error."""
 
+import csv
 import os
 import re
 
 import pytest
 
 from sdpo_jax.data.prepared import read_dataset
-from sdpo_jax.data.table import read_csv
+from sdpo_jax.data.table import Form, read_csv
 from sdpo_jax.errors import InputError
 from sdpo_jax.prepare import prepare, report
 
@@ -73,7 +74,7 @@ def test_columns_may_be_in_any_order_quoted_and_with_a_byte_order_mark(tmp_path)
     ("text", "said"),
     [
         ("", ":1: found 0 columns 'user' in []"),
-        ("user;item;title;timestamp\n", ":1: found 0 columns 'user'"),
+        ("user:item:title:timestamp\n", ":1: found 0 columns 'user'"),
         ("user,item,title\n", ":1: found 0 columns 'timestamp'"),
         (f"{HEADER},user\n", ":1: found 2 columns 'user'"),
         (f"{HEADER},rating\n", ":1: found 2 columns 'rating'"),
@@ -90,12 +91,11 @@ def test_columns_may_be_in_any_order_quoted_and_with_a_byte_order_mark(tmp_path)
         (f"{HEADER}\na,b,c,inf,5\n", ":2: found timestamp 'inf', expected a number or ISO 8601"),
         (f"{HEADER}\na,b,c,1_580,5\n", ":2: found timestamp '1_580'"),
         (f"{HEADER}\na,b,c,1,5\na,d,e,2001-09-09,5\n", ":3: found timestamp '2001-09-09', ISO"),
-        ("user,item,title,timestamp,Rating\n", ":1: found column 'Rating', expected rating, in"),
+        ("user,item,title,timestamp,Rating\n", ":1: found column 'Rating' and none of the name"),
         (f"{HEADER}\na,b,c,12/30/1999,5\n", ":2: found timestamp '12/30/1999'"),
         (f"{HEADER}\na,b,c,1,5\n\nz,b,d,1,5\n", ":4: found item 'b' with the title 'd', expected"),
-        (f'{HEADER}\na,b,"c,1,5\n', ":2: found no CSV (unexpected end of data)"),
+        (f'{HEADER}\na,b,"c,1,5\n', ":2: found no CSV (unexpected end of data), expected a row"),
         (f"{HEADER}\na,b,{'c' * 200_000},1,5\n", ":2: found no CSV (field larger than"),
-        (f"{HEADER}\na,b,\udcff,1,5\n", ": found bytes that are not UTF-8"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(tmp_path, text, said):
@@ -137,3 +137,90 @@ def test_options_of_other_data_sets_are_refused(tmp_path):
         with pytest.raises(InputError, match=said):
             prepare(*arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["my.csv"]
+
+
+def written(file, header, delimiter=",", quote='"', first=""):
+    """The file of `write_csv` with another header and other characters between fields."""
+    rows = list(csv.reader(write_csv(file).read_text().splitlines()))[1:]
+    with open(file, "w", newline="") as out:
+        out.write(first)
+        quoting = csv.QUOTE_ALL if quote else csv.QUOTE_NONE
+        writer = csv.writer(out, delimiter=delimiter, quotechar=quote or None, quoting=quoting)
+        writer.writerows([header.split(","), *rows])
+    return file
+
+
+@pytest.mark.parametrize(
+    ("header", "options", "delimiter", "quote", "first"),
+    [
+        ("reviewerID,asin,name,unixReviewTime,overall",
+         ("user=reviewerID,item=asin,title=name,timestamp=unixReviewTime,rating=overall",
+          None, None), ",", '"', ""),
+        (HEADER, (None, None, None), ";", '"', ""),
+        (HEADER, (None, None, None), "\t", '"', ""),
+        (HEADER, (None, None, None), "|", '"', "sep=|\r\n"),
+        (HEADER, (None, "~", "'"), "~", "'", ""),
+        (HEADER, (None, "tab", "none"), "\t", "", ""),
+    ],
+    ids=["other names", "semicolon", "tab", "sep=", "given", "unquoted"],
+)  # fmt: skip
+def test_columns_delimiter_and_quoting_are_found_or_given(
+    header, options, delimiter, quote, first, tmp_path
+):
+    usual = read_csv(write_csv(tmp_path / "usual.csv"))
+    found = read_csv(
+        written(tmp_path / "my.csv", header, delimiter, quote, first), Form.of(*options)
+    )
+    assert found.titles == usual.titles and found.users == usual.users
+    for name in ("user_N", "item_N", "rating_N", "time_N"):
+        assert (getattr(found, name) == getattr(usual, name)).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["overall", "Stars", "user_rating", "reviewRating", "ratings", "Score", "my rate"]
+)
+def test_a_column_that_seems_to_be_ratings_must_be_named_or_declined(tmp_path, name):
+    file = written(tmp_path / "my.csv", f"user,item,title,timestamp,{name}")
+    refused(file, f"{file}:1: found column {name!r} and none of the name rating")
+    assert (read_csv(file, Form.of(f"rating={name}", None, None)).rating_N == 2).sum() == 12
+    declined = read_csv(file, Form.of("rating=", None, None))
+    assert declined.rating_N is None
+    assert "no column of ratings is read: every row counts as liked" in declined.notes
+
+
+@pytest.mark.parametrize("name", ["average_rating", "rating_count", "numRatings", "ratingDate"])
+def test_what_many_people_rated_is_an_attribute_and_told(tmp_path, name):
+    found = read_csv(written(tmp_path / "my.csv", f"user,item,title,timestamp,{name}"))
+    assert f"columns kept as attributes of the items: {name}" in found.notes
+    assert found.attributes[0] == {name: "2"} and found.rating_N is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("users=a", None, None), "--columns: found 'users=a', expected our name = the header's"),
+        (("user", None, None), "--columns: found 'user=', expected our name"),
+        ((None, "::", None), "--delimiter: found '::', expected a character or tab"),
+        ((None, None, "''"), "--quote: found \"''\", expected a character or none"),
+    ],
+)
+def test_a_form_that_is_none_is_refused(options, said):
+    with pytest.raises(InputError) as error:
+        Form.of(*options)
+    assert str(error.value).startswith(said)
+
+
+def test_a_quote_that_does_not_end_leads_to_the_option(tmp_path):
+    file = written(tmp_path / "my.csv", HEADER, "\t", "")
+    file.write_text(file.read_text().replace("Title", '"Weird Title'))
+    refused(file, f"{file}:3: found no CSV")
+    with pytest.raises(InputError, match=r"or give --quote=none"):
+        read_csv(file)
+    assert read_csv(file, Form.of(None, None, "none")).titles[0] == '"Weird Title, the 0th'
+
+
+def test_the_form_of_a_csv_file_is_for_no_other_data_set(tmp_path):
+    with pytest.raises(
+        InputError, match="--columns, --delimiter, --quote: found one for movielens"
+    ):
+        prepare("movielens", None, str(tmp_path / "out"), form=Form.of("user=x", None, None))

@@ -180,3 +180,32 @@ def test_a_line_that_never_ends_is_told(tmp_path, monkeypatch):
         archive.writestr("ratings.dat", "1" * 100_000)
     with pytest.raises(InputError, match=r"a\.zip/ratings\.dat: found a line of over 64 bytes"):
         read_movielens(tmp_path / "a.zip")
+
+
+STEAM = 76561197960265728  # ids of 17 digits, which a float rounds to multiples of 16
+
+
+@pytest.mark.parametrize(
+    ("names", "item", "rating", "headers"),
+    [
+        (("u.item", "u.data"), "{}|Game {} (2001)|", "{}\t{}\t5\t{}", ("", "")),
+        (("movies.dat", "ratings.dat"), "{}::Game {} (2001)::Drama", "{}::{}::5::{}", ("", "")),
+        (("movies.csv", "ratings.csv"), "{},Game {} (2001),Drama", "{},{},5,{}", ("h\n", "h\n")),
+    ],
+)
+def test_ids_of_any_length_stay_apart(tmp_path, names, item, rating, headers):
+    users, items = range(STEAM, STEAM + 40), range(STEAM, STEAM + 30)
+    lines = [item.format(i, i - STEAM) for i in items]
+    rows = [rating.format(u, i, n) for u in users for n, i in enumerate(items)]
+    for name, header, content in zip(names, headers, (lines, rows), strict=True):
+        (tmp_path / name).write_text(header + "\n".join(content) + "\n")
+    found = read_movielens(tmp_path)
+    assert found.users == list(users) and found.items == list(items)
+    assert found.titles == {i: f"Game {i - STEAM}" for i in items}
+
+
+@pytest.mark.parametrize("number", ["1.0", "1e3", "0x1", "nan", "1 2"])
+def test_an_id_that_is_no_whole_number_is_named(tmp_path, number):
+    (tmp_path / "u.item").write_text("1|Heat (1995)|\n")
+    (tmp_path / "u.data").write_text(f"{number}\t1\t5\t9\n")
+    refused(tmp_path, f"u.data:1: found user id {number!r}, expected a whole number")

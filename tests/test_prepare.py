@@ -262,3 +262,53 @@ def test_released_candidates_of_movielens_are_refused_in_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: --candidates: found released") and not done.stdout
     assert done.stderr.count("\n") == 1
+
+
+def write_own(folder, rows):
+    """Windows of one's own: (split, user, history, target)."""
+    folder.mkdir()
+    (folder / "dataset.json").write_text('{"domain": "movie"}')
+    items = [json.dumps({"id": i, "title": f"title {i}"}) for i in range(30)]
+    (folder / "items.jsonl").write_text("\n".join(items) + "\n")
+    for split in ("train", "val", "test"):
+        lines = [
+            {"user": user, "history": history, "candidates": [target, 27, 28], "target": target}
+            for name, user, history, target in rows
+            if name == split
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+OWN = [
+    ("train", "a", [1, 2], 3), ("train", "a", [1, 2, 3], 4), ("train", "b", [5], 6),
+    ("val", "a", [2, 3, 4], 5), ("test", "c", [7, 8, 9], 1),
+]  # fmt: skip
+
+
+def test_windows_of_ones_own_need_no_sequences(tmp_path):
+    data = read_dataset(write_own(tmp_path / "own", OWN))
+    assert data.meta["history"] == 3 and data.sequences["a"].items == (1, 2, 3, 4, 5)
+    found = [
+        (split, w.user, [*w.history], w.target) for split, rows in data.splits.items() for w in rows
+    ]
+    assert found == OWN and data.meta["fingerprint"] == fingerprint(tmp_path / "own")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            ("train", "b", [6, 5], 2),
+            "train.jsonl:4: found history [6, 5] of user 'b', expected the",
+        ),
+        (("test", "a", [4, 5], 2), "test.jsonl:2: found a history of 2 items, expected the 3 la"),
+        (("test", "d", [], 2), "test.jsonl:2: found history [], expected a list of 1 or more"),
+        (("test", "d", [99], 2), "test.jsonl:2: found item 99 in history"),
+    ],
+)
+def test_windows_of_ones_own_that_do_not_follow_each_other_are_named(tmp_path, row, said):
+    folder = write_own(tmp_path / "own", [*OWN, row])
+    with pytest.raises(InputError) as error:
+        read_dataset(folder)
+    assert str(error.value).startswith(f"{folder}/{said}")

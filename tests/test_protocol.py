@@ -1,5 +1,6 @@
 """Options of prepare: how windows are split, how long they are, who is dropped, what is refused."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -41,20 +42,25 @@ def test_by_time_no_training_target_is_later_than_one_of_the_test(tmp_path):
     assert meta["split"] == "time"
 
 
-def test_ties_in_time_stay_in_the_order_of_the_file(tmp_path):
+def test_ties_in_time_stay_in_the_order_of_the_file_and_are_told(tmp_path):
     drawn = np.random.default_rng(0).permutation([(u, i) for u in range(12) for i in range(6)])
-    rows = [(user, item, 1000, 5) for user, item in drawn.tolist()]
-    _, data = prepared(tmp_path, rows, split="time")
+    rows = [(user, item, 1000 + n // 20, 5) for n, (user, item) in enumerate(drawn.tolist())]
+    meta, data = prepared(tmp_path, rows)
     for user, sequence in data.sequences.items():
         own = [item for u, item, _, _ in rows if str(u) == user]
         assert [data.titles[item] for item in sequence.items] == [f"Title {item}" for item in own]
-    seen: dict = {}
-    targets = []
-    for user, item, _, _ in rows:
-        seen[user] = seen.get(user, 0) + 1
-        targets += [(str(user), f"Title {item}")] if seen[user] > 3 else []
-    windows = [w for split in data.splits.values() for w in split]
-    assert [(w.user, data.titles[w.target]) for w in windows] == targets
+    times = {user: [time for u, _, time, _ in rows if u == user] for user in range(12)}
+    pairs = [pair for of_user in times.values() for pair in itertools.pairwise(of_user)]
+    share = sum(a == b for a, b in pairs) / len(pairs)
+    told = f"{share:.1%} of neighbouring interactions have the same time: their order is that of"
+    assert any(note.startswith(told) for note in meta["notes"])
+
+
+def test_a_source_whose_times_leave_the_order_of_most_users_open_is_refused(tmp_path):
+    rows = [(user, item, 1000, 5) for user in range(12) for item in range(6)]
+    with pytest.raises(InputError, match=r"100.0% of neighbouring interactions have the same time"):
+        prepared(tmp_path, rows)
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_is_left_out_of_each_user_for_the_test_and_one_for_val(tmp_path):

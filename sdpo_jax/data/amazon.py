@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import html
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -14,6 +13,8 @@ from sdpo_jax.data.interactions import Interactions, Rows
 from sdpo_jax.data.prepared import User, UserSequence, is_title
 from sdpo_jax.data.sequences import MAX_HISTORY
 from sdpo_jax.data.sources import Sessions
+from sdpo_jax.data.text import plain
+from sdpo_jax.data.times import Clock
 from sdpo_jax.errors import InputError, shown
 from sdpo_jax.files import NUMBER, TEXT, UTF8, Kind, list_of
 
@@ -65,9 +66,11 @@ def _read_reviews(reviews: Path, meta: Path) -> Interactions:
     with contextlib.closing(raw.records(reviews, {})) as records:
         _, first = next(records, ("", {}))
     user, item, time, second = _KEYS_2018 if _KEYS_2023[0] not in first else _KEYS_2023
-    kinds, rows = {user: UTF8, item: UTF8, time: NUMBER}, Rows()
-    for _, record in raw.records(reviews, kinds):
+    kinds, rows, clock = {user: UTF8, item: UTF8, time: NUMBER}, Rows(), Clock()
+    for where, record in raw.records(reviews, kinds):
+        clock.number(where, str(record[time]), record[time])
         rows.add(record[user], record[item], 0.0, record[time] / second)
+    clock.checked()
     titles, attributes = _read_meta(meta, item, rows.items)
     found = rows.done({}, {}, len(rows), raw.file_digests(reviews, meta), rated=False)
     # An item's number in the file -> its id: items with a title, by their first review.
@@ -110,8 +113,7 @@ def _attributes(record: dict) -> dict:
 
 
 def _clean(text: object) -> str:
-    text = " ".join(html.unescape(text).split()) if type(text) is str else ""
-    return text if UTF8[1](text) else ""
+    return plain(text) if UTF8[1](text) else ""
 
 
 def _price(value: object) -> float | None:

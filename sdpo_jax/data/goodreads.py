@@ -48,8 +48,11 @@ def read_goodreads(path: Path) -> Interactions | Sequences:
 
 
 def short_title(text: str) -> str:
-    """The text before "(", where Goodreads names the series; [paper]."""
-    return " ".join(text.partition("(")[0].split())
+    """The text before "(", where Goodreads names the series; [paper].
+
+    All of a title that begins with one, as "(Un)arranged Marriage".
+    """
+    return " ".join(text.partition("(")[0].split()) or " ".join(text.split())
 
 
 def _only(path: Path, names: list[str], start: str) -> Path:

@@ -15,7 +15,8 @@ class Interactions:
     `users`, `items`: what the numbers in `user_N` and `item_N` (int32) stand for; `rating_N`: None
     where nobody rated; `time_N`: seconds; `count`: how many the source has, those that the reader
     left out too; `untitled`: items and interactions that it left out for want of a title.
-    `titles` and `attributes` may have items that nobody had. `source`: file -> SHA-256.
+    `titles` and `attributes` may have items that nobody had. `source`: file -> SHA-256. `notes`:
+    what the reader has to tell, a line each; `rounded`: what tells that times were rounded, or "".
     """
 
     titles: dict[int, str]
@@ -29,6 +30,8 @@ class Interactions:
     count: int
     source: dict[str, str]
     untitled: tuple[int, int] = (0, 0)
+    notes: tuple[str, ...] = ()
+    rounded: str = ""
 
 
 class Rows:

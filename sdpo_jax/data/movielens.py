@@ -1,13 +1,15 @@
 """MovieLens: GroupLens' files of any size, or RecBole's copy of the smallest."""
 
 import csv
-import io
+import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sdpo_jax.data import raw
 from sdpo_jax.data.interactions import Interactions, Rows
+from sdpo_jax.data.text import text_lines
+from sdpo_jax.data.times import Clock
 from sdpo_jax.wheels import PINNED, wheel_file
 
 _ARTICLES = "The|An|A|La|Les|Le|L'|Il|Das|Der|Die|Det|El|Los|O"
@@ -16,7 +18,7 @@ _MOVED_ARTICLE = re.compile(rf"([^()]+), ({_ARTICLES})(?=\)|$| \()")
 _YEAR = re.compile(r"\s*\((\d{4})(?:[-\u2013](?:\d{4})?)?\)(\s*\(V\))?$")
 # Of ml-100k; of ml-1m and ml-10m; of ml-20m, ml-25m, ml-32m and ml-latest.
 _FORMS = (("u.data", "u.item"), ("ratings.dat", "movies.dat"), ("ratings.csv", "movies.csv"))
-_COLUMNS = ("user id", "item id", "rating", "timestamp")
+_COLUMNS = ("user id", "item id", "rating")
 _GENRES = (
     "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama",
     "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War",
@@ -40,58 +42,50 @@ def read_movielens(path: Path | None) -> Interactions:
     titles: dict[int, str] = {}
     attributes: dict[int, dict] = {}
     for line, key, text, year, genres in _items(files, item_name):
-        item = int(raw.number(line, "item id", key))
+        item = raw.whole(line, "item id", key)
         if item in titles:
             raise raw.bad(line, f"item id {key} a second time", "each id once")
         titles[item] = plain_title(text)
         if not titles[item]:
             raise raw.bad(line, "an empty title", "a title")
         attributes[item] = ({"year": int(year)} if year else {}) | {"genres": genres}
-    rows = Rows()
+    rows, clock = Rows(), Clock()
     separator = {".dat": "::", ".csv": ","}.get(Path(data_name).suffix, "\t")
     header = int(data_name.endswith((".csv", ".inter")))
     where = f"{files.path}/{data_name}"
-    for line, fields in raw.fields(where, files.lines(data_name), "utf-8", separator, 4, header):
-        user, item, rating, time = map(raw.number, [line] * 4, _COLUMNS, fields)
+    for line, fields in raw.fields(where, files.lines(data_name), separator, 4, header):
+        user, item = map(raw.whole, [line] * 2, _COLUMNS, fields)
+        rating = raw.number(line, _COLUMNS[2], fields[2])
         if item not in titles:
             raise raw.bad(line, f"item id {fields[1]}", f"an id of {item_name}")
-        rows.add(int(user), int(item), rating, time)
-    return rows.done(dict(sorted(titles.items())), attributes, len(rows), files.digests())
+        rows.add(user, item, rating, clock.seconds(line, fields[3]))
+    found = rows.done(dict(sorted(titles.items())), attributes, len(rows), files.digests())
+    return dataclasses.replace(found, rounded=clock.checked())
 
 
 def _items(files: raw.Files, name: str) -> Iterator[tuple[str, str, str, str, list[str]]]:
     """(file:line, id, title, year or "", genres) of every line."""
     where, lines = f"{files.path}/{name}", files.lines(name)
     if name == "u.item":
-        for line, fields in raw.fields(where, lines, "latin-1", "|", 2):
+        for line, fields in raw.fields(where, lines, "|", 2):
             flags = zip(_GENRES, fields[6:], strict=False)
             genres = [genre for genre, flag in flags if flag == "1"]
             yield line, *fields[:2], _year(fields[1]), genres
     elif name == "movies.dat":
-        encoding = _encoding(files.read(name))
-        for line, fields in raw.fields(where, lines, encoding, "::", 3):
+        for line, fields in raw.fields(where, lines, "::", 3):
             title = "::".join(fields[1:-1])
             yield line, fields[0], title, _year(title), _genres(fields[-1].split("|"))
     elif name == "movies.csv":
-        for line, fields in _csv(where, raw.decode(where, files.read(name), "utf-8")):
+        for line, fields in _csv(where, text_lines(where, lines)):
             yield line, *fields[:2], _year(fields[1]), _genres(fields[2].split("|"))
     else:
-        for line, fields in raw.fields(where, lines, "utf-8", "\t", 4, 1):
+        for line, fields in raw.fields(where, lines, "\t", 4, 1):
             year = fields[2] if re.fullmatch(r"\d{4}", fields[2]) else _year(fields[1])
             yield line, *fields[:2], year, _genres(fields[3].split())
 
 
-def _encoding(data: bytes) -> str:
-    """ml-1m is in latin-1, ml-10m in UTF-8."""
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return "latin-1"
-    return "utf-8"
-
-
-def _csv(where: str, text: str) -> Iterator[tuple[str, list[str]]]:
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _csv(where: str, text: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    lines = csv.reader(text, strict=True)
     try:
         next(lines, None)
         for fields in lines:

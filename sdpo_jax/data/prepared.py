@@ -4,6 +4,9 @@ items.jsonl: {"id", "title"} and the item's attributes under further keys.
 sequences.jsonl: {"user", "items", "disliked"}, one line per user over all splits.
 train.jsonl and the other splits: {"user", "place", "candidates"}. The target of such a window is
 items[place], its history items[max(0, place - N):place], where N is "history" of dataset.json.
+
+Windows of one's own need no sequences.jsonl: {"user", "history", "candidates", "target"}, and
+{"domain"} is enough for dataset.json. N is then their longest history.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ from pathlib import Path
 
 from absl import logging
 
+from sdpo_jax.data.text import plain
 from sdpo_jax.errors import InputError, shown
 from sdpo_jax.files import parse_json, read_json, read_text
 
@@ -24,6 +28,7 @@ DOMAINS = ("movie", "music", "book", "product")
 SPLITS = ("train", "val", "test", "val_all", "test_all")
 _SEQUENCE_KEYS = ("user", "items", "disliked")
 _WINDOW_KEYS = ("user", "place", "candidates")
+_OWN_KEYS = ("user", "history", "candidates", "target")
 _PREPARE = "python -m sdpo_jax.prepare --dataset=movielens|lastfm|goodreads|amazon|csv --output={}"
 
 
@@ -111,16 +116,20 @@ def read_dataset(path: str | Path, splits: Sequence[str] | None = None) -> Datas
     """
     path = Path(path)
     meta = read_meta(path)
-    N = _history(path / "dataset.json", meta)
     titles, attributes = _read_items(path / "items.jsonl")
-    sequences = _read_sequences(path / "sequences.jsonl", titles)
-    names = splits or [s for s in SPLITS if s in SPLITS[:3] or os.path.lexists(path / f"{s}.jsonl")]
+    there = [s for s in SPLITS if s in SPLITS[:3] or os.path.lexists(path / f"{s}.jsonl")]
+    if _is_own(path):
+        sequences, rows, meta["history"] = _read_own(path, there, titles)
+    else:
+        sequences = _read_sequences(path / "sequences.jsonl", titles)
+        rows = {name: _rows(path / f"{name}.jsonl", _WINDOW_KEYS) for name in there}
+    N = _history(path / "dataset.json", meta)
     size: int | None = None
     windows: dict[str, list[Window]] = {}
-    for name in names:
-        windows[name] = _read_windows(path / f"{name}.jsonl", titles, sequences, N, size)
+    for name in splits or there:
+        windows[name] = _read_windows(rows[name], titles, sequences, N, size)
         size = len(windows[name][0].candidates)
-    found = _digest(path, N)
+    found = fingerprint(path)
     if meta.get("fingerprint", found) != found:
         logging.warning("%s: files were changed after they were prepared", path)
     meta["fingerprint"] = found
@@ -143,7 +152,8 @@ def fingerprint(path: Path) -> str:
     That is "history" of dataset.json, and names and bytes of items.jsonl, sequences.jsonl and the
     splits that are there.
     """
-    return _digest(path, _history(path / "dataset.json", read_meta(path)))
+    meta = read_meta(path)
+    return _digest(path, 0 if _is_own(path) else _history(path / "dataset.json", meta))
 
 
 def _digest(path: Path, history: int) -> str:
@@ -239,8 +249,13 @@ def _read_items(path: Path) -> tuple[dict[int, str], dict[int, dict]]:
             raise _bad(where, f"id {item} a second time", "each id once")
         if not is_title(title):
             raise _bad(where, f"title {shown(title)}", "one line of text that is not empty")
-        titles[item], attributes[item] = title, record
+        titles[item], attributes[item] = plain(title), record
     return titles, attributes
+
+
+def read_titles(path: Path) -> dict[int, str]:
+    """Item -> title of a prepared folder. Raises InputError naming the malformed line."""
+    return _read_items(path / "items.jsonl")[0]
 
 
 def is_title(title: object) -> bool:
@@ -281,12 +296,52 @@ def _disliked(
     return tuple((place, item) for place, item in pairs)
 
 
+def _is_own(path: Path) -> bool:
+    """Whether windows of one's own lie there: each has its history, and there are no sequences."""
+    if os.path.lexists(path / "sequences.jsonl") or not os.path.lexists(path / "train.jsonl"):
+        return False
+    _, first = next(_rows(path / "train.jsonl", ("user", "candidates")))
+    return "history" in first
+
+
+def _read_own(
+    path: Path, splits: Sequence[str], titles: dict[int, str]
+) -> tuple[dict[User, UserSequence], dict[str, list[tuple[str, dict]]], int]:
+    """Sequences, (file:line, window by its place) per split, and the longest history.
+
+    A user's windows follow each other: each shows the latest of what those before it have.
+    """
+    own: dict[User, list[int]] = {}
+    rows: dict[str, list[tuple[str, dict]]] = {}
+    for name in splits:
+        rows[name] = []
+        for where, record in _rows(path / f"{name}.jsonl", _OWN_KEYS):
+            user = record["user"]
+            if type(user) not in (int, str):
+                raise _bad(where, f"user {shown(user)}", "an integer or a string")
+            history = _ids(where, "history", record["history"], titles, 1)
+            (target,) = _ids(where, "target", [record["target"]], titles, 1)
+            before = own.setdefault(user, [*history])
+            if tuple(before[-len(history) :]) != history:
+                found = f"history {shown(list(history))} of user {shown(user)}"
+                raise _bad(where, found, f"the latest of {before}, as in its windows before")
+            rows[name].append((where, record | {"place": len(before)}))
+            before.append(target)
+    N = max(len(record["history"]) for of_split in rows.values() for _, record in of_split)
+    for where, record in (row for of_split in rows.values() for row in of_split):
+        if len(record["history"]) != (all_ := min(N, record["place"])):
+            found = f"a history of {len(record['history'])} items"
+            raise _bad(where, found, f"the {all_} latest of user {shown(record['user'])}")
+    sequences = {user: UserSequence(user, tuple(items)) for user, items in own.items()}
+    return sequences, rows, N
+
+
 def _read_windows(
-    path: Path, titles: dict[int, str], sequences: dict[User, UserSequence], history: int,
-    size: int | None,
+    rows: Iterable[tuple[str, dict]], titles: dict[int, str],
+    sequences: dict[User, UserSequence], history: int, size: int | None,
 ) -> list[Window]:  # fmt: skip
     windows = []
-    for where, record in _rows(path, _WINDOW_KEYS):
+    for where, record in rows:
         window = _window(where, record, titles, sequences, history)
         size = size or len(window.candidates)
         if len(window.candidates) != size:

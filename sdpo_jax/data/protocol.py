@@ -8,7 +8,11 @@ from sdpo_jax.data.catalogue import DATASETS, Source
 from sdpo_jax.data.interactions import Interactions
 from sdpo_jax.data.prepared import User, UserSequence, Window, is_title
 from sdpo_jax.data.sources import Sequences, Sessions
+from sdpo_jax.data.table import Form
+from sdpo_jax.data.text import has_entity, plain
 from sdpo_jax.errors import InputError, shown
+
+VAGUE = 0.8  # share of a user's neighbours with one time from which on the order is made up
 
 _SPLIT = {
     "users": "users by first interaction, 8:1:1; history {} items; train: every window, val and "
@@ -39,7 +43,10 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Windows without candidates, and what dataset.json says of them."""
+    """Windows without candidates, and what dataset.json says of them.
+
+    `notes`: what a person should know of the source, a line each.
+    """
 
     titles: dict[int, str]
     attributes: dict[int, dict]
@@ -53,18 +60,25 @@ class Found:
     count: int
     untitled: tuple[int, int]
     source: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
-def read_windows(dataset: str, source: str | None, options: Options) -> Found:
+def read_windows(
+    dataset: str, source: str | None, options: Options, form: Form | None = None
+) -> Found:
     """Reads `source` and cuts it into windows.
 
-    Raises InputError for what is wrong with it, and for an option that it does not have.
+    `form`: of a CSV file. Raises InputError for what is wrong with the source, and for an option
+    that it does not have.
     """
     known = DATASETS[dataset]
     if not source and known.files:
         raise InputError(f"--source: found nothing, expected {known.files}: see --help")
-    read = known.read(Path(source) if source else None)
+    path = Path(source) if source else None
+    read = known.read(path, form) if form else known.read(path)
     where = source or dataset
+    notes = _notes_of(read.titles)
+    read = dataclasses.replace(read, titles={i: plain(title) for i, title in read.titles.items()})
     if isinstance(read, Interactions):
         found = _from_interactions(read, known, options, where)
     else:
@@ -84,7 +98,60 @@ def read_windows(dataset: str, source: str | None, options: Options) -> Found:
             )
     seen = {window.user for rows in found.windows.values() for window in rows}
     users = {user: sequence for user, sequence in found.sequences.items() if user in seen}
-    return dataclasses.replace(found, sequences=users)
+    notes = (*found.notes, *notes, *_titles_again(found))
+    return dataclasses.replace(found, sequences=users, notes=notes)
+
+
+def _notes_of(titles: dict[int, str]) -> list[str]:
+    """What titles hold that a file should not."""
+    entities = sum(map(has_entity, titles.values()))
+    lost = sum("\ufffd" in title or "\u00ef\u00bf\u00bd" in title for title in titles.values())
+    return [
+        *([f"HTML entities are resolved in {entities:,} titles"] if entities else ()),
+        *([f"{lost:,} titles hold a character that was lost before, in another encoding"]
+          if lost else ()),
+    ]  # fmt: skip
+
+
+def _titles_again(found: Found) -> list[str]:
+    """Tells of targets that a history gives away under another id."""
+    titles, windows = found.titles, [w for rows in found.windows.values() for w in rows]
+    again = sum(
+        window.target not in window.history
+        and titles[window.target] in {titles[item] for item in window.history}
+        for window in windows
+    )
+    if not again:
+        return []
+    return [
+        f"in {again:,} of {len(windows):,} windows the target has the same title as an item of the "
+        "history, and then no other candidate does"
+    ]
+
+
+def _check_times(where: str, by_user: sequences.Histories, rounded: str) -> list[str]:
+    """What is to be told of equal times.
+
+    Raises InputError where they leave the order of most users open, or come of rounding.
+    """
+    pairs = {user: len(by_user.sequences[user].items) - 1 for user in by_user.tied}
+    tied = sum(share * pairs[user] for user, share in by_user.tied.items())
+    if not tied:
+        return [f"{rounded}: no order is lost"] if rounded else []
+    share = f"{tied / sum(pairs.values()):.1%} of neighbouring interactions have the same time"
+    if rounded:
+        raise InputError(
+            f"{rounded}, so that {share}, expected whole numbers: save the column again as numbers "
+            "without an exponent"
+        )
+    vague = sum(of_user >= VAGUE for of_user in by_user.tied.values())
+    if 2 * vague > len(by_user.tied):
+        raise InputError(
+            f"{where}: found {share}, for {vague:,} of {len(by_user.tied):,} users {VAGUE:.0%} or "
+            "more, expected times that tell an order: give finer ones, or number the rows in their "
+            "place if the file has them in order"
+        )
+    return [f"{share}: their order is that of the file"]
 
 
 def _from_interactions(read: Interactions, known: Source, options: Options, where: str) -> Found:
@@ -99,6 +166,7 @@ def _from_interactions(read: Interactions, known: Source, options: Options, wher
             f"{where}: found no users and items with {least} interactions among {read.count:,} "
             f"({known.kept}), expected some: correct --source or lower --min_interactions"
         )
+    notes = (*read.notes, *_check_times(where, by_user, read.rounded))
     if split == "users":
         windows = sequences.last_windows(sequences.split_users(users), N, shortest)
     elif split == "time":
@@ -114,7 +182,7 @@ def _from_interactions(read: Interactions, known: Source, options: Options, wher
     return Found(
         titles, {item: read.attributes[item] for item in titles}, users, windows, protocol, split,
         N, least, sum(len(user.items) for user in users.values()), read.count, read.untitled,
-        read.source,
+        read.source, notes,
     )  # fmt: skip
 
 

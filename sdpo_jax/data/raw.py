@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from sdpo_jax.errors import InputError
+from sdpo_jax.data.text import text_lines
+from sdpo_jax.errors import InputError, shown
 from sdpo_jax.files import Kind, check_keys
 
 LONGEST = 1 << 24  # bytes of a line; the longest books have some 100 kB
@@ -141,15 +142,15 @@ def _lines(file: BinaryIO, where: str, expected: str) -> Iterator[bytes]:
 
 
 def fields(
-    where: str, lines: Iterable[bytes], encoding: str, separator: str, least: int, header: int = 0
+    where: str, lines: Iterable[bytes], separator: str, least: int, header: int = 0
 ) -> Iterator[tuple[str, list[str]]]:
     """(file:line, fields) of every line after the header; empty ones may only be at the end."""
     empty, found = "", []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text_lines(where, lines), 1):
         if number <= header:
             continue
         here = f"{where}:{number}"
-        text = decode(here, line, encoding).rstrip("\r\n")
+        text = line.rstrip("\r\n")
         if not text:
             empty = empty or here
             continue
@@ -164,23 +165,22 @@ def fields(
         raise InputError(f"{where}: found no lines, expected data: correct --source")
 
 
-def decode(where: str, data: bytes, encoding: str) -> str:
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where}: found bytes that are not {encoding}, expected text: correct --source"
-        ) from error
-
-
 def number(where: str, name: str, text: str) -> float:
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number) or (name.endswith("id") and number != int(number)):
+    if not math.isfinite(number):
         raise bad(where, f"{name} {text!r}", "a number")
     return number
+
+
+def whole(where: str, name: str, text: str) -> int:
+    """A whole number of any length: a float would round an id of 17 digits."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise bad(where, f"{name} {shown(text)}", "a whole number") from error
 
 
 def records(file: Path, kinds: Mapping[str, Kind]) -> Iterator[tuple[str, dict]]:
@@ -205,10 +205,7 @@ def _json_lines(file: Path) -> Iterator[str]:
     try:
         check_file(file, expected)
         with gzip.open(file) if zipped else open(file, "rb") as lines:
-            for line in _lines(lines, str(file), expected):
-                yield line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: found bytes that are not UTF-8, {expected}") from error
+            yield from text_lines(str(file), _lines(lines, str(file), expected))
     except (EOFError, zlib.error, OSError) as error:
         reason = getattr(error, "strerror", None) or f"damaged gzip data ({error})"
         raise InputError(f"{file}: found {reason}, {expected}") from error

@@ -23,10 +23,12 @@ class Histories:
     """`sequences`: of users in the order of their first item.
 
     `ranks`: user -> for each item of the sequence its place among all interactions by time.
+    `tied`: user -> the share of its neighbours in the sequence that have one time.
     """
 
     sequences: dict[User, UserSequence]
     ranks: dict[User, np.ndarray]
+    tied: dict[User, float]
 
 
 def by_user(found: Interactions, *, rated: bool, repeats: bool, least: int) -> Histories:
@@ -58,12 +60,14 @@ def by_user(found: Interactions, *, rated: bool, repeats: bool, least: int) -> H
         low_N = low_N[np.isin(item_N[low_N], item_N[rank_N])]
     low_N = low_N[_first(user_N[low_N], item_N[low_N])]
     ranks, low = _per_user(user_N, rank_N), _per_user(user_N, low_N)
-    sequences = {}
+    sequences, tied, time_N = {}, {}, found.time_N[order_N]
     for user, own in ranks.items():
         items = [found.items[item] for item in item_N[own].tolist()]
         disliked = _disliked(found, items, own, item_N, low.get(user, own[:0]))
         sequences[found.users[user]] = UserSequence(found.users[user], tuple(items), disliked)
-    return Histories(sequences, {found.users[user]: own for user, own in ranks.items()})
+        if len(own) > 1:
+            tied[found.users[user]] = float((np.diff(time_N[own]) == 0).mean())
+    return Histories(sequences, {found.users[user]: own for user, own in ranks.items()}, tied)
 
 
 def _disliked(

@@ -7,6 +7,7 @@ from pathlib import Path
 from sdpo_jax.data import raw
 from sdpo_jax.data.prepared import User, UserSequence, Window
 from sdpo_jax.data.sequences import SPLITS, Splits
+from sdpo_jax.data.text import text_lines
 from sdpo_jax.errors import shown
 from sdpo_jax.files import parse_json
 
@@ -83,18 +84,18 @@ def read_id2name(
     titles: dict[int, str] = {}
     seen: set[str] = set()
     lines = io.BytesIO(files[name])
-    for line, fields in raw.fields(f"{path}/{name}", lines, "utf-8", "::", 2):
-        item, title = raw.number(line, "item id", fields[0]), "::".join(fields[1:]).strip()
+    for line, fields in raw.fields(f"{path}/{name}", lines, "::", 2):
+        item, title = raw.whole(line, "item id", fields[0]), "::".join(fields[1:]).strip()
         if item in titles or not title or (title in seen and not repeats):
             once = "each id once" if repeats else "each id and each title once"
-            raise raw.bad(line, f"{item:.0f}::{title}", f"{once}, none empty")
-        titles[int(item)] = title
+            raise raw.bad(line, f"{item}::{title}", f"{once}, none empty")
+        titles[item] = title
         seen.add(title)
     return titles
 
 
 def read_json(path: Path, name: str, files: dict[str, bytes]) -> object:
     try:
-        return parse_json(raw.decode(f"{path}/{name}", files[name], "utf-8"))
+        return parse_json("".join(text_lines(f"{path}/{name}", io.BytesIO(files[name]))))
     except ValueError as error:
         raise raw.bad(f"{path}/{name}", f"no valid JSON ({error})", "a JSON file") from error

@@ -1,60 +1,114 @@
 """Anyone's interactions: a CSV file whose header names the columns."""
 
 import csv
-import math
-from collections.abc import Iterator
-from datetime import UTC, datetime
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sdpo_jax.data import raw
 from sdpo_jax.data.interactions import Interactions, Rows
 from sdpo_jax.data.prepared import is_title
+from sdpo_jax.data.text import plain, text_lines
+from sdpo_jax.data.times import Clock
 from sdpo_jax.errors import InputError, shown
 
 COLUMNS = ("user", "item", "title", "timestamp")
+DELIMITERS = (",", ";", "\t", "|")
 _EXPECTED = f"expected a CSV file with the columns {', '.join(COLUMNS)}: correct --source"
+# Words of a header that speak of one person's rating, and those that speak of many people's.
+_RATING = re.compile(r".*ratings?|rate|stars?|score|overall|grade")
+_OF_MANY = re.compile("average|avg|mean|count|number|num|total|time|timestamp|date")
+_SEPARATOR = re.compile(r'"?sep=(.)"?\s*')  # the first line of some files of Excel
 
 
-def read_csv(path: Path) -> Interactions:
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How a CSV file is written.
+
+    `columns`: our name -> the header's, where they differ; the header's name of "rating" is empty
+    where there is a column of ratings that shall not count. `delimiter`: empty: that of
+    `DELIMITERS` with which the header has all columns. `quote`: empty: no character quotes.
+    """
+
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    delimiter: str = ""
+    quote: str = '"'
+
+    @classmethod
+    def of(cls, columns: str | None, delimiter: str | None, quote: str | None) -> "Form":
+        """That of the command line. Raises InputError."""
+        pairs = [pair.partition("=") for pair in columns.split(",")] if columns else []
+        names = {name.strip(): found.strip() for name, _, found in pairs}
+        known = (*COLUMNS, "rating")
+        for name, found in names.items():
+            if name not in known or not (found or name == "rating"):
+                raise InputError(
+                    f"--columns: found {shown(f'{name}={found}')}, expected our name = the "
+                    f"header's, ours being {', '.join(known)}: as user=reviewerID,item=asin"
+                )
+        delimiter = {None: "", "tab": "\t"}.get(delimiter, delimiter)
+        quote = {None: '"', "none": ""}.get(quote, quote)
+        for flag, value in (("delimiter", delimiter), ("quote", quote)):
+            if len(value) > 1 or value in ("\n", "\r"):
+                word = "tab" if flag == "delimiter" else "none"
+                raise InputError(f"--{flag}: found {shown(value)}, expected a character or {word}")
+        return cls(names, delimiter, quote)
+
+    def reader(self, lines: Iterator[str], delimiter: str):
+        """A strict `csv.reader`, in which what is no CSV raises csv.Error."""
+        quoting = csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE
+        return csv.reader(
+            lines, strict=True, delimiter=delimiter, quotechar=self.quote or None, quoting=quoting
+        )
+
+
+def read_csv(path: Path, form: Form | None = None) -> Interactions:
     """A CSV file with the columns user, item, title, timestamp and, if there is one, rating.
 
     Users are kept as they are written; items are numbered by their first appearance. Further
     columns are attributes of the item, as its first row has them. Without ratings every row counts.
-    All timestamps are numbers, or all ISO 8601. Raises InputError naming file and line.
+    All timestamps are numbers of one unit, or all ISO 8601. Raises InputError naming file and line.
     """
-    rows, ids = Rows(), {}
+    rows, ids, clock = Rows(), {}, Clock()
     titles: dict[int, str] = {}
     attributes: dict[int, dict] = {}
-    numbers, rated = None, False
-    for where, row, more in _rows(path):
+    rated = False
+    for where, row, more in _rows(path, form or Form()):
         item = ids.setdefault(row["item"], len(ids))
         if item not in titles:
             titles[item], attributes[item] = row["title"], more
-        if titles[item] != row["title"]:
+        if titles[item] != row["title"] and plain(titles[item]) != plain(row["title"]):
             found = f"item {shown(row['item'])} with the title {shown(row['title'])}"
             raise raw.bad(where, found, f"{shown(titles[item])} as in its first line")
         rated = "rating" in row
         rating = raw.number(where, "rating", row["rating"]) if rated else 0.0
-        seconds, number = _seconds(where, row["timestamp"])
-        if numbers not in (None, number):
-            forms = ("ISO 8601", "a number") if number else ("a number", "ISO 8601")
-            found = f"timestamp {shown(row['timestamp'])}, {forms[1]}"
-            raise raw.bad(where, found, f"{forms[0]} as in the lines before")
-        numbers = number
-        rows.add(row["user"], item, rating, seconds)
-    return rows.done(titles, attributes, len(rows), raw.file_digests(path), rated=rated)
+        rows.add(row["user"], item, rating, clock.seconds(where, row["timestamp"]))
+    further = list(dict.fromkeys(name for more in attributes.values() for name in more))
+    notes = [f"columns kept as attributes of the items: {', '.join(further)}"] if further else []
+    if not rated:
+        notes.append("no column of ratings is read: every row counts as liked")
+    found = rows.done(titles, attributes, len(rows), raw.file_digests(path), rated=rated)
+    return dataclasses.replace(found, notes=tuple(notes), rounded=clock.checked())
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
+def _rows(path: Path, form: Form) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
     """(file:line, column -> text, further column -> text) of every row that is not blank."""
+    lines, before = None, 1
     try:
         raw.check_file(path, _EXPECTED)
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(lines, [])]
-            places, further = _places(path, header)
+        with open(path, "rb") as file:
+            texts = text_lines(str(path), file)
+            first, before = next(texts, ""), 1
+            delimiter = form.delimiter
+            if told := _SEPARATOR.fullmatch(first):
+                first, before, delimiter = next(texts, ""), 2, delimiter or told[1]
+            delimiter = delimiter or _delimiter(first, form)
+            header = [name.strip() for name in next(form.reader(iter([first]), delimiter), [])]
+            places, further = _places(path, header, form)
+            lines = form.reader(texts, delimiter)
             for row in lines:
-                where = f"{path}:{lines.line_num}"
+                where = f"{path}:{lines.line_num + before}"
                 if row and len(row) != len(header):
                     expected = f"{len(header)} as in the header, those with commas in quotes"
                     raise raw.bad(where, f"{len(row)} fields", expected)
@@ -64,32 +118,62 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
                     more = {name: row[place].strip() for name, place in further.items()}
                     yield where, fields, {name: text for name, text in more.items() if text}
     except csv.Error as error:
-        raise raw.bad(f"{path}:{lines.line_num}", f"no CSV ({error})", "a row of it") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: found bytes that are not UTF-8, {_EXPECTED}") from error
+        where = f"{path}:{lines.line_num + before if lines else before}"
+        unquoted = ", or give --quote=none" if form.quote else ""
+        raise raw.bad(where, f"no CSV ({error})", f"a row of it{unquoted}") from error
     except (OSError, ValueError) as error:  # a ValueError is of a path with a zero byte
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: found {reason}, {_EXPECTED}") from error
 
 
-def _places(path: Path, header: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+def _delimiter(header: str, form: Form) -> str:
+    """The one that separates the columns of a header, else the one that it has most often."""
+    wanted = {form.columns.get(name, name) for name in COLUMNS}
+
+    def fit(delimiter: str) -> tuple[int, int]:
+        names = {name.strip().strip(form.quote) for name in header.split(delimiter)}
+        return len(wanted & names), header.count(delimiter)
+
+    return max(DELIMITERS, key=fit)
+
+
+def _places(path: Path, header: list[str], form: Form) -> tuple[dict[str, int], dict[str, int]]:
     """Column -> its place, of those that are read, and of further ones.
 
     Those without a name are left out, and "id", which is the item's number in items.jsonl.
     """
-    known = (*COLUMNS, "rating")
-    for name in known:
-        count = header.count(name)
-        if count > 1 or (count == 0 and name != "rating"):
-            found = f"{count} columns {name!r} in {shown(header)}"
-            raise raw.bad(f"{path}:1", found, f"one of each of {', '.join(COLUMNS)}")
-    if odd := [name for name in header if name.lower() == "rating" != name]:
-        raise raw.bad(f"{path}:1", f"column {shown(odd[0])}", "rating, in small letters")
-    places = {name: place for place, name in enumerate(header) if name}
-    further = {name: place for name, place in places.items() if name not in (*known, "id")}
+    names = {name: form.columns.get(name, name) for name in (*COLUMNS, "rating")}
+    for name, column in names.items():
+        count = header.count(column) if column else 0
+        if count > 1 or (count == 0 and (name != "rating" or form.columns.get(name))):
+            found = f"{count} columns {column!r} in {shown(header)}"
+            raise raw.bad(
+                f"{path}:1", found, f"one of each of {', '.join(COLUMNS)}, or --columns="
+                f"{name}=NAME"
+            )  # fmt: skip
+    places = {name: header.index(column) for name, column in names.items() if column in header}
+    if "rating" not in places and "rating" not in form.columns:
+        _check_ratings(path, header)
+    used = {*places.values()}
+    further = {
+        name: place for place, name in enumerate(header)
+        if name and place not in used and name != "id"
+    }  # fmt: skip
     if twice := [name for name in further if header.count(name) > 1]:
         raise raw.bad(f"{path}:1", f"2 columns {shown(twice[0])}", "each column once")
-    return {name: places[name] for name in known if name in places}, further
+    return places, further
+
+
+def _check_ratings(path: Path, header: list[str]) -> None:
+    """Raises InputError where a column that is not read seems to be people's ratings."""
+    for name in header:
+        words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+        if any(map(_RATING.fullmatch, words)) and not any(map(_OF_MANY.fullmatch, words)):
+            raise InputError(
+                f"{path}:1: found column {shown(name)} and none of the name rating, expected to "
+                f"know whether it rates: give --columns=rating={name}, or --columns=rating= to "
+                "count every row as liked"
+            )
 
 
 def _check(where: str, row: dict[str, str]) -> None:
@@ -98,19 +182,3 @@ def _check(where: str, row: dict[str, str]) -> None:
             raise raw.bad(where, f"an empty {name}", "any text")
     if not is_title(row["title"]):
         raise raw.bad(where, f"title {shown(row['title'])}", "one line of text")
-
-
-def _seconds(where: str, text: str) -> tuple[float, bool]:
-    """A number as it is; ISO 8601 in seconds since 1970, without a zone in UTC; which it was."""
-    try:
-        number = math.nan if "_" in text else float(text)
-    except ValueError:
-        number = math.nan
-    if math.isfinite(number):
-        return number, True
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError as error:
-        expected = "a number or ISO 8601 (2026-11-24T12:30:00Z)"
-        raise raw.bad(where, f"timestamp {shown(text)}", expected) from error
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp(), False

@@ -14,6 +14,8 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 from scipy.special import stdtrit
 
+from sdpo_jax.data.text import plain
+
 Z = 1.959963984540054  # the normal distribution's 0.975 quantile
 
 
@@ -22,8 +24,10 @@ def recommended(generation: str, candidates: Sequence[str]) -> int | None:
 
     A generation is valid iff exactly one candidate is a substring of it, case-sensitive (Chen
     et al. 2024, arXiv 2406.09215; the authors' evaluate_batch.py). So a candidate that contains
-    another candidate's title can never be recommended: both are found.
+    another candidate's title can never be recommended: both are found. The generation is compared
+    in the form that titles have, accents composed and spaces single.
     """
+    generation = plain(generation)
     found = [i for i, title in enumerate(candidates) if title in generation]
     return found[0] if len(found) == 1 else None
 

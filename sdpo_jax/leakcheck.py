@@ -5,17 +5,19 @@
 A look-up that never sees a history is trained on the train split: for each candidate, the most
 candidates that a training window with it as the target has in common with this window's; of equals
 the more popular. Where candidates are drawn without regard to the target it does no better than
-popularity. Beside it, the place in the list that the target has most often in training, and, where
-all training sequences follow one order of the items, the candidate that is next in it after the
-last of the history: sequences that were sorted by something else than time tell no preference,
-however candidates are drawn. Prints one line of JSON with these hit ratios for each other split
-(null: there is no such order), and warns where the look-up is clearly above popularity, the place
-above chance, the order above popularity, or popularity nearly always right, as when negatives are
-items that are never a target.
+popularity. Beside it, three rules without taste: the place in the list that the target has most
+often in training; the candidate that is next after the last of the history in an order of the
+items, as where something else than time has sorted the sequences, or what has equal times (by id,
+by title, up or down, or the one that all training sequences follow: what fits training best); and
+the one candidate whose title the history has, else the most popular. Prints one line of JSON with
+these hit ratios for each other split, and warns where look-up, order or repeat are clearly above
+popularity, the place above chance, or popularity nearly always right, as when negatives are items
+that are never a target.
 """
 
 import graphlib
 import json
+import re
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -25,7 +27,7 @@ from absl import flags
 
 from sdpo_jax.baselines import floor
 from sdpo_jax.baselines.arrays import Arrays, arrays, place
-from sdpo_jax.data.prepared import read_dataset
+from sdpo_jax.data.prepared import Dataset, read_dataset
 from sdpo_jax.errors import run_command
 from sdpo_jax.evaluation import metrics
 
@@ -38,7 +40,7 @@ GIVEN_AWAY = (
 
 
 def leakcheck(dataset: str) -> dict[str, dict[str, Any]]:
-    """Per split but train: HR@1 of look-up, place, order and popularity with 95% intervals, n.
+    """Per split but train: HR@1 of look-up, place, order, repeat and popularity with intervals, n.
 
     Raises InputError where `dataset` is no prepared folder.
     """
@@ -47,14 +49,16 @@ def leakcheck(dataset: str) -> dict[str, dict[str, Any]]:
     popularity_I = floor.popularity(train.target_N, len(data.titles))
     lookup = Lookup(train, popularity_I)
     usual = np.bincount(places(train)).argmax()
-    order_I = one_order(train, len(data.titles))
+    order_I = max(orders(data, train), key=lambda place_I: sum(in_order(place_I, train)))
+    title_I = np.unique([*data.titles.values()], return_inverse=True)[1]
     found = {}
     for split in list(data.splits)[1:]:
         windows, users = arrays(data, data.splits[split]), [w.user for w in data.splits[split]]
         found[split] = {
             **ratio("lookup", hits_of(lookup.scores, windows), users),
             **ratio("place", [at == usual for at in places(windows)], users),
-            **ratio("order", None if order_I is None else in_order(order_I, windows), users),
+            **ratio("order", in_order(order_I, windows), users),
+            **ratio("repeat", repeated(title_I, popularity_I, windows), users),
             **ratio("popularity", hits_of(lambda c: popularity_I[c], windows), users),
             "candidates": windows.candidates_NC.shape[1],
             "n": len(users),
@@ -91,8 +95,37 @@ def places(windows: Arrays) -> list[int]:
     ]
 
 
-def one_order(windows: Arrays, items: int) -> np.ndarray | None:
-    """Each item's place in an order that all sequences follow, NaN where none holds it, or None."""
+def orders(data: Dataset, train: Arrays) -> list[np.ndarray]:
+    """Orders of the items that sequences may follow instead of time: each item's place, or NaN.
+
+    Those of ids and of titles, numbers in which count as numbers, up and down, and the one that all
+    training sequences follow, where there is one. The last place is the padding's, of an empty
+    history.
+    """
+    ids = list(data.titles)
+    numbers = range(len(ids))
+    found = [
+        sorted(numbers, key=lambda n: ids[n]),
+        sorted(numbers, key=lambda n: _natural(data.titles[ids[n]])),
+        one_order(train, len(ids)),
+    ]
+    places = []
+    found += [found[0][::-1], found[1][::-1]]
+    for order in filter(None, found):
+        place_I = np.full(len(ids) + 1, np.nan)
+        place_I[order] = range(len(order))
+        places.append(place_I)
+    return places
+
+
+def _natural(title: str) -> list[tuple[int, int, str]]:
+    """A key that sorts "Film 9" before "Film 10"."""
+    parts = re.split(r"([0-9]+)", title)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+
+
+def one_order(windows: Arrays, items: int) -> list[int] | None:
+    """An order that all sequences follow, or None."""
     rows_NT = np.column_stack([windows.history_NT, windows.target_N])
     before, after = rows_NT[:, :-1].ravel(), rows_NT[:, 1:].ravel()
     real = before < items  # the padding is not
@@ -100,12 +133,9 @@ def one_order(windows: Arrays, items: int) -> np.ndarray | None:
     for a, b in np.unique(np.stack([before[real], after[real]], 1), axis=0).tolist():
         sorter.add(b, a)
     try:
-        order = list(sorter.static_order())
+        return list(sorter.static_order())
     except graphlib.CycleError:
         return None
-    order_I = np.full(items + 1, np.nan)  # the last is the padding's, of an empty history
-    order_I[order] = range(len(order))
-    return order_I
 
 
 def in_order(order_I: np.ndarray, windows: Arrays) -> list[bool]:
@@ -115,11 +145,26 @@ def in_order(order_I: np.ndarray, windows: Arrays) -> list[bool]:
     return (order_I[windows.target_N] == next_N).tolist()
 
 
-def ratio(name: str, hits: Sequence[bool] | None, users: Sequence[Hashable]) -> dict[str, Any]:
-    """HR@1 with its interval; None where there are no `hits`."""
+def repeated(title_I: np.ndarray, popularity_I: np.ndarray, windows: Arrays) -> list[bool]:
+    """Whether the target is the one candidate whose title the history has, else the most popular.
+
+    `title_I`: equal numbers are equal titles.
+    """
+
+    def chosen(history_T: np.ndarray, candidates_C: np.ndarray) -> np.ndarray:
+        seen_C = np.isin(title_I[candidates_C], title_I[history_T[history_T < len(title_I)]])
+        return seen_C if seen_C.sum() == 1 else popularity_I[candidates_C]
+
+    rows = zip(windows.history_NT, windows.candidates_NC, windows.target_N, strict=True)
+    return [
+        metrics.target_rank(chosen(history_T, candidates_C), place(candidates_C, target)) == 1
+        for history_T, candidates_C, target in rows
+    ]
+
+
+def ratio(name: str, hits: Sequence[bool], users: Sequence[Hashable]) -> dict[str, Any]:
+    """HR@1 with its interval."""
     key = f"{name}_hit_ratio_at_1"
-    if hits is None:
-        return {key: None, f"{key}_ci95": None}
     n, effect = len(hits), metrics.design_effect(hits, users)
     return {key: sum(hits) / n, f"{key}_ci95": metrics.wilson(sum(hits), n, effect)}
 
@@ -134,10 +179,9 @@ def hits_of(scores: Callable[[np.ndarray], np.ndarray], windows: Arrays) -> list
 
 def warnings_of(at: dict[str, Any]) -> list[str]:
     """What a split's figures say against its candidates or its sequences."""
-    lookup, place, order, popularity = (
-        at[f"{name}_hit_ratio_at_1"] for name in ("lookup", "place", "order", "popularity")
-    )
-    least = {name: at[f"{name}_hit_ratio_at_1_ci95"][0] for name in ("lookup", "place")}
+    names = ("lookup", "place", "order", "repeat", "popularity")
+    lookup, place, order, repeat, popularity = (at[f"{name}_hit_ratio_at_1"] for name in names)
+    least = {name: at[f"{name}_hit_ratio_at_1_ci95"][0] for name in names}
     chance = 1 / at["candidates"]
     told = []
     if least["lookup"] > popularity + MARGIN:
@@ -149,11 +193,14 @@ def warnings_of(at: dict[str, Any]) -> list[str]:
     if popularity > NEARLY_ALWAYS:
         told.append(f"popularity is right in {popularity:.3f} of the windows, so negatives are "
                     f"hardly ever a target in training: {GIVEN_AWAY}")  # fmt: skip
-    # Few sequences may have an order by chance, which then tells nothing.
-    if order is not None and at["order_hit_ratio_at_1_ci95"][0] > popularity + MARGIN:
-        told.append("all training sequences follow one order of the items, so they were not "
-                    f"sorted by time, and the next candidate in it is right in {order:.3f} of the "
+    if least["order"] > popularity + MARGIN:
+        told.append("training sequences follow one order of the items, so they were not sorted by "
+                    f"time alone, and the next candidate in it is right in {order:.3f} of the "
                     "windows: report scores only beside this one")  # fmt: skip
+    if least["repeat"] > popularity + MARGIN:
+        told.append("the candidate with the same title as an item of the history, else the most "
+                    f"popular, is right in {repeat:.3f} of the windows, popularity in "
+                    f"{popularity:.3f}: report scores only beside this one")  # fmt: skip
     return told
 
 

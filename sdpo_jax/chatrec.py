@@ -179,9 +179,10 @@ def _prediction(data: Dataset, split: str, row: int, answer: chat.Answer) -> res
     window = data.splits[split][row]
     titles = [data.titles[item] for item in window.candidates]
     target = window.candidates.index(window.target)
-    chosen = metrics.recommended(answer["text"], titles)
+    said = chat.without_thoughts(answer["text"])
+    chosen = metrics.recommended(said, titles)
     return {
-        "row": row, "user": window.user, "target": titles[target], "generation": answer["text"],
+        "row": row, "user": window.user, "target": titles[target], "generation": said,
         "finish": answer["finish"], "valid": chosen is not None, "hit": chosen == target,
     }  # fmt: skip
 

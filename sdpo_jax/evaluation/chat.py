@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 import signal
 import threading
 import time
@@ -28,6 +29,17 @@ from sdpo_jax.files import COUNT, NUMBER, TEXT, check_keys, parse_json, read_tex
 RETRIES = 12
 TIMEOUT = 300.0  # seconds for one answer: a large model on a small machine reads slowly
 UNFIT = (400, 413, 422)  # statuses by which a server says that a request is not for it
+REFUSED = (401, 403, 404)  # and those by which it says that the key, the model or the path is wrong
+# How servers tell that a window, and not the request's form, is what they do not take.
+_FILTERED = re.compile(r"content.?(filter|management|policy)|moderat|flagged|safety|unsafe", re.I)
+# How models mark their thoughts, and how each mark ends.
+_THOUGHT = re.compile(
+    r"<(think|thinking|thought|reasoning|seed:think)>|\[THINK\]|◁think▷|<\|channel\|>analysis"
+)
+_ANSWER = re.compile(
+    r"</(think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|◁/think▷"
+    r"|<\|channel\|>final<\|message\|>"
+)
 ANSWER = {
     "key": TEXT, "endpoint": TEXT, "text": TEXT, "finish": TEXT,
     "tokens_in?": COUNT, "tokens_out?": COUNT, "seconds": NUMBER,
@@ -41,8 +53,25 @@ def key_of(request: Request) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
+def without_thoughts(text: str) -> str:
+    """What a model says after its thoughts; nothing where they do not end.
+
+    Servers give them before the answer in one text, some without the mark that opens them.
+    """
+    *_, said = _ANSWER.split(text)
+    return "" if _THOUGHT.search(said) else said
+
+
 class Busy(InputError):
     """The server answered that it cannot answer now."""
+
+
+class _Passing(Busy):
+    """`Busy` inside an answer of status 200, which no client repeats; after so many seconds."""
+
+    def __init__(self, told: str, after: float | None = None):
+        super().__init__(told)
+        self.after = after
 
 
 class Endpoint:
@@ -50,9 +79,9 @@ class Endpoint:
 
     The openai client repeats what failed for a while (status 408, 409, 429, 5xx, a broken
     connection). Every request sent counts for `requests_per_minute` (0: no limit), repeated ones
-    too. The key is read from OPENAI_API_KEY and appears in no message. Once a request was answered,
-    one that the server will not take (a filter, too long a prompt) has an empty answer, whose
-    `finish` is "refused".
+    too. The key is read from OPENAI_API_KEY and appears in no message. A window that the server
+    filters, or answers with nothing, has an empty answer, whose `finish` says so. So has one that
+    it will not take otherwise, as for too long a prompt, once another was answered.
 
     Raises InputError for a key that is none, and without the package openai.
     """
@@ -91,6 +120,14 @@ class Endpoint:
 
     def ask(self, request: Request, retries: int = RETRIES) -> Answer:
         """The answer, without `seconds`. Raises InputError where there is none."""
+        for again in range(retries):
+            try:
+                return self._ask_once(request, retries)
+            except _Passing as error:
+                time.sleep(min(0.5 * 2**again, 8) if error.after is None else error.after)
+        return self._ask_once(request, retries)
+
+    def _ask_once(self, request: Request, retries: int) -> Answer:
         client = self._client.with_options(max_retries=retries)
         extra = {key: request[key] for key in request if key not in ("model", "messages")}
         try:
@@ -99,17 +136,23 @@ class Endpoint:
                 model=request["model"], messages=request["messages"], extra_body=extra
             )
         except self._openai.APIStatusError as error:
-            if self._answered and error.status_code in UNFIT:
-                return self._answer(request, {"text": "", "finish": "refused"})
+            if finish := self._unfit(error.status_code, error.response.text):
+                return self._answer(request, {"text": "", "finish": finish})
             raise self._refused(error) from error
         except self._openai.OpenAIError as error:
             raise InputError(
                 f"{self._url}: found no answer ({self._plain(error.__cause__ or error)}), expected "
                 "an OpenAI-compatible server: start it or correct --endpoint, then run this again"
             ) from error
-        answer = self._answer(request, self._parse(response.http_response.text))
+        answer = self._answer(request, self._parse(response.http_response))
         self._answered = True
         return answer
+
+    def _unfit(self, status: object, told: str) -> str:
+        """The `finish` of a window that the server will not take; "" where that is not it."""
+        if status in (*UNFIT, 403) and _FILTERED.search(told):
+            return "filtered"
+        return "refused" if self._answered and status in UNFIT else ""
 
     def _answer(self, request: Request, said: Answer) -> Answer:
         return {"key": key_of(request), "endpoint": self._url} | said
@@ -135,32 +178,85 @@ class Endpoint:
             )
         return InputError(f"{self._url}: {found} an answer: see --model and --parameters")
 
-    def _parse(self, text: str) -> Answer:
+    def _parse(self, response: Any) -> Answer:
+        """Of an answer of status 200: what it says, or why it says nothing.
+
+        Raises _Passing for a fault that passes, InputError for one of key, model or endpoint.
+        """
         try:
-            body = json.loads(text)
-            choice, usage = body["choices"][0], body.get("usage") or {}
-            if choice.get("error") or choice.get("finish_reason") == "error":
-                raise Busy(
-                    f"{self._url}: found an answer that is an error ({self._plain(choice)}), "
-                    "expected a chat completion: run this again later; what was answered is kept"
-                )
-            said = choice["message"]["content"] or ""  # null: it refused, or thought too long
-            texts = {"text": said, "finish": str(choice.get("finish_reason"))}
-            # Half of a surrogate pair could not be written.
-            answer = {k: text.encode("utf-8", "replace").decode() for k, text in texts.items()}
-            tokens = {"tokens_in": "prompt_tokens", "tokens_out": "completion_tokens"}
-            return answer | {k: usage[v] for k, v in tokens.items() if COUNT[1](usage.get(v))}
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            body = json.loads(response.text)
+        except (ValueError, RecursionError):
+            body = None
+        if not isinstance(body, dict):
+            if self._answered:  # as of a gateway that is being changed
+                raise self._passing(response, response.text)
+            raise self._no_completion(response.text)
+        choices = body.get("choices")
+        choice = choices[0] if isinstance(choices, list) and choices else {}
+        choice = choice if isinstance(choice, dict) else {}
+        fault = body.get("error") or choice.get("error")
+        if fault or choice.get("finish_reason") == "error":
+            return self._fault(response, fault or choice)
+        if "choices" not in body:
+            if body.get("object") != "chat.completion" and not self._answered:
+                raise self._no_completion(response.text)
+            return {"text": "", "finish": "no answer"}
+        message = choice.get("message")
+        said = _text_of(message.get("content") if isinstance(message, dict) else None)
+        texts = {"text": said, "finish": str(choice.get("finish_reason", "no answer"))}
+        # Half of a surrogate pair could not be written.
+        answer = {k: text.encode("utf-8", "replace").decode() for k, text in texts.items()}
+        usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
+        tokens = {"tokens_in": "prompt_tokens", "tokens_out": "completion_tokens"}
+        return answer | {k: usage[v] for k, v in tokens.items() if COUNT[1](usage.get(v))}
+
+    def _fault(self, response: Any, fault: object) -> Answer:
+        """What an error inside a 200 comes to: an empty answer, or what is to be raised."""
+        code = fault.get("code", fault.get("status")) if isinstance(fault, dict) else None
+        code = int(code) if isinstance(code, str) and code.isdecimal() else code
+        told = json.dumps(fault, ensure_ascii=False)
+        if _FILTERED.search(told):
+            return {"text": "", "finish": "filtered"}
+        if finish := self._unfit(code, told):
+            return {"text": "", "finish": finish}
+        if code in (*REFUSED, *UNFIT) or re.search(r"api.?key|model.?not.?found", told, re.I):
             raise InputError(
-                f"{self._url}: found {self._plain(text)}, expected a chat completion: correct "
-                "--endpoint"
-            ) from error
+                f"{self._url}: found an error ({self._plain(told)}), expected an answer: see "
+                "OPENAI_API_KEY, --model and --parameters"
+            )
+        raise self._passing(response, told)
+
+    def _passing(self, response: Any, told: str) -> _Passing:
+        wait = None
+        for name, seconds in (("retry-after", 1.0), ("retry-after-ms", 1e-3)):
+            with contextlib.suppress(KeyError, ValueError):
+                wait = min(max(float(response.headers[name]) * seconds, 0.0), 120.0)
+        return _Passing(
+            f"{self._url}: found an error for an answer ({self._plain(told)}), expected a chat "
+            "completion: run this again later; what was answered is kept",
+            wait,
+        )
+
+    def _no_completion(self, text: str) -> InputError:
+        return InputError(
+            f"{self._url}: found {self._plain(text)}, expected a chat completion: correct "
+            "--endpoint"
+        )
 
     def _plain(self, text: object) -> str:
         """Short, and without the key: servers repeat what they were sent."""
         text = " ".join(str(text).split()) or "nothing"
         text = text.replace(self._key, "[key]") if self._key else text
         return text if len(text) <= 200 else text[:200] + "…"
+
+
+def _text_of(content: object) -> str:
+    """A message's text, which may come in parts; thoughts in parts of their own are left out."""
+    if isinstance(content, list):
+        texts = [part if isinstance(part, str) else part.get("text") for part in content
+                 if isinstance(part, str | dict)]  # fmt: skip
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""  # null: it refused, or thought too long
 
 
 class Pace:

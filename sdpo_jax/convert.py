@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from flax.traverse_util import flatten_dict
 
-from sdpo_jax.errors import InputError, run_command
+from sdpo_jax.errors import InputError, run_command, shown
 from sdpo_jax.files import is_free, read_json
 from sdpo_jax.hub import hub_folder, is_hub_name
 from sdpo_jax.model_folder import check_vocabulary, file_sizes, load_tokenizer, read_meta
@@ -161,10 +161,47 @@ def _model_path(model: str | None) -> Path:
 
 
 def _check_tokenizer(source: Source, folder: Path, config: DecoderConfig) -> None:
+    """Makes `folder`'s tokenizer one that the model can read, or raises InputError."""
     tokenizer = load_tokenizer(folder, where=source.where)
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{source.where}: the tokenizer has no EOS token: answers end in one")
+    if not tokenizer.eos_token or tokenizer.eos_token not in tokenizer.get_vocab():
+        raise InputError(
+            f"{source.where}: found the EOS token {shown(tokenizer.eos_token)}, expected one that "
+            "the tokenizer has, as answers end in it: set eos_token in tokenizer_config.json"
+        )
+    needed = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
+    added = tokenizer.get_added_vocab().items()
+    spare = {name for name, token in added if token >= config.V and name not in needed}
+    if spare:
+        leave_out_tokens(folder, spare)
+        tokenizer = load_tokenizer(folder, where=source.where)
     check_vocabulary(tokenizer, config.V, source.where)
+
+
+def leave_out_tokens(folder: Path, names: set[str]) -> None:
+    """Takes added tokens out of a tokenizer's files.
+
+    As `<pad>` of Llama-2's first release, which has no row in the model: no prompt and no answer is
+    padded with it, and a text that holds it must not be read as that token.
+    """
+
+    def kept(value: Any) -> bool:
+        return (value.get("content") if isinstance(value, dict) else value) not in names
+
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                 "added_tokens.json"):  # fmt: skip
+        if not os.path.exists(folder / name):
+            continue
+        content = read_json(folder / name, "expected a tokenizer's file: give the whole model")
+        for key, value in [*content.items()]:
+            if isinstance(value, list):
+                content[key] = [entry for entry in value if kept(entry)]
+            elif key == "added_tokens_decoder":
+                content[key] = {token: entry for token, entry in value.items() if kept(entry)}
+            elif key in names or not kept(value):  # {"<pad>": 32000}, {"pad_token": "<pad>"}
+                del content[key]
+        if isinstance(padding := content.get("padding"), dict) and padding["pad_token"] in names:
+            content["padding"] = None
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from tiny import edit_config, hf_folder
 
 from sdpo_jax.convert import convert
 from sdpo_jax.errors import InputError
-from sdpo_jax.model_folder import load_model
+from sdpo_jax.model_folder import load_model, load_tokenizer
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.gguf import NAMES, open_gguf, unpermute
 from sdpo_jax.models.lora import LoraConfig
@@ -308,3 +308,113 @@ def test_the_command_ends_with_status_2_and_one_line(folder, tmp_path):
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.count("\n") == 1 and "model_type is 'bert'" in run.stderr
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "config", "suffix"),
+    [
+        ("gptq", {"quant_method": "gptq", "bits": 4}, None),
+        ("awq", {"quant_method": "awq", "w_bit": 4}, None),
+        ("bitsandbytes", {"quant_method": "bitsandbytes", "load_in_4bit": True}, ".absmax"),
+        ("fp8", {"quant_method": "fp8"}, ".weight_scale_inv"),
+        ("quantization_config", {"bits": 4}, None),
+        ("tensors such as", None, ".qweight"),  # of AutoGPTQ, which wrote a file beside
+        ("tensors such as", None, ".SCB"),
+    ],
+)
+def test_a_quantised_model_is_named_as_such(folder, tmp_path, told, config, suffix):
+    edit_config(folder, quantization_config=config)
+    if suffix:
+        name = Q0.removesuffix(".weight") + suffix
+        edit_tensors(folder, lambda tensors: tensors.update({name: np.zeros(4, np.int32)}))
+    with pytest.raises(InputError, match=f"found a quantised model .'{told}") as error:
+        convert(str(folder), str(tmp_path / "out"))
+    assert len(str(error.value)) < 400 and not (tmp_path / "out").exists()
+
+
+def tokenizer_files(folder, change):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text())
+        change(name, content)
+        (folder / name).write_text(json.dumps(content))
+
+
+@pytest.fixture
+def full(folder):
+    """The folder with a tokenizer that has a token for each row of the model."""
+
+    def change(file, content):
+        if file == "tokenizer.json":
+            vocab, V = content["model"]["vocab"], V_of(folder)
+            vocab |= {f"[{token}]": token for token in range(len(vocab), V)}
+
+    tokenizer_files(folder, change)
+    return folder
+
+
+def V_of(folder):
+    return json.loads((folder / "config.json").read_text())["vocab_size"]
+
+
+def add_token(folder, name, role):
+    """A special token beyond the model's table, as Llama-2 was first released with."""
+    V = V_of(folder)
+    entry = {"id": V, "content": name, "special": True, "single_word": False, "lstrip": False,
+             "rstrip": False, "normalized": False}  # fmt: skip
+
+    def change(file, content):
+        if file == "tokenizer.json":
+            content["added_tokens"].append(entry)
+            content["padding"] = {
+                "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None,
+                "pad_id": V, "pad_type_id": 0, "pad_token": name,
+            }  # fmt: skip
+        else:
+            content[role] = name
+            content["added_tokens_decoder"] = {str(V): {k: entry[k] for k in entry if k != "id"}}
+
+    tokenizer_files(folder, change)
+    (folder / "added_tokens.json").write_text(json.dumps({name: V}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({role: {"content": name}}))
+
+
+@pytest.mark.parametrize("role", ["pad_token", "image_token"])
+def test_a_token_without_a_row_that_no_text_needs_is_left_out(full, tmp_path, role):
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    convert(str(full), str(plain))
+    add_token(full, "<pad>", role)
+    convert(str(full), str(out))
+    found, usual = load_tokenizer(out), load_tokenizer(plain)
+    assert found.get_vocab() == usual.get_vocab()
+    assert found("a <pad> b").input_ids == usual("a <pad> b").input_ids
+    assert "<pad>" not in "".join(path.read_text() for path in out.glob("*.json"))
+
+
+@pytest.mark.parametrize("role", ["eos_token", "bos_token"])
+def test_a_token_without_a_row_that_is_needed_is_named(full, tmp_path, role):
+    add_token(full, "<|end|>", role)
+    with pytest.raises(InputError, match=r"largest token is \d+ \('<\|end\|>'\), the model has"):
+        convert(str(full), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("eos", ["", None, "<|im_end|>"])
+def test_a_tokenizer_without_an_end_of_answers_is_refused(full, tmp_path, eos):
+    def change(file, content):
+        if file == "tokenizer_config.json":
+            content["eos_token"] = eos
+
+    tokenizer_files(full, change)
+    try:
+        convert(str(full), str(tmp_path / "out"))
+    except InputError as error:
+        assert "found the EOS token" in str(error) or "largest token is" in str(error)
+    else:
+        pytest.fail("taken")
+
+
+def test_a_sentencepiece_file_alone_leads_to_the_package_it_needs(folder, tmp_path, monkeypatch):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"no model")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    with pytest.raises(InputError, match=r"pip install 'sdpo_jax\[sentencepiece\]'"):
+        load_tokenizer(folder)

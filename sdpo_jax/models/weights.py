@@ -19,7 +19,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
-from sdpo_jax import files
+from sdpo_jax import errors, files
 from sdpo_jax.errors import InputError
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
@@ -62,6 +62,11 @@ IGNORED_SUFFIXES = (
     "rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", "embeddings.position_ids",
 )  # fmt: skip
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# How tensors of GPTQ, AWQ, bitsandbytes, compressed-tensors and float8 end.
+PACKED = (
+    ".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".SCB", ".weight_packed",
+    ".weight_scale", ".weight_scale_inv", ".weight_zero_point",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +256,7 @@ def _no_weights(folder: Path) -> InputError:
 def open_hf(folder: Path) -> Source:
     """A Hugging Face folder: config.json, safetensors (one file or shards), tokenizer files."""
     config = read_json(folder / "config.json")
+    _check_quantised(folder, config.get("quantization_config"))
     owner: dict[str, Path] = {}
     tensors = {}
     for path in safetensors_files(folder):
@@ -260,12 +266,26 @@ def open_hf(folder: Path) -> Source:
                 stored = part.get_dtype()
                 tensors[name] = tuple(part.get_shape()), DTYPES.get(stored, stored)
                 owner[name] = path
+    if packed := [name for name in tensors if name.endswith(PACKED)]:
+        _check_quantised(folder, {"quant_method": f"tensors such as {packed[0]}"})
 
     def read(name: str) -> np.ndarray:
         with _opened(owner[name]) as file:
             return file.get_tensor(name)
 
     return Source(str(folder), config, tensors, read, functools.partial(_copy_tokenizer, folder))
+
+
+def _check_quantised(folder: Path, found: object) -> None:
+    """Raises InputError where config.json or tensors tell that the weights are quantised."""
+    if not found:
+        return
+    method = found.get("quant_method", "quantization_config") if type(found) is dict else found
+    raise InputError(
+        f"{folder}: found a quantised model ({errors.shown(method)}), expected one whose weights "
+        "are float32, float16 or bfloat16: give the model that it was made of; training can hold "
+        "it in fewer bits, with --config.base_dtype=nf4 or int8"
+    )
 
 
 def _opened(path: Path):
@@ -277,9 +297,11 @@ def _opened(path: Path):
         ) from error
 
 
+# And the file that says, with config.json, which tokens end what a model generates.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "generation_config.json",
 )  # fmt: skip
 
 

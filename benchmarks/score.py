@@ -20,7 +20,7 @@ from flax import nnx
 from benchmarks import workload
 from benchmarks.step import measure
 from sdpo_jax.data import loader
-from sdpo_jax.data.tokens import Example
+from sdpo_jax.data.tokens import NEW_TOKENS, Example
 from sdpo_jax.errors import run_command
 from sdpo_jax.evaluation import decode
 from sdpo_jax.model_folder import Model, load_model
@@ -68,7 +68,7 @@ def make_sides(model: Model) -> dict[str, Side]:
         return decode.score(decoder, decode.prefill(decoder, batch), batch)
 
     def greedy(decoder, batch):
-        return decode.greedy(decoder, decode.prefill(decoder, batch), eos)
+        return decode.greedy(decoder, decode.prefill(decoder, batch), [eos], NEW_TOKENS)
 
     def trie(decoder, batch):
         return decode.trie(decoder, decode.prefill(decoder, batch), batch["answers_BMCA"][:, 0])

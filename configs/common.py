@@ -24,6 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.segment = 60  # targets of a history that are one example, at most
     config.prompt_file = ""  # templates in the authors' format; "" = the built-in ones
     config.chat_template = False  # True: prompts in the model's own chat format
+    config.chat_options = '{"enable_thinking": false}'  # JSON: what else a chat format may read
     # A network that sdpo_jax.baselines kept: its item vectors stand behind the titles (LLaRA).
     config.item_vectors = ""
     config.max_length = 512  # [paper] tokens of prompt and answer; a longer prompt keeps its end

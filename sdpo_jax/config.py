@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from sdpo_jax import errors
 from sdpo_jax.data.negatives import NEGATIVES
 from sdpo_jax.data.prompts import PROMPTS
 from sdpo_jax.errors import InputError, shown
-from sdpo_jax.files import ABOVE_ZERO, COUNT, NUMBER, POSITIVE, TEXT, Kind, one_of
+from sdpo_jax.files import ABOVE_ZERO, COUNT, NUMBER, POSITIVE, TEXT, Kind, one_of, parse_json
 from sdpo_jax.models.decoder import REMAT
 from sdpo_jax.models.lora import PROJECTIONS
 from sdpo_jax.models.quantize import BASE_DTYPES
@@ -15,6 +16,7 @@ from sdpo_jax.objectives.losses import OBJECTIVES
 
 BOOLEAN: Kind = ("True or False", lambda value: type(value) is bool)
 STAGES = ("sft", "sdpo")
+PATHS = ("dataset", "model", "prompt_file", "item_vectors", "lora.init_from")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -24,6 +26,13 @@ def _some_of(known: Sequence[str]) -> Kind:
         return found != [] and found == [name for name in known if name in found]
 
     return f"some of {', '.join(known)}, in this order", right
+
+
+def _is_object(value: Any) -> bool:
+    try:
+        return type(value) is str and type(parse_json(value)) is dict
+    except ValueError:
+        return False
 
 
 def _below_one(value: Any) -> bool:
@@ -57,10 +66,8 @@ KINDS: dict[str, Kind] = {
     "seed": ("a whole number, 0 or more, below 2**32", lambda v: COUNT[1](v) and v < 2**32),
     "popularity_power": ("a finite number, 0 or more", lambda v: NUMBER[1](v) and v >= 0),
     "weight_decay": ("a finite number, 0 or more", lambda v: NUMBER[1](v) and v >= 0),
-    **dict.fromkeys(
-        ("dataset", "model", "prompt_file", "validation_split", "lora.init_from", "item_vectors"),
-        TEXT,
-    ),
+    **dict.fromkeys((*PATHS, "validation_split"), TEXT),
+    "chat_options": ("a JSON object as text", _is_object),
     **dict.fromkeys(
         ("batch_size", "microbatch", "num_negatives", "max_length", "history", "segment",
          "hard_pool", "log_every", "eval_every",
@@ -83,6 +90,15 @@ def method(config) -> str:
     if config.num_negatives == 1:
         return "DPO"
     return "S-DPO" if config.objective == "sdpo" else f"DPO, {config.num_negatives} pairs"
+
+
+def at_home(config) -> None:
+    """Puts the home folder for "~" in the paths of a config. Raises InputError."""
+    for key in PATHS:
+        *parents, name = key.split(".")
+        folder = config[parents[0]] if parents else config
+        if type(folder[name]) is str:
+            folder[name] = errors.at_home(f"config.{key}", folder[name])
 
 
 def check(config) -> None:

@@ -67,7 +67,7 @@ def fail(error: object) -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        return flags.FLAGS([_underscored(argument) for argument in argv])
+        return flags.FLAGS([_at_home(_underscored(argument)) for argument in argv])
     except (
         flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError,
         SyntaxError, RecursionError, MemoryError, InputError,
@@ -83,6 +83,25 @@ def _underscored(argument: str) -> str:
     if not name.startswith("--") or not {known, known.removeprefix("no")} & set(flags.FLAGS):
         return argument
     return f"--{known}{equals}{value}"
+
+
+def _at_home(argument: str) -> str:
+    """`--name=~/path` with the home folder, as a shell has it in a word of its own."""
+    name, equals, value = argument.partition("=")
+    if not (name.startswith("--") and value.startswith("~")):
+        return argument
+    return f"{name}{equals}{at_home(name, value)}"
+
+
+def at_home(name: str, path: str) -> str:
+    """`path` with the home folder for "~". Raises InputError that names what holds it."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise InputError(
+            f"{name}: found {shown(path)}, expected the home folder of a user that is here: write "
+            "the path whole"
+        )
+    return found
 
 
 def _told(error: Exception) -> str:

@@ -29,6 +29,7 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
+from sdpo_jax.data.tokens import NEW_TOKENS
 from sdpo_jax.errors import InputError, run_command
 from sdpo_jax.evaluation import results
 from sdpo_jax.evaluation.evaluator import Evaluator
@@ -64,6 +65,7 @@ def evaluate(
         raise InputError("--step: found several stages, expected one: give one --stage with it")
     chosen = [(stage, choose_step(run, stage, step)) for stage in stages]
     evaluator = Evaluator(run, split, limit, batch_size, rank, beams)
+    _tell(evaluator, decoders)
     try:
         return [
             summary
@@ -94,6 +96,7 @@ def follow(
     run = _open(workdir, stages, split, decoders)
     stages = stages or list(run.config.stages)
     evaluator = Evaluator(run, split, limit, batch_size)
+    _tell(evaluator, decoders)
     seen, written = set(), []
     while True:
         # Asked first, so that a checkpoint which comes between the two questions is not missed.
@@ -112,6 +115,18 @@ def follow(
             return written
         if not new:
             time.sleep(poll_seconds)
+
+
+def _tell(evaluator: Evaluator, decoders: Sequence[str]) -> None:
+    """What a reader of the results must know of the prompts and of what is generated."""
+    if told := evaluator.encoder.truncation():
+        print(told, flush=True)
+    if "greedy" in decoders and evaluator.new_tokens != NEW_TOKENS:
+        print(
+            f"greedy generates up to {evaluator.new_tokens} tokens, as the longest title of the "
+            f"data has more than {NEW_TOKENS}",
+            flush=True,
+        )
 
 
 def _open(
@@ -165,6 +180,8 @@ def _evaluate(
             "step": step,
             "decoder": decoder,
             **({"beams": evaluator.beams} if decoder == "beam" else {}),
+            **({"max_new_tokens": evaluator.new_tokens} if decoder == "greedy" else {}),
+            "truncated_prompts": evaluator.encoder.truncated,
             "history": run.config.history,
             "candidates": len(evaluator.dataset.splits[evaluator.split][0].candidates),
             "seconds": round(seconds[decoder], 2),

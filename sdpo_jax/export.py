@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import ml_dtypes
@@ -23,13 +24,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from sdpo_jax.data import prompts
+from sdpo_jax.data.prepared import read_titles
+from sdpo_jax.data.tokens import new_tokens
 from sdpo_jax.errors import InputError, run_command
 from sdpo_jax.evaluation.card import model_card
-from sdpo_jax.evaluation.decode import MAX_NEW_TOKENS
 from sdpo_jax.evaluation.stages import choose_step, raw_adapter
 from sdpo_jax.files import is_free
 from sdpo_jax.hub import name_and_revision
-from sdpo_jax.model_folder import load_tokenizer, read_meta
+from sdpo_jax.model_folder import ends_of, load_tokenizer, read_meta
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.peft import write_adapter
@@ -82,8 +84,7 @@ def export(workdir: str | Path, stage: str, form: str, output: str | Path,
             write_adapter(partial, tree, lora, config, *source)
         else:
             write_merged(partial, model, tree, lora, config)
-        if run.config.prompt == "history":
-            write_generation_config(partial, load_tokenizer(model))
+        write_ends(partial, model, run)
         (partial / "README.md").write_text(card, encoding="utf-8")
         os.replace(partial, output)
     except CheckpointGone as error:
@@ -110,7 +111,7 @@ def write_merged(folder: Path, model: Path, tree: dict, lora: LoraConfig,
     content = read_json(model / "config.json")
     content.pop("torch_dtype", None)
     content["dtype"] = "bfloat16"
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write_json(folder / "config.json", content)
     plan = shard_plan(config)
     check_room(folder, plan.metadata["total_size"])
     shard_of = plan.tensor_to_filename
@@ -122,15 +123,26 @@ def write_merged(folder: Path, model: Path, tree: dict, lora: LoraConfig,
             save_file(waiting.pop(shard_of[name]), folder / shard_of[name], {"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": shard_of}
-        path = folder / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_generation_config(folder: Path, tokenizer) -> None:
-    """Tells generators that a line break ends an answer, as does EOS, and not to sample."""
-    ends = [prompts.answer_end(tokenizer, "history"), tokenizer.eos_token_id]
-    content = {"eos_token_id": ends, "do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
-    path = folder / "generation_config.json"
+def write_ends(folder: Path, model: Path, run: SimpleNamespace) -> None:
+    """Tells generators what ends an answer, how long the longest is, and not to sample.
+
+    The end that was trained comes first: EOS, or the line break of a history. It is in
+    generation_config.json and, where there is one, in config.json.
+    """
+    tokenizer = load_tokenizer(model)
+    ends = (prompts.answer_end(tokenizer, run.config.prompt), *ends_of(model, tokenizer))
+    ends = {"eos_token_id": [*dict.fromkeys(ends)]}
+    titles = read_titles(Path(run.config.dataset)).values()
+    content = ends | {"do_sample": False, "max_new_tokens": new_tokens(titles, tokenizer)}
+    if os.path.exists(folder / "config.json"):
+        _write_json(folder / "config.json", read_json(folder / "config.json") | ends)
+    _write_json(folder / "generation_config.json", content)
+
+
+def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

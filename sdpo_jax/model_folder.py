@@ -1,6 +1,7 @@
 """A converted model folder read back: decoder, fresh adapter, tokenizer."""
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sdpo_jax.errors import InputError
+from sdpo_jax.errors import InputError, shown
 from sdpo_jax.files import COUNT, OBJECT, TEXT, check_keys, one_of
 from sdpo_jax.models import item_vectors, weights
 from sdpo_jax.models.config import DecoderConfig
@@ -37,6 +38,7 @@ class Model:
     """`nnx.merge(graphdef, lora, base)` is the decoder; `lora` is trained, `base` is frozen.
 
     `lora` is the adapter or, where every weight is trained, all of them; then `base` is empty.
+    `ends`: see `ends_of`.
     """
 
     graphdef: nnx.GraphDef
@@ -44,6 +46,7 @@ class Model:
     base: nnx.State
     config: DecoderConfig
     tokenizer: Any
+    ends: tuple[int, ...]
     meta: dict[str, Any]
 
 
@@ -90,8 +93,10 @@ def load_model(
     place = shardings or (lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     stored = abstract_lora if lora.full else abstract_base
     base = _read_base(path / "weights", stored, config, meta["dtype"], place)
+    tokenizer = load_tokenizer(path)
+    ends = ends_of(path, tokenizer)
     if lora.full:
-        return Model(graphdef, base, abstract_base, config, load_tokenizer(path), meta)
+        return Model(graphdef, base, abstract_base, config, tokenizer, ends, meta)
     if vectors_IE is not None:
         item_vectors.fill(base, vectors_IE, place)
     # Under jit the unused draws of the base are removed, so only the adapter is ever made.
@@ -99,7 +104,28 @@ def load_model(
         lambda key: nnx.split(make(key), nnx.LoRAParam, ...)[1],
         out_shardings=_placed(abstract_lora, place),
     )
-    return Model(graphdef, init(key), base, config, load_tokenizer(path), meta)
+    return Model(graphdef, init(key), base, config, tokenizer, ends, meta)
+
+
+def ends_of(path: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end what a model generates; the tokenizer's EOS, which is trained, is first.
+
+    The others are those of config.json and generation_config.json, as the end of a turn of a model
+    whose EOS ends a document. Raises InputError where a file names what is no token.
+    """
+    ends = [tokenizer.eos_token_id]
+    for name in ("config.json", "generation_config.json"):
+        if not os.path.exists(path / name):
+            continue
+        found = read_json(path / name).get("eos_token_id")
+        for token in found if isinstance(found, list) else [] if found is None else [found]:
+            if not COUNT[1](token):
+                raise InputError(
+                    f"{path / name}: eos_token_id: found {shown(found)}, expected tokens' numbers: "
+                    "correct it"
+                )
+            ends.append(token)
+    return tuple(dict.fromkeys(ends))
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -141,6 +167,11 @@ def load_tokenizer(path: Path, where: str | None = None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise what they like here
+        if _lacks_sentencepiece(path):
+            raise InputError(
+                f"{where or path}: found tokenizer.model and no tokenizer.json, which needs the "
+                "package sentencepiece: pip install 'sdpo_jax[sentencepiece]'"
+            ) from error
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise InputError(
             f"{where or path}: found no tokenizer that transformers can read ({reason}), expected "
@@ -148,14 +179,21 @@ def load_tokenizer(path: Path, where: str | None = None) -> Any:
         ) from error
 
 
+def _lacks_sentencepiece(path: Path) -> bool:
+    known = os.path.exists(path / "tokenizer.json")
+    known = known or not os.path.exists(path / "tokenizer.model")
+    return not known and importlib.util.find_spec("sentencepiece") is None
+
+
 def check_vocabulary(tokenizer: Any, V: int, where: str) -> None:
     """Raises InputError where the tokenizer has a token beyond the model's `V`."""
     # Not their number: a vocabulary may have gaps, and JAX reads beyond a table in silence.
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= V:
+    beyond = {name: i for name, i in tokenizer.get_vocab().items() if i >= V}
+    if beyond:
+        name = max(beyond, key=beyond.get)
         raise InputError(
-            f"{where}: the tokenizer's largest token is {largest}, the model has {V} of them: "
-            "these files do not belong together"
+            f"{where}: the tokenizer's largest token is {beyond[name]} ({shown(name)}), the model "
+            f"has {V} of them: these files do not belong together"
         )
 
 

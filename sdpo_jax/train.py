@@ -20,14 +20,13 @@ from ml_collections import config_flags
 
 from sdpo_jax import sharding, workdir
 from sdpo_jax.baselines import kept
-from sdpo_jax.config import check
+from sdpo_jax.config import at_home, check
 from sdpo_jax.data import loader, prompts
 from sdpo_jax.data.negatives import Negatives
 from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.data.segments import units
-from sdpo_jax.data.tokens import Encoder, check_titles
+from sdpo_jax.data.tokens import Encoder, check_titles, new_tokens
 from sdpo_jax.errors import InputError, run_command
-from sdpo_jax.evaluation.decode import MAX_NEW_TOKENS
 from sdpo_jax.model_folder import Model, load_model, load_tokenizer
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.lora import LoraConfig
@@ -54,7 +53,8 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
     check_batch(config, sharding.data_shards(mesh))
 
     dataset = read_dataset(config.dataset)
-    templates = templates_of(config, dataset)
+    wordings = prompts.templates_of(dataset.domain, config.prompt_file, config.prompt)
+    templates = workdir.kept_templates(run) or in_chat(config, wordings)
     check_dataset(config, dataset)
 
     vectors_IE = kept.item_vectors(config.item_vectors, dataset)
@@ -63,7 +63,7 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
         remat=config.remat, seed=config.seed, shardings=sharding.placement(mesh),
         vectors_IE=vectors_IE,
     )  # fmt: skip
-    check_length(config, model.config)
+    check_length(config, model.config, new_tokens(dataset.titles.values(), model.tokenizer))
     lora = first_adapter(config, model)
     encoder = Encoder.of(
         config, dataset, model.tokenizer, templates,
@@ -79,14 +79,14 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
     fingerprints = file_fingerprints(config) | {
         "dataset": dataset.meta["fingerprint"],
         "model": model.meta["sha256"],
-        "prompts": prompts.fingerprint(templates),
     }
     with contextlib.ExitStack() as held:
 
         def open_run() -> None:
-            workdir.check_run(run, config.to_dict(), fingerprints)  # before a lock is written
+            # Before a lock is written.
+            workdir.check_run(run, config.to_dict(), fingerprints, wordings)
             held.enter_context(workdir.locked(run))
-            workdir.open_run(run, config.to_dict(), fingerprints)
+            workdir.open_run(run, config.to_dict(), fingerprints, wordings, templates)
 
         first_process(open_run)
         announce(config, run, model, encoder)
@@ -108,7 +108,8 @@ def explain(config, experiment: str = "") -> None:
     mesh = sharding.make_mesh(**config.mesh)
     shards = sharding.data_shards(mesh)
     dataset = read_dataset(config.dataset)
-    templates = templates_of(config, dataset)
+    wordings = prompts.templates_of(dataset.domain, config.prompt_file, config.prompt)
+    templates = in_chat(config, wordings)
     check_dataset(config, dataset)
     folder = Path(config.model)
     decoder = DecoderConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
@@ -159,9 +160,12 @@ def first_adapter(config, model: Model):
     return lora
 
 
-def templates_of(config, dataset) -> tuple[str, ...]:
-    chat = load_tokenizer(Path(config.model)) if config.chat_template else None
-    return prompts.templates_of(dataset.domain, config.prompt_file, chat, config.prompt)
+def in_chat(config, wordings: Sequence[str]) -> tuple[str, ...]:
+    """The templates in the model's chat format, where `config.chat_template` asks for it."""
+    if not config.chat_template:
+        return tuple(wordings)
+    tokenizer = load_tokenizer(Path(config.model))
+    return tuple(prompts.in_chat(text, tokenizer, config.chat_options) for text in wordings)
 
 
 def file_fingerprints(config) -> dict[str, str]:
@@ -208,9 +212,19 @@ def check_batch(config, shards: int) -> None:
         )
 
 
-def check_length(config, decoder: DecoderConfig) -> None:
-    """RoPE of kind `dynamic` changes with the longest text of a batch beyond the model's length."""
-    room = decoder.rope.positions - MAX_NEW_TOKENS  # evaluation generates after a prompt
+def check_length(config, decoder: DecoderConfig, answer: int) -> None:
+    """Prompt and answer must be within the positions that the model was trained with.
+
+    RoPE of kind `dynamic` changes with the longest text of a batch beyond them, so there what
+    evaluation generates after a prompt, up to `answer` tokens, is within them too.
+    """
+    positions = decoder.rope.positions
+    if config.max_length > positions:
+        raise InputError(
+            f"config.max_length is {config.max_length}, {config.model} has {positions} positions "
+            f"(max_position_embeddings): set --config.max_length={positions} or less"
+        )
+    room = positions - answer
     if decoder.rope.kind == "dynamic" and config.max_length > room:
         raise InputError(
             f"config.max_length is {config.max_length}, this model's dynamic RoPE is the same for "
@@ -253,10 +267,12 @@ def announce(config, run: Path, model, encoder: Encoder) -> None:
         f"process(es), {jax.local_device_count()} of them in this; {model.meta['family']} base "
         f"of {model.meta['parameters']:,} parameters ({trained}; run in {run}"
     )
-    if encoder.truncated:
+    if told := encoder.truncation():
+        print(told)
+    if mark := prompts.opens_thought(encoder.templates[0]):
         print(
-            f"warning: {encoder.truncated} of {encoder.encoded} prompts exceed "
-            f"config.max_length={config.max_length} and lose their beginning"
+            f"warning: prompts end inside a thought (<{mark}>), so answers are trained as thoughts "
+            "and judged as they are: see --config.chat_options"
         )
     if config.stages[0] == "sdpo":
         start = config.lora.init_from or "the base model"
@@ -280,6 +296,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(
             f"--config={file}: cannot be loaded ({reason}), expected a config file, as in configs/"
         ) from error
+    at_home(args.config)
     experiment = Path(file).name.partition(".py")[0]
     run = Path(args.workdir or f"runs/{experiment}/run")
     if args.explain:
@@ -296,6 +313,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    # So that a config file's `from configs import common` works in any folder: after this one.
+    sys.path.append(str(Path(__file__).absolute().parents[1]))
     config_flags.DEFINE_config_file("config", None, "config file, with :argument", lock_config=True)
     flags.DEFINE_string("workdir", None, "folder of the run (default: runs/<config's name>/run)")
     flags.DEFINE_string("coordinator", "", "host:port of process 0 in a run of several; auto: JAX "

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +13,8 @@ from typing import Any
 from flax.traverse_util import unflatten_dict
 
 from sdpo_jax.config import KINDS
-from sdpo_jax.errors import InputError
-from sdpo_jax.files import COUNT, NUMBER, OBJECT, TEXT, check_keys, read_json
+from sdpo_jax.errors import InputError, shown
+from sdpo_jax.files import COUNT, NUMBER, OBJECT, TEXT, check_keys, list_of, read_json
 
 # Keys that may change when a run goes on: the numbers that it computes do not depend on them.
 FREE = ("mesh.", "distributed.", "profile_steps")
@@ -43,24 +43,32 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(partial, path)
 
 
-def open_run(workdir: Path, config: dict[str, Any], fingerprints: dict[str, str]) -> None:
+def open_run(workdir: Path, config: dict[str, Any], fingerprints: dict[str, str],
+             wordings: Sequence[str], templates: Sequence[str]) -> None:  # fmt: skip
     """Starts a run in `workdir`, or checks that what is there is this very run.
+
+    `wordings`: its templates before the model's chat format; `templates`: after it. A chat format
+    may write the day's date, so what the run was started with is kept, and read ever after.
 
     Raises:
       InputError: what `check_run` raises, or the folder cannot be written.
     """
-    check_run(workdir, config, fingerprints)
+    check_run(workdir, config, fingerprints, wordings)
     path = workdir / "config.json"
     if not os.path.lexists(path):
         versions = {name: version(name) for name in PACKAGES}
-        content = {"config": config, "fingerprints": fingerprints, "versions": versions}
+        content = {
+            "config": config, "fingerprints": fingerprints, "versions": versions,
+            "wordings": [*wordings], "templates": [*templates],
+        }  # fmt: skip
         try:
             write_json(path, content)
         except OSError as error:
             raise _not_writable(workdir, error) from error
 
 
-def check_run(workdir: Path, config: dict[str, Any], fingerprints: dict[str, str]) -> None:
+def check_run(workdir: Path, config: dict[str, Any], fingerprints: dict[str, str],
+              wordings: Sequence[str]) -> None:  # fmt: skip
     """Raises InputError where `workdir` holds anything but this run, naming the keys."""
     path = workdir / "config.json"
     if not os.path.lexists(path):
@@ -83,11 +91,31 @@ def check_run(workdir: Path, config: dict[str, Any], fingerprints: dict[str, str
         for key in sorted(before | now)
         if before.get(key) != now.get(key) and not key.startswith(FREE)
     ]
+    changed += _changed_wordings(stored["wordings"], wordings)
     if changed:
         raise InputError(
             f"{workdir}: holds a run with another config ({'; '.join(changed)}): give the old "
             "values to go on, or another --workdir to start anew"
         )
+
+
+def _changed_wordings(before: Sequence[str], now: Sequence[str]) -> Iterator[str]:
+    """Which templates are others, from the first character that is."""
+    if len(before) != len(now):
+        yield f"{len(before)} prompt templates, now {len(now)}"
+        return
+    for number, (old, new) in enumerate(zip(before, now, strict=True), 1):
+        if old != new:
+            start = max(0, _first_difference(old, new) - 10)
+            yield (
+                f"prompt template {number} was …{shown(old[start : start + 40])}, now "
+                f"…{shown(new[start : start + 40])}"
+            )
+
+
+def _first_difference(a: str, b: str) -> int:
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((place for place, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 @contextlib.contextmanager
@@ -117,7 +145,7 @@ def _not_writable(workdir: Path, error: OSError) -> InputError:
 
 
 def read_run(workdir: Path) -> SimpleNamespace:
-    """`.path`, `.config` (attributes all the way down) and `.fingerprints` of a run.
+    """`.path`, `.config` (attributes all the way down), `.fingerprints`, `.templates` of a run.
 
     Raises InputError when `workdir` holds no run.
     """
@@ -139,11 +167,18 @@ def read_run(workdir: Path) -> SimpleNamespace:
         path=Path(workdir),
         config=config,
         fingerprints=stored["fingerprints"],
+        templates=tuple(stored["templates"]),
     )
 
 
+def kept_templates(workdir: Path) -> tuple[str, ...] | None:
+    """The templates of the run in `workdir`, as they were when it was started; None: none is."""
+    path = workdir / "config.json"
+    return tuple(_read(path)["templates"]) if os.path.lexists(path) else None
+
+
 def same(run: SimpleNamespace, kind: str, path: Path | str, found: str) -> None:
-    """Raises InputError unless `found` is the run's fingerprint of a dataset, model or prompts."""
+    """Raises InputError unless `found` is the run's fingerprint of a dataset or model."""
     expected = run.fingerprints.get(kind, "none")
     if found != expected:
         raise InputError(
@@ -175,7 +210,9 @@ def write_stage_result(workdir: Path, stage: str, result: dict[str, Any]) -> Non
 def _read(path: Path) -> dict[str, Any]:
     """The config.json of a run."""
     stored = read_json(path, f"expected that of a run: {RESTORE}")
-    check_keys(path, stored, {"config": OBJECT, "fingerprints": OBJECT}, RESTORE)
+    kinds = {"config": OBJECT, "fingerprints": OBJECT,
+             "wordings": list_of(TEXT), "templates": list_of(TEXT)}  # fmt: skip
+    check_keys(path, stored, kinds, RESTORE)
     return stored
 
 

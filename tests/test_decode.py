@@ -54,8 +54,12 @@ def compiled(function):
     return jax.jit(lambda b, *a: function(MODEL, decode.prefill(MODEL, b), *a))
 
 
+def greedy_20(decoder, prefix, ends):
+    return decode.greedy(decoder, prefix, ends, 20)
+
+
 def greedy(batch, eos=EOS):
-    return np.asarray(compiled(decode.greedy)(batch, eos)).tolist()
+    return np.asarray(compiled(greedy_20)(batch, np.atleast_1d(eos))).tolist()
 
 
 def trie(batch):
@@ -111,6 +115,8 @@ def test_greedy_stops_at_eos(prompts):
     """Whatever the model says first is declared the EOS: nothing may follow it."""
     first = int(next_logits(prompts[0]).argmax())
     assert greedy(make_batch(prompts), first)[0] == [first] * 20
+    # Any of several tokens ends it, and after it comes the first of them.
+    assert greedy(make_batch(prompts), [V + 1, first])[0] == [first] + [V + 1] * 19
 
 
 def test_greedy_ends_after_twenty_tokens(prompts):

@@ -191,13 +191,11 @@ def test_a_run_that_is_not_whole_or_not_the_same_is_refused(run, tmp_path):
     shutil.rmtree(run / "sft")
     with pytest.raises(InputError, match="sft: found no checkpoint"):
         evaluate(run, ["sft"])
-    for kind in ("dataset", "model", "prompts"):
+    for kind in ("dataset", "model"):
         other = shutil.copytree(run, tmp_path / kind)
         changed(other, ("fingerprints", kind), "0" * 64)
         with pytest.raises(InputError, match=f"expected 000000000000… .*put back the {kind}"):
             evaluate(other, ["base"])
-        if kind == "prompts":
-            continue
         changed(other, ("fingerprints", kind), read_run(run).fingerprints[kind])
         changed(other, ("config", kind), str(tmp_path / "nothing"))
         with pytest.raises(InputError, match="nothing"):

@@ -128,7 +128,7 @@ def test_decoding_from_the_cache_equals_full_forward_passes(models, name):
     decoder = nnx.merge(model.graphdef, noisy(model.lora), model.base)
     steps = 8
     found = jax.jit(
-        lambda batch: decode.greedy(decoder, decode.prefill(decoder, batch), EOS, steps)
+        lambda batch: decode.greedy(decoder, decode.prefill(decoder, batch), [EOS], steps)
     )(batch)
     full = jax.jit(lambda tokens: traced_logits(decoder, tokens, np.ones(tokens.shape, bool)))
     for b, tokens in enumerate(np.asarray(found)):

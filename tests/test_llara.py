@@ -125,7 +125,7 @@ def test_a_run_with_item_vectors_trains_resumes_and_is_evaluated(config, tmp_pat
     with pytest.raises(InputError, match="other tools cannot feed them"):
         export(tmp_path / "run", "sft", "peft", tmp_path / "out")
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert set(stored["fingerprints"]) == {"dataset", "model", "prompts", "item_vectors"}
+    assert set(stored["fingerprints"]) == {"dataset", "model", "item_vectors"}
     run_baseline("sasrec", config.dataset, tmp_path / "other",
                  settings=fit.Settings(epochs=1, l2=(1e-3,)))  # fmt: skip
     config.item_vectors = str(tmp_path / "other" / "baselines" / "sasrec.safetensors")

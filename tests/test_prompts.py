@@ -124,10 +124,35 @@ CHAT = (
 def test_the_models_chat_format_goes_around_each_template(model_folder):
     tokenizer = load_tokenizer(model_folder)
     tokenizer.chat_template = CHAT
-    found = prompts.templates_of("book", chat=tokenizer)
-    plain = DOMAINS["book"]
-    assert found == tuple(f"<s><user>{text.strip()}<assistant>" for text in plain)
-    assert prompts.fingerprint(found) != prompts.fingerprint(plain)
+    found = [prompts.in_chat(text, tokenizer) for text in DOMAINS["book"]]
+    assert found == [f"<s><user>{text.strip()}<assistant>" for text in DOMAINS["book"]]
+
+
+THINKING = CHAT.replace("<assistant>", "<assistant><think>{% if not think %}</think>{% endif %}")
+
+
+@pytest.mark.parametrize(
+    ("chat", "options", "end", "opened"),
+    [
+        (CHAT, '{"think": true}', "<assistant>", ""),
+        (THINKING, "{}", "<think></think>", ""),
+        (THINKING, '{"think": true}', "<think>", "think"),
+        (
+            THINKING.replace("think>", "seed:think>"),
+            '{"think": true}',
+            "<seed:think>",
+            "seed:think",
+        ),
+        (THINKING.replace("</think>", "</think>\n<reasoning>"), "{}", "<reasoning>", "reasoning"),
+    ],
+)
+def test_a_chat_format_gets_its_options_and_an_opened_thought_is_seen(
+    chat, options, end, opened, model_folder
+):
+    tokenizer = load_tokenizer(model_folder)
+    tokenizer.chat_template = chat
+    found = prompts.in_chat(DOMAINS["movie"][0], tokenizer, options)
+    assert found.endswith(end) and prompts.opens_thought(found) == opened
 
 
 @pytest.mark.parametrize(
@@ -142,4 +167,4 @@ def test_a_model_without_a_usable_chat_format_is_refused(chat, said, model_folde
     tokenizer = load_tokenizer(model_folder)
     tokenizer.chat_template = chat
     with pytest.raises(InputError, match=f"config.chat_template: found .*{said}.*set it to False"):
-        prompts.templates_of("movie", chat=tokenizer)
+        prompts.in_chat(DOMAINS["movie"][0], tokenizer)

@@ -5,11 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from sdpo_jax.errors import InputError
-from sdpo_jax.train import train
+from sdpo_jax.train import check_length, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,6 +82,20 @@ def test_values_that_do_not_go_together_are_refused(config, changes, words, tmp_
         config.update_from_flattened_dict(changes)
     assert words in refused(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn", "dynamic"])
+@pytest.mark.parametrize(("positions", "fits"), [(99, False), (100, True), (119, True)])
+def test_prompts_beyond_the_models_positions_are_refused_whatever_its_rope(kind, positions, fits):
+    """`dynamic` also wants room for what evaluation generates, here 20 tokens."""
+    config = SimpleNamespace(max_length=100, model="m")
+    decoder = SimpleNamespace(rope=SimpleNamespace(kind=kind, positions=positions))
+    if fits and kind != "dynamic":
+        check_length(config, decoder, 20)
+        return
+    room = f"set --config.max_length={positions - 20 if fits else positions}"
+    with pytest.raises(InputError, match=room):
+        check_length(config, decoder, 20)
 
 
 def test_more_batch_than_windows_is_refused(config, tmp_path):

@@ -16,6 +16,7 @@ from sdpo_jax.train import train
 from sdpo_jax.training.checkpoint import Checkpoints
 from sdpo_jax.training.metrics import read_metrics
 from sdpo_jax.training.stage import Stage
+from sdpo_jax.workdir import read_run
 
 STEPS = 12
 
@@ -123,6 +124,28 @@ def test_a_finished_run_started_again_changes_nothing(flags, unbroken):
     output = trainers.end(trainers.start(flags(run)))
     assert output.count("(the best)") == 2
     assert before == {p: p.stat().st_mtime_ns for p in (run / "sdpo").rglob("*") if p.is_file()}
+
+
+def test_a_run_keeps_the_prompts_that_it_was_started_with(config, tmp_path, monkeypatch):
+    """A chat format may write the day's date, and a prompt file may be edited."""
+    config.stages, config.sft.max_steps = ("sft",), 2
+    texts = ["Seen: [HistoryHere]. One of [CansHere]:", "Next of [CansHere] after [HistoryHere]:"]
+    (tmp_path / "prompts.txt").write_text("\n".join(texts))
+    config.prompt_file = str(tmp_path / "prompts.txt")
+    day = "today is the 26th. "
+    monkeypatch.setattr("sdpo_jax.train.in_chat", lambda _, found: tuple(day + t for t in found))
+    train(config, tmp_path / "run", NEVER)
+    monkeypatch.setattr("sdpo_jax.train.in_chat", lambda *_: pytest.fail("rendered again"))
+    train(config, tmp_path / "run", NEVER)
+    assert read_run(tmp_path / "run").templates == tuple(f"{day}{text} " for text in texts)
+    (tmp_path / "prompts.txt").write_text("\n".join([texts[0], texts[1].replace("after", "to")]))
+    with pytest.raises(InputError) as error:
+        train(config, tmp_path / "run", NEVER)
+    told = "prompt template 2 was …'CansHere] after [HistoryHere]: ', now …'CansHere] to [Hist"
+    assert told in str(error.value)
+    (tmp_path / "prompts.txt").write_text(texts[0])
+    with pytest.raises(InputError, match="2 prompt templates, now 1"):
+        train(config, tmp_path / "run", NEVER)
 
 
 def test_another_config_on_the_same_workdir_is_refused_with_the_keys(flags, unbroken):

@@ -82,9 +82,9 @@ def make_run(folder: Path, prompt: str = "candidates", data: Dataset | None = No
     }  # fmt: skip
     meta = json.loads((folder / "model" / "model.json").read_text())
     fingerprint = read_dataset(folder / "data").meta["fingerprint"]
-    wording = prompts.fingerprint(prompts.TEMPLATES[prompt]["movie"])
-    fingerprints = {"dataset": fingerprint, "model": meta["sha256"], "prompts": wording}
-    open_run(folder / "run", config, fingerprints)
+    templates = prompts.TEMPLATES[prompt]["movie"]
+    fingerprints = {"dataset": fingerprint, "model": meta["sha256"]}
+    open_run(folder / "run", config, fingerprints, templates, templates)
     return folder / "run"
 
 

@@ -14,6 +14,7 @@ from sdpo_jax.files import read_text
 PROMPTS = ("candidates", "history")
 # What a template of each kind of prompt holds.
 PLACEHOLDERS = {"candidates": ("[HistoryHere]", "[CansHere]"), "history": ("[HistoryHere]",)}
+_THOUGHT = re.compile(r"</?((?:\w+:)?(?:think|thinking|thought|reasoning))>")
 _PLACEHOLDER = re.compile(r"\[(HistoryHere|CansHere)\]")
 
 _LISTS = {
@@ -114,29 +115,26 @@ TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def templates_of(
-    domain: str, prompt_file: str = "", chat: Any = None, prompt: str = "candidates"
-) -> tuple[str, ...]:
-    """The built-in templates of a domain, or those of `prompt_file`.
+def templates_of(domain: str, prompt_file: str = "", prompt: str = "candidates") -> tuple[str, ...]:
+    """The built-in templates of a domain, or those of `prompt_file`, for one of PROMPTS.
 
-    `chat`: a tokenizer in whose chat format they are put, or None. `prompt`: one of PROMPTS. Raises
-    InputError.
+    Raises InputError.
     """
-    templates = TEMPLATES[prompt][domain]
-    if prompt_file:
-        templates = read_templates(prompt_file, prompt)
-    return tuple(in_chat(template, chat) for template in templates) if chat else templates
+    return read_templates(prompt_file, prompt) if prompt_file else TEMPLATES[prompt][domain]
 
 
-def in_chat(template: str, tokenizer: Any) -> str:
+def in_chat(template: str, tokenizer: Any, options: str = "{}") -> str:
     """The template as a user's message, up to where the answer begins.
 
     Without the BOS that many chat formats write, where the encoder puts it before every prompt.
-    Raises InputError where the tokenizer has no chat format, or one that changes the placeholders.
+    `options`: a JSON object of what else the format reads; most read nothing. Raises InputError
+    where the tokenizer has no chat format, or one that changes the placeholders.
     """
     message = [{"role": "user", "content": template.strip()}]
     try:
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True, **json.loads(options)
+        )
     except Exception as error:  # the format is a program of the model's authors
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise InputError(
@@ -149,6 +147,12 @@ def in_chat(template: str, tokenizer: Any) -> str:
             "one that keeps them: set it to False"
         )
     return text.removeprefix(tokenizer.bos_token) if bos(tokenizer) else text
+
+
+def opens_thought(template: str) -> str:
+    """The mark of a thought that a template opens and does not close, or ""."""
+    opened = [*_THOUGHT.finditer(template)]
+    return opened[-1][1] if opened and not opened[-1][0].startswith("</") else ""
 
 
 def bos(tokenizer: Any) -> list[int]:

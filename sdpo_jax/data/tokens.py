@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from sdpo_jax.data import prompts
 from sdpo_jax.data.prepared import Dataset, Window
+from sdpo_jax.data.text import plain
 from sdpo_jax.errors import InputError
 
+NEW_TOKENS = 20  # the authors' evaluate_batch.py
 MARK = "\ue000"  # around an item's number in the text of a prompt; for private use in Unicode
 _MARKED = re.compile(f"{MARK}(\\d+){MARK}")
 
@@ -72,6 +74,12 @@ def title_ids(item: int, title: str, tokenizer, end: int) -> np.ndarray:
     return np.array([*ids, end], np.int32)
 
 
+def new_tokens(titles: Iterable[str], tokenizer) -> int:
+    """How many tokens a free answer may have: the paper's 20, or as many as the longest title."""
+    ids = tokenizer([*titles], add_special_tokens=False).input_ids
+    return max(NEW_TOKENS, *map(len, ids))
+
+
 def check_titles(titles: Mapping[int, str], tokenizer) -> None:
     """Raises InputError unless every title gives tokens, and they the title back.
 
@@ -81,8 +89,8 @@ def check_titles(titles: Mapping[int, str], tokenizer) -> None:
     for item, title in titles.items():
         ids = title_ids(item, title, tokenizer, tokenizer.eos_token_id)[:-1]
         back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        if back.strip() != title.strip():
-            changed.append(f"item {item}: {title!r} comes back as {back!r}")
+        if plain(back) != plain(title):
+            changed.append(f"item {item}: {title!a} comes back as {back!a}")
     if changed:
         raise InputError(
             f"{len(changed)} titles are changed by the model's tokenizer ({changed[0]}): "
@@ -127,6 +135,15 @@ class Encoder:
         """That of a run's config."""
         return cls(dataset, tokenizer, templates, config.seed, config.max_length, first_vector,
                    config.prompt, config.history)  # fmt: skip
+
+    def truncation(self) -> str:
+        """What is to be told of prompts that were too long, or ""."""
+        if not self.truncated:
+            return ""
+        return (
+            f"warning: {self.truncated} of {self.encoded} prompts exceed "
+            f"config.max_length={self.max_length} and lose their beginning"
+        )
 
     def window(self, split: str, row: int) -> Window:
         return self.dataset.splits[split][row]

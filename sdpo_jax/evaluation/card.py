@@ -7,13 +7,12 @@ from types import SimpleNamespace
 from huggingface_hub import ModelCardData
 
 from sdpo_jax.config import method
-from sdpo_jax.data import prompts
 from sdpo_jax.data.prepared import fingerprint
 from sdpo_jax.data.prepared import read_meta as read_dataset_meta
 from sdpo_jax.evaluation.markdown import fenced, plain
 from sdpo_jax.evaluation.results import read_results
 from sdpo_jax.hub import is_hub_name, name_and_revision
-from sdpo_jax.model_folder import load_tokenizer, read_meta
+from sdpo_jax.model_folder import read_meta
 from sdpo_jax.workdir import same, stage_result
 
 # What the model does with a prompt of each kind, and how the prompt is filled in.
@@ -36,8 +35,6 @@ def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
     c, meta = run.config, read_meta(Path(run.config.model))
     trained = _trained(stage, method(c))
     data = read_dataset_meta(Path(c.dataset))
-    chat = load_tokenizer(Path(c.model)) if c.chat_template else None
-    templates = prompts.templates_of(data["domain"], c.prompt_file, chat, c.prompt)
     base, _ = name_and_revision(meta["source"])
     header = ModelCardData(
         base_model=base if is_hub_name(base) else None,
@@ -46,7 +43,6 @@ def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
         tags=["recommendation", "S-DPO", "lora"],
     )
     same(run, "dataset", c.dataset, fingerprint(Path(c.dataset)))
-    same(run, "prompts", c.prompt_file or "built-in", prompts.fingerprint(templates))
     lines = [
         f"---\n{header.to_yaml()}\n---",
         f"# {plain(data.get('dataset', data['domain']))}: {trained}",
@@ -63,8 +59,8 @@ def model_card(run: SimpleNamespace, stage: str, step: int, form: str) -> str:
             ("seed", c.seed),
         ),
         "## Prompt",
-        f"{_PLACES[c.prompt]}{_one_of(len(templates))}",
-        fenced(templates[0]),
+        f"{_PLACES[c.prompt]}{_one_of(len(run.templates))}",
+        fenced(run.templates[0]),
         "## Data",
         _table(
             ("domain", data["domain"]),

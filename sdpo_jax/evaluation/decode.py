@@ -7,7 +7,7 @@ new tokens.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,6 @@ from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.objectives.logprobs import Batch, PackedAnswers, answers_logp, prompt_positions
 
 DECODERS = ("greedy", "trie", "score", "beam")
-MAX_NEW_TOKENS = 20  # the authors' evaluate_batch.py
 
 
 @jax.tree_util.register_dataclass
@@ -65,15 +64,14 @@ def score(decoder: Decoder, prefix: Prefix, batch: Batch) -> jax.Array:
     return answers_logp(logits_BYV, batch["predictor_BMCA"], batch)
 
 
-def greedy(
-    decoder: Decoder, prefix: Prefix, end: int, max_new_tokens: int = MAX_NEW_TOKENS
-) -> jax.Array:
-    """The most likely token at every step, `tokens_BN`; from a row's `end` on all is `end`."""
+def greedy(decoder: Decoder, prefix: Prefix, ends: Sequence[int], max_new_tokens: int) -> jax.Array:
+    """The most likely token at every step, `tokens_BN`; from one of `ends` on all is the first."""
+    end, ends_E = ends[0], jnp.array(ends)
 
     def choose(logits_BV, i, state):
         tokens_BN, done_B = state
         token_B = jnp.where(done_B, end, jnp.argmax(logits_BV, -1)).astype(jnp.int32)
-        done_B |= token_B == end
+        done_B |= jnp.isin(token_B, ends_E)
         return token_B, done_B, (tokens_BN.at[:, i].set(token_B), done_B)
 
     B = prefix.last_BD.shape[0]

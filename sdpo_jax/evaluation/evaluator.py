@@ -15,10 +15,10 @@ from flax import nnx
 
 from sdpo_jax import sharding
 from sdpo_jax.baselines import kept
-from sdpo_jax.data import loader, prompts
+from sdpo_jax.data import loader
 from sdpo_jax.data.negatives import against_disliked
 from sdpo_jax.data.prepared import Dataset, read_split
-from sdpo_jax.data.tokens import Encoder
+from sdpo_jax.data.tokens import Encoder, new_tokens
 from sdpo_jax.errors import InputError
 from sdpo_jax.evaluation import catalogue, decode, metrics, title_trie
 from sdpo_jax.evaluation.ranked_items import RankedItems
@@ -74,13 +74,6 @@ class Evaluator:
             shardings=sharding.placement(mesh),
             vectors_IE=vectors_IE,
         )
-        templates = prompts.templates_of(
-            self.dataset.domain,
-            c.prompt_file,
-            self.model.tokenizer if c.chat_template else None,
-            c.prompt,
-        )
-        same(run, "prompts", c.prompt_file or "built-in", prompts.fingerprint(templates))
         self.windows = dict(enumerate(self.dataset.splits[split]))
         self.rows = loader.spread(len(self.windows), limit)
         if rank == "disliked":
@@ -92,7 +85,11 @@ class Evaluator:
                     "window's history, expected ratings: leave the flag out"
                 )
         first_vector = None if vectors_IE is None else self.model.config.V
-        self.encoder = Encoder.of(c, self.dataset, self.model.tokenizer, templates, first_vector)
+        self.encoder = Encoder.of(
+            c, self.dataset, self.model.tokenizer, run.templates, first_vector
+        )
+        self.ends = (self.encoder.end, *self.model.ends)
+        self.new_tokens = new_tokens(self.dataset.titles.values(), self.model.tokenizer)
         answers = [self.windows[row].candidates for row in self.rows]
         if rank == "catalogue":  # its longest title: no prompt depends on its target's length
             longest = max(self.dataset.titles, key=lambda item: len(self.encoder.answer(item)))
@@ -117,7 +114,7 @@ class Evaluator:
         return [order[i : i + size] for i in range(0, len(order), size)]
 
     def _compile(self, whole: jax.sharding.Sharding):
-        graphdef, end = self.model.graphdef, self.encoder.end
+        graphdef = self.model.graphdef
 
         def jitted(function: Callable) -> Callable:
             return jax.jit(
@@ -125,7 +122,11 @@ class Evaluator:
             )
 
         decoders = {
-            "greedy": jitted(lambda decoder, prefix, batch: decode.greedy(decoder, prefix, end)),
+            "greedy": jitted(
+                lambda decoder, prefix, batch: decode.greedy(
+                    decoder, prefix, self.ends, self.new_tokens
+                )
+            ),
             "trie": jitted(
                 lambda decoder, prefix, batch: decode.trie(decoder, prefix, only(batch))
             ),
@@ -209,9 +210,8 @@ class Evaluator:
         }  # fmt: skip
 
     def _text(self, tokens: list[int]) -> str:
-        ends = {self.encoder.end, self.model.tokenizer.eos_token_id}
         return self.model.tokenizer.decode(
-            list(itertools.takewhile(lambda token: token not in ends, tokens)),
+            list(itertools.takewhile(lambda token: token not in self.ends, tokens)),
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,  # would change titles with spaces before marks
         )

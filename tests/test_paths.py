@@ -1,0 +1,61 @@
+"""`~` and relative paths mean the same in every option and config key, in whatever folder."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import common
+from sdpo_jax import config, errors
+from sdpo_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+
+
+@pytest.mark.parametrize(
+    ("argument", "read"),
+    [
+        ("--output=~/runs/data", "--output=/home/ann/runs/data"),
+        ("--config.dataset=~/data", "--config.dataset=/home/ann/data"),
+        ("--config=~/my.py:smoke", "--config=/home/ann/my.py:smoke"),
+        ("--workdir=~", "--workdir=/home/ann"),
+        ("--source=/a/~b", "--source=/a/~b"),
+        ("--parameters={}", "--parameters={}"),
+        ("--explain", "--explain"),
+        ("~/x", "~/x"),
+    ],
+)
+def test_the_home_folder_stands_for_a_tilde_in_every_option(argument, read):
+    assert errors._at_home(argument) == read
+
+
+def test_the_home_of_nobody_is_refused():
+    with pytest.raises(InputError, match="--output: found '~no-such-user/x', expected the home"):
+        errors._at_home("--output=~no-such-user/x")
+
+
+def test_the_home_folder_stands_for_a_tilde_in_every_path_of_a_config_file():
+    found = common.get_config()
+    for key in config.PATHS:
+        found.update_from_flattened_dict({key: f"~/{key}"})
+    config.at_home(found)
+    flat = found.to_dict() | {"lora.init_from": found.lora.init_from}
+    assert [flat[key] for key in config.PATHS] == [f"/home/ann/{key}" for key in config.PATHS]
+
+
+def test_a_config_file_is_read_in_any_folder(tmp_path):
+    (tmp_path / "mine.py").write_text((ROOT / "configs" / "quickstart.py").read_text())
+    for file in (ROOT / "configs" / "quickstart.py", "mine.py"):
+        done = subprocess.run(
+            [sys.executable, "-m", "sdpo_jax.train", f"--config={file}:smoke"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: nothing to train on yet: first run"), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]

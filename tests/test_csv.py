@@ -195,6 +195,11 @@ def test_what_many_people_rated_is_an_attribute_and_told(tmp_path, name):
     assert found.attributes[0] == {name: "2"} and found.rating_N is None
 
 
+def test_columns_that_are_not_read_are_told(tmp_path):
+    found = read_csv(written(tmp_path / "my.csv", "user,item,title,timestamp,id"))
+    assert "columns not read: id" in found.notes
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

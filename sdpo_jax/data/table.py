@@ -73,8 +73,8 @@ def read_csv(path: Path, form: Form | None = None) -> Interactions:
     rows, ids, clock = Rows(), {}, Clock()
     titles: dict[int, str] = {}
     attributes: dict[int, dict] = {}
-    rated = False
-    for where, row, more in _rows(path, form or Form()):
+    rated, unread = False, []
+    for where, row, more in _rows(path, form or Form(), unread):
         item = ids.setdefault(row["item"], len(ids))
         if item not in titles:
             titles[item], attributes[item] = row["title"], more
@@ -85,15 +85,24 @@ def read_csv(path: Path, form: Form | None = None) -> Interactions:
         rating = raw.number(where, "rating", row["rating"]) if rated else 0.0
         rows.add(row["user"], item, rating, clock.seconds(where, row["timestamp"]))
     further = list(dict.fromkeys(name for more in attributes.values() for name in more))
-    notes = [f"columns kept as attributes of the items: {', '.join(further)}"] if further else []
+    notes = [
+        f"columns {what}: {', '.join(names)}"
+        for what, names in (("kept as attributes of the items", further), ("not read", unread))
+        if names
+    ]
     if not rated:
         notes.append("no column of ratings is read: every row counts as liked")
     found = rows.done(titles, attributes, len(rows), raw.file_digests(path), rated=rated)
     return dataclasses.replace(found, notes=tuple(notes), rounded=clock.checked())
 
 
-def _rows(path: Path, form: Form) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
-    """(file:line, column -> text, further column -> text) of every row that is not blank."""
+def _rows(
+    path: Path, form: Form, unread: list[str]
+) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
+    """(file:line, column -> text, further column -> text) of every row that is not blank.
+
+    Adds the names of columns that are neither to `unread`.
+    """
     lines, before = None, 1
     try:
         raw.check_file(path, _EXPECTED)
@@ -106,6 +115,8 @@ def _rows(path: Path, form: Form) -> Iterator[tuple[str, dict[str, str], dict[st
             delimiter = delimiter or _delimiter(first, form)
             header = [name.strip() for name in next(form.reader(iter([first]), delimiter), [])]
             places, further = _places(path, header, form)
+            known = {*places.values(), *further.values()}
+            unread += [name or "(no name)" for n, name in enumerate(header) if n not in known]
             lines = form.reader(texts, delimiter)
             for row in lines:
                 where = f"{path}:{lines.line_num + before}"

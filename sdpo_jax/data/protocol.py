@@ -115,7 +115,9 @@ def _notes_of(titles: dict[int, str]) -> list[str]:
 
 def _titles_again(found: Found) -> list[str]:
     """Tells of targets that a history gives away under another id."""
-    titles, windows = found.titles, [w for rows in found.windows.values() for w in rows]
+    titles, splits = found.titles, found.windows
+    # test_all holds those of test.
+    windows = [w for name in splits if f"{name}_all" not in splits for w in splits[name]]
     again = sum(
         window.target not in window.history
         and titles[window.target] in {titles[item] for item in window.history}

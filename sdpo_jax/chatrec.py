@@ -28,7 +28,7 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
-from sdpo_jax.data import loader, prompts
+from sdpo_jax.data import loader, prompts, thoughts
 from sdpo_jax.data.prepared import SPLITS, Dataset, read_split
 from sdpo_jax.errors import InputError, run_command, shown
 from sdpo_jax.evaluation import chat, metrics, results
@@ -179,7 +179,7 @@ def _prediction(data: Dataset, split: str, row: int, answer: chat.Answer) -> res
     window = data.splits[split][row]
     titles = [data.titles[item] for item in window.candidates]
     target = window.candidates.index(window.target)
-    said = chat.without_thoughts(answer["text"])
+    said = thoughts.after(answer["text"])
     chosen = metrics.recommended(said, titles)
     return {
         "row": row, "user": window.user, "target": titles[target], "generation": said,

@@ -94,11 +94,12 @@ def method(config) -> str:
 
 def at_home(config) -> None:
     """Puts the home folder for "~" in the paths of a config. Raises InputError."""
+    flat = config.to_dict()
     for key in PATHS:
-        *parents, name = key.split(".")
-        folder = config[parents[0]] if parents else config
-        if type(folder[name]) is str:
-            folder[name] = errors.at_home(f"config.{key}", folder[name])
+        parent, _, name = key.rpartition(".")
+        value = (flat.get(parent) or {} if parent else flat).get(name)
+        if type(value) is str and value.startswith("~"):
+            config.update_from_flattened_dict({key: errors.at_home(f"config.{key}", value)})
 
 
 def check(config) -> None:

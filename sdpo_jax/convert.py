@@ -168,11 +168,11 @@ def _check_tokenizer(source: Source, folder: Path, config: DecoderConfig) -> Non
             f"{source.where}: found the EOS token {shown(tokenizer.eos_token)}, expected one that "
             "the tokenizer has, as answers end in it: set eos_token in tokenizer_config.json"
         )
-    needed = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
-    added = tokenizer.get_added_vocab().items()
-    spare = {name for name, token in added if token >= config.V and name not in needed}
-    if spare:
-        leave_out_tokens(folder, spare)
+    pad = tokenizer.pad_token
+    needed = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token)
+    if pad and pad not in needed and tokenizer.get_vocab().get(pad, -1) >= config.V:
+        leave_out_tokens(folder, {pad})
+        print(f"left out the token {shown(pad)}, which has no row in the model and is not needed")
         tokenizer = load_tokenizer(folder, where=source.where)
     check_vocabulary(tokenizer, config.V, source.where)
 

@@ -85,10 +85,13 @@ def _underscored(argument: str) -> str:
     return f"--{known}{equals}{value}"
 
 
+NO_PATHS = ("delimiter", "quote")  # options whose value may be "~" itself
+
+
 def _at_home(argument: str) -> str:
     """`--name=~/path` with the home folder, as a shell has it in a word of its own."""
     name, equals, value = argument.partition("=")
-    if not (name.startswith("--") and value.startswith("~")):
+    if not (name.startswith("-") and value.startswith("~")) or name.strip("-") in NO_PATHS:
         return argument
     return f"{name}{equals}{at_home(name, value)}"
 

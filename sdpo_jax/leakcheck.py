@@ -31,6 +31,7 @@ from sdpo_jax.data.prepared import Dataset, read_dataset
 from sdpo_jax.errors import run_command
 from sdpo_jax.evaluation import metrics
 
+OWN_IDS = ("item", "asin")  # attributes of a CSV file's items and of Amazon's
 MARGIN = 0.05  # of HR@1 above popularity, or chance, that is no accident of the draw
 NEARLY_ALWAYS = 0.9
 GIVEN_AWAY = (
@@ -98,20 +99,19 @@ def places(windows: Arrays) -> list[int]:
 def orders(data: Dataset, train: Arrays) -> list[np.ndarray]:
     """Orders of the items that sequences may follow instead of time: each item's place, or NaN.
 
-    Those of ids and of titles, numbers in which count as numbers, up and down, and the one that all
-    training sequences follow, where there is one. The last place is the padding's, of an empty
-    history.
+    Those of ids, of the ids that the source had, and of titles, up and down, numbers in them
+    counting as numbers, and the one that all training sequences follow, where there is one. The
+    last place is the padding's, of an empty history.
     """
-    ids = list(data.titles)
-    numbers = range(len(ids))
-    found = [
-        sorted(numbers, key=lambda n: ids[n]),
-        sorted(numbers, key=lambda n: _natural(data.titles[ids[n]])),
-        one_order(train, len(ids)),
+    ids, own = list(data.titles), data.attributes
+    keys = [
+        {item: item for item in ids},
+        {item: _natural(title) for item, title in data.titles.items()},
+        *({item: _natural(str(own[item].get(key, ""))) for item in ids} for key in OWN_IDS),
     ]
+    known = [sorted(range(len(ids)), key=lambda n: key[ids[n]]) for key in keys]
     places = []
-    found += [found[0][::-1], found[1][::-1]]
-    for order in filter(None, found):
+    for order in filter(None, [one_order(train, len(ids)), *known, *(o[::-1] for o in known)]):
         place_I = np.full(len(ids) + 1, np.nan)
         place_I[order] = range(len(order))
         places.append(place_I)

@@ -87,8 +87,8 @@ def prepare(
         )
     if dataset != "csv" and form and form != Form():
         raise InputError(
-            f"--columns, --delimiter, --quote: found one for {dataset}, expected none: they are "
-            "for --dataset=csv"
+            f"--columns, --delimiter, --quote, --encoding: found one for {dataset}, expected none: "
+            "they are for --dataset=csv"
         )
     domain = domain or DATASETS[dataset].domain
     old = _existing(Path(output))
@@ -222,10 +222,11 @@ def _note(meta: dict) -> str:
 
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
-    options = Options(args.split, args.history, args.min_interactions, args.num_candidates)
+    options = Options(args.split, args.history, args.min_interactions, args.num_candidates,
+                      args.allow_ties)  # fmt: skip
     meta = prepare(
         args.dataset, args.source, args.output, args.candidates, args.seed, args.model, args.domain,
-        options, Form.of(args.columns, args.delimiter, args.quote),
+        options, Form.of(args.columns, args.delimiter, args.quote, args.encoding or ""),
     )  # fmt: skip
     print(report(meta, args.output))
 
@@ -239,6 +240,9 @@ if __name__ == "__main__":
                         "comma, semicolon, tab and | that the header has)")  # fmt: skip
     flags.DEFINE_string("quote", None, "csv only: the character around fields, or none "
                         "(default \")")  # fmt: skip
+    flags.DEFINE_string("encoding", None, "csv only: as cp1251 (default: UTF-8, else Latin-1)")
+    flags.DEFINE_bool("allow_ties", False, "take a source whose times leave the order of most "
+                      "users open")  # fmt: skip
     flags.DEFINE_string("output", None, "prepared folder to write", required=True)
     flags.DEFINE_enum("split", None, SPLITS, "how windows are split (default: the data set's way)")
     flags.DEFINE_integer("history", None, "most titles a window shows (default 10)", lower_bound=1)

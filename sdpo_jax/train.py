@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from sdpo_jax import sharding, workdir
 from sdpo_jax.baselines import kept
 from sdpo_jax.config import at_home, check
-from sdpo_jax.data import loader, prompts
+from sdpo_jax.data import loader, prompts, thoughts
 from sdpo_jax.data.negatives import Negatives
 from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.data.segments import units
@@ -213,18 +213,18 @@ def check_batch(config, shards: int) -> None:
 
 
 def check_length(config, decoder: DecoderConfig, answer: int) -> None:
-    """Prompt and answer must be within the positions that the model was trained with.
+    """A prompt with its answer must be within the positions that the model was made for.
 
-    RoPE of kind `dynamic` changes with the longest text of a batch beyond them, so there what
-    evaluation generates after a prompt, up to `answer` tokens, is within them too.
+    RoPE of kind `dynamic` changes with the longest text of a batch beyond the length that it
+    stretches from, so there what evaluation generates after a prompt, up to `answer` tokens, is
+    within that length too.
     """
-    positions = decoder.rope.positions
-    if config.max_length > positions:
+    if decoder.positions is not None and config.max_length > decoder.positions:
         raise InputError(
-            f"config.max_length is {config.max_length}, {config.model} has {positions} positions "
-            f"(max_position_embeddings): set --config.max_length={positions} or less"
+            f"config.max_length is {config.max_length}, {config.model} has {decoder.positions} "
+            f"positions: set --config.max_length={decoder.positions} or less"
         )
-    room = positions - answer
+    room = decoder.rope.positions - answer
     if decoder.rope.kind == "dynamic" and config.max_length > room:
         raise InputError(
             f"config.max_length is {config.max_length}, this model's dynamic RoPE is the same for "
@@ -269,9 +269,9 @@ def announce(config, run: Path, model, encoder: Encoder) -> None:
     )
     if told := encoder.truncation():
         print(told)
-    if mark := prompts.opens_thought(encoder.templates[0]):
+    if mark := thoughts.opened(encoder.templates[0]):
         print(
-            f"warning: prompts end inside a thought (<{mark}>), so answers are trained as thoughts "
+            f"warning: prompts end inside a thought ({mark}), so answers are trained as thoughts "
             "and judged as they are: see --config.chat_options"
         )
     if config.stages[0] == "sdpo":

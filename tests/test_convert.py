@@ -313,23 +313,28 @@ def test_the_command_ends_with_status_2_and_one_line(folder, tmp_path):
 @pytest.mark.parametrize(
     ("told", "config", "suffix"),
     [
-        ("gptq", {"quant_method": "gptq", "bits": 4}, None),
-        ("awq", {"quant_method": "awq", "w_bit": 4}, None),
+        ("gptq", {"quant_method": "gptq", "bits": 4}, ".qweight"),
+        ("awq", {"quant_method": "awq", "w_bit": 4}, ".qzeros"),
         ("bitsandbytes", {"quant_method": "bitsandbytes", "load_in_4bit": True}, ".absmax"),
         ("fp8", {"quant_method": "fp8"}, ".weight_scale_inv"),
-        ("quantization_config", {"bits": 4}, None),
-        ("tensors such as", None, ".qweight"),  # of AutoGPTQ, which wrote a file beside
-        ("tensors such as", None, ".SCB"),
+        ("model.layers.0.self_attn.q_proj.W_q", {"bits": 4}, ".W_q"),
+        ("model.layers.0.self_attn.q_proj.SCB", None, ".SCB"),
+        ("model.layers.0.self_attn.q_proj.weight", None, ".weight"),
     ],
 )
 def test_a_quantised_model_is_named_as_such(folder, tmp_path, told, config, suffix):
     edit_config(folder, quantization_config=config)
-    if suffix:
-        name = Q0.removesuffix(".weight") + suffix
-        edit_tensors(folder, lambda tensors: tensors.update({name: np.zeros(4, np.int32)}))
+    name = Q0.removesuffix(".weight") + suffix
+    edit_tensors(folder, lambda tensors: tensors.update({name: np.zeros(4, np.int32)}))
     with pytest.raises(InputError, match=f"found a quantised model .'{told}") as error:
         convert(str(folder), str(tmp_path / "out"))
     assert len(str(error.value)) < 400 and not (tmp_path / "out").exists()
+
+
+def test_a_merged_model_whose_config_still_says_quantised_is_taken(folder, tmp_path):
+    convert(str(folder), str(tmp_path / "plain"))
+    edit_config(folder, quantization_config={"quant_method": "bitsandbytes"})
+    convert(str(folder), str(tmp_path / "out"))
 
 
 def tokenizer_files(folder, change):
@@ -378,19 +383,19 @@ def add_token(folder, name, role):
     (folder / "special_tokens_map.json").write_text(json.dumps({role: {"content": name}}))
 
 
-@pytest.mark.parametrize("role", ["pad_token", "image_token"])
-def test_a_token_without_a_row_that_no_text_needs_is_left_out(full, tmp_path, role):
+def test_a_padding_token_without_a_row_is_left_out_and_told(full, tmp_path, capsys):
     plain, out = tmp_path / "plain", tmp_path / "out"
     convert(str(full), str(plain))
-    add_token(full, "<pad>", role)
+    add_token(full, "<pad>", "pad_token")
     convert(str(full), str(out))
+    assert "left out the token '<pad>'" in capsys.readouterr().out
     found, usual = load_tokenizer(out), load_tokenizer(plain)
     assert found.get_vocab() == usual.get_vocab()
     assert found("a <pad> b").input_ids == usual("a <pad> b").input_ids
     assert "<pad>" not in "".join(path.read_text() for path in out.glob("*.json"))
 
 
-@pytest.mark.parametrize("role", ["eos_token", "bos_token"])
+@pytest.mark.parametrize("role", ["eos_token", "bos_token", "image_token"])
 def test_a_token_without_a_row_that_is_needed_is_named(full, tmp_path, role):
     add_token(full, "<|end|>", role)
     with pytest.raises(InputError, match=r"largest token is \d+ \('<\|end\|>'\), the model has"):

@@ -67,7 +67,7 @@ def test_columns_may_be_in_any_order_quoted_and_with_a_byte_order_mark(tmp_path)
     assert found.rating_N is None and found.time_N.tolist() == [1e9, 1e9 + 1, 999993600.0]
     assert [found.users[user] for user in found.user_N] == ['Ann "A", B', "名", "名"]
     assert [found.items[item] for item in found.item_N] == [0, 1, 0]
-    assert found.attributes == {0: {"extra": "x"}, 1: {}}
+    assert found.attributes == {0: {"item": "é", "extra": "x"}, 1: {"item": "7"}}
 
 
 @pytest.mark.parametrize(
@@ -192,19 +192,33 @@ def test_a_column_that_seems_to_be_ratings_must_be_named_or_declined(tmp_path, n
 def test_what_many_people_rated_is_an_attribute_and_told(tmp_path, name):
     found = read_csv(written(tmp_path / "my.csv", f"user,item,title,timestamp,{name}"))
     assert f"columns kept as attributes of the items: {name}" in found.notes
-    assert found.attributes[0] == {name: "2"} and found.rating_N is None
+    assert found.attributes[0] == {"item": "i0", name: "2"} and found.rating_N is None
 
 
-def test_columns_that_are_not_read_are_told(tmp_path):
-    found = read_csv(written(tmp_path / "my.csv", "user,item,title,timestamp,id"))
-    assert "columns not read: id" in found.notes
+@pytest.mark.parametrize(
+    ("header", "options", "unread"),
+    [
+        ("user,item,title,timestamp,id", None, "id"),
+        ("user,item,title,timestamp,", "rating=", "(no name)"),  # as of pandas' row numbers
+        ("user,asin,name,timestamp,title", "item=asin,title=name", "title"),
+        ("user,asin,title,timestamp,item", "item=asin", "item"),
+    ],
+)
+def test_columns_that_are_not_read_are_told(tmp_path, header, options, unread):
+    usual = read_csv(write_csv(tmp_path / "usual.csv"))
+    file = written(tmp_path / "my.csv", header)
+    found = read_csv(file, Form.of(options, None, None))
+    assert f"columns not read: {unread}" in found.notes and found.rating_N is None
+    assert found.titles == usual.titles and found.attributes == usual.attributes
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (("users=a", None, None), "--columns: found 'users=a', expected our name = the header's"),
-        (("user", None, None), "--columns: found 'user=', expected our name"),
+        (("user", None, None), "--columns: found 'user', expected our name"),
+        (("rating", None, None), "--columns: found 'rating', expected our name"),
+        (("user=", None, None), "--columns: found 'user=', expected our name"),
         ((None, "::", None), "--delimiter: found '::', expected a character or tab"),
         ((None, None, "''"), "--quote: found \"''\", expected a character or none"),
     ],
@@ -225,7 +239,5 @@ def test_a_quote_that_does_not_end_leads_to_the_option(tmp_path):
 
 
 def test_the_form_of_a_csv_file_is_for_no_other_data_set(tmp_path):
-    with pytest.raises(
-        InputError, match="--columns, --delimiter, --quote: found one for movielens"
-    ):
+    with pytest.raises(InputError, match="--columns, .*: found one for movielens, expected"):
         prepare("movielens", None, str(tmp_path / "out"), form=Form.of("user=x", None, None))

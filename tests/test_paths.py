@@ -25,6 +25,8 @@ def home(monkeypatch):
         ("--config.dataset=~/data", "--config.dataset=/home/ann/data"),
         ("--config=~/my.py:smoke", "--config=/home/ann/my.py:smoke"),
         ("--workdir=~", "--workdir=/home/ann"),
+        ("-source=~/x", "-source=/home/ann/x"),
+        ("--delimiter=~", "--delimiter=~"),
         ("--source=/a/~b", "--source=/a/~b"),
         ("--parameters={}", "--parameters={}"),
         ("--explain", "--explain"),
@@ -47,6 +49,16 @@ def test_the_home_folder_stands_for_a_tilde_in_every_path_of_a_config_file():
     config.at_home(found)
     flat = found.to_dict() | {"lora.init_from": found.lora.init_from}
     assert [flat[key] for key in config.PATHS] == [f"/home/ann/{key}" for key in config.PATHS]
+
+
+def test_a_config_without_a_path_is_left_to_the_check_of_its_keys():
+    found = common.get_config()
+    del found.item_vectors
+    with found.unlocked(), found.ignore_type():
+        found.lora, found.model = None, 7
+    config.at_home(found)
+    with pytest.raises(InputError):
+        config.check(found)
 
 
 def test_a_config_file_is_read_in_any_folder(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_jax.data import prompts
+from sdpo_jax.data import prompts, thoughts
 from sdpo_jax.errors import InputError
 from sdpo_jax.model_folder import load_tokenizer
 
@@ -136,14 +136,14 @@ THINKING = CHAT.replace("<assistant>", "<assistant><think>{% if not think %}</th
     [
         (CHAT, '{"think": true}', "<assistant>", ""),
         (THINKING, "{}", "<think></think>", ""),
-        (THINKING, '{"think": true}', "<think>", "think"),
+        (THINKING, '{"think": true}', "<think>", "<think>"),
         (
             THINKING.replace("think>", "seed:think>"),
             '{"think": true}',
             "<seed:think>",
-            "seed:think",
+            "<seed:think>",
         ),
-        (THINKING.replace("</think>", "</think>\n<reasoning>"), "{}", "<reasoning>", "reasoning"),
+        (THINKING.replace("</think>", "</think>\n<reasoning>"), "{}", "<reasoning>", "<reasoning>"),
     ],
 )
 def test_a_chat_format_gets_its_options_and_an_opened_thought_is_seen(
@@ -152,7 +152,7 @@ def test_a_chat_format_gets_its_options_and_an_opened_thought_is_seen(
     tokenizer = load_tokenizer(model_folder)
     tokenizer.chat_template = chat
     found = prompts.in_chat(DOMAINS["movie"][0], tokenizer, options)
-    assert found.endswith(end) and prompts.opens_thought(found) == opened
+    assert found.endswith(end) and thoughts.opened(found) == opened
 
 
 @pytest.mark.parametrize(

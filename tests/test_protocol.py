@@ -61,6 +61,16 @@ def test_a_source_whose_times_leave_the_order_of_most_users_open_is_refused(tmp_
     with pytest.raises(InputError, match=r"100.0% of neighbouring interactions have the same time"):
         prepared(tmp_path, rows)
     assert not (tmp_path / "out").exists()
+    meta, _ = prepared(tmp_path, rows, allow_ties=True)
+    assert any(note.startswith("100.0% of neighbouring") for note in meta["notes"])
+
+
+def test_users_without_a_window_have_no_say_in_whether_times_tell_an_order(tmp_path):
+    """As of a shop's baskets of two, each with one time."""
+    rows = [(user, item, 100 * user + item, 5) for user in range(12) for item in range(6)]
+    rows += [(100 + user, item, 9000 + user, 5) for user in range(99) for item in range(2)]
+    meta, _ = prepared(tmp_path, rows, split="leave-one-out")
+    assert not any("the same time" in note for note in meta["notes"])
 
 
 def test_one_is_left_out_of_each_user_for_the_test_and_one_for_val(tmp_path):
@@ -155,8 +165,10 @@ def test_further_columns_of_a_csv_file_are_attributes_of_the_item(tmp_path):
     source.write_text("\n".join([f"{header},shelf,,id", *rows]))
     prepare("csv", str(source), str(tmp_path / "out"))
     data = read_dataset(tmp_path / "out")
-    assert data.attributes[0] == {"shelf": "0"} and data.attributes[1] == {"shelf": "1"}
-    assert data.attributes[8] == {"shelf": "15"} and data.titles[8] == "Title, the 8th"
+    assert data.attributes[0] == {"item": "i0", "shelf": "0"}
+    assert (
+        data.attributes[8] == {"item": "i8", "shelf": "15"} and data.titles[8] == "Title, the 8th"
+    )
 
 
 @pytest.mark.parametrize(

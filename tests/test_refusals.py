@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from sdpo_jax.errors import InputError
+from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.train import check_length, train
 
 ROOT = Path(__file__).parents[1]
@@ -84,18 +85,34 @@ def test_values_that_do_not_go_together_are_refused(config, changes, words, tmp_
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn", "dynamic"])
-@pytest.mark.parametrize(("positions", "fits"), [(99, False), (100, True), (119, True)])
-def test_prompts_beyond_the_models_positions_are_refused_whatever_its_rope(kind, positions, fits):
-    """`dynamic` also wants room for what evaluation generates, here 20 tokens."""
-    config = SimpleNamespace(max_length=100, model="m")
-    decoder = SimpleNamespace(rope=SimpleNamespace(kind=kind, positions=positions))
-    if fits and kind != "dynamic":
-        check_length(config, decoder, 20)
-        return
-    room = f"set --config.max_length={positions - 20 if fits else positions}"
-    with pytest.raises(InputError, match=room):
-        check_length(config, decoder, 20)
+SMALL = {
+    "model_type": "llama", "vocab_size": 64, "num_hidden_layers": 1, "hidden_size": 8,
+    "num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 200,
+}  # fmt: skip
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 50}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        ({}, 200),
+        ({"rope_scaling": {"rope_type": "llama3"} | LLAMA3}, 200),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 400),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 180),  # 20 of them for an answer
+        ({"max_position_embeddings": None}, 10**9),
+    ],
+    ids=["default", "llama3", "linear", "dynamic", "not said"],
+)
+def test_prompts_beyond_the_models_positions_are_refused_whatever_its_rope(rope, positions):
+    content = {key: value for key, value in (SMALL | rope).items() if value is not None}
+    decoder = DecoderConfig.from_hf(content, "config.json")
+    config = SimpleNamespace(max_length=positions, model="m")
+    check_length(config, decoder, 20)
+    if positions < 10**9:
+        config.max_length += 1
+        with pytest.raises(InputError, match=f"set --config.max_length={positions}"):
+            check_length(config, decoder, 20)
 
 
 def test_more_batch_than_windows_is_refused(config, tmp_path):

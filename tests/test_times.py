@@ -20,6 +20,7 @@ def read(texts):
         ["964982703", "1700000000"],
         ["1660180000000", "1700000000001"],
         ["1.660180000001e12", "1.7E12"],  # with all digits, as Java writes them
+        ["1.5e+09", "1500000001", "1500000002"],  # R writes the shorter form
         ["-1.5", "0.25"],
     ],
 )
@@ -53,7 +54,7 @@ def test_two_units_are_told_with_their_lines_and_counts(texts, said):
     [
         (["1.66018E+12", "1.66019E+12"], "10,000,000"),
         (["1.7e9", "1.71E9"], "10,000,000"),
-        (["1.6602e+12", "1.66018e+12", "1660180000000"], "10,000,000"),
+        (["1.6602e+12", "1.66018e+12", "1660180000000"], "10,000,000"),  # most of them
     ],
 )
 def test_what_a_spreadsheet_rounded_is_told_with_its_step(texts, step):

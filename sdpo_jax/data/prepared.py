@@ -247,7 +247,7 @@ def _read_items(path: Path) -> tuple[dict[int, str], dict[int, dict]]:
             raise _bad(where, f"id {shown(item)}", "an integer")
         if item in titles:
             raise _bad(where, f"id {item} a second time", "each id once")
-        if not is_title(title):
+        if not is_title(title) or not plain(title):
             raise _bad(where, f"title {shown(title)}", "one line of text that is not empty")
         titles[item], attributes[item] = plain(title), record
     return titles, attributes

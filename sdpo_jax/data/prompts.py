@@ -14,7 +14,6 @@ from sdpo_jax.files import read_text
 PROMPTS = ("candidates", "history")
 # What a template of each kind of prompt holds.
 PLACEHOLDERS = {"candidates": ("[HistoryHere]", "[CansHere]"), "history": ("[HistoryHere]",)}
-_THOUGHT = re.compile(r"</?((?:\w+:)?(?:think|thinking|thought|reasoning))>")
 _PLACEHOLDER = re.compile(r"\[(HistoryHere|CansHere)\]")
 
 _LISTS = {
@@ -147,12 +146,6 @@ def in_chat(template: str, tokenizer: Any, options: str = "{}") -> str:
             "one that keeps them: set it to False"
         )
     return text.removeprefix(tokenizer.bos_token) if bos(tokenizer) else text
-
-
-def opens_thought(template: str) -> str:
-    """The mark of a thought that a template opens and does not close, or ""."""
-    opened = [*_THOUGHT.finditer(template)]
-    return opened[-1][1] if opened and not opened[-1][0].startswith("</") else ""
 
 
 def bos(tokenizer: Any) -> list[int]:

@@ -39,6 +39,7 @@ class Options:
     history: int | None = None
     min_interactions: int | None = None
     num_candidates: int | None = None
+    allow_ties: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,31 +128,36 @@ def _titles_again(found: Found) -> list[str]:
         return []
     return [
         f"in {again:,} of {len(windows):,} windows the target has the same title as an item of the "
-        "history, and then no other candidate does"
+        "history"
     ]
 
 
-def _check_times(where: str, by_user: sequences.Histories, rounded: str) -> list[str]:
-    """What is to be told of equal times.
+def _check_times(
+    where: str, by_user: sequences.Histories, rounded: str, shortest: int, allow: bool
+) -> list[str]:
+    """What is to be told of equal times, of users with more than `shortest` items.
 
-    Raises InputError where they leave the order of most users open, or come of rounding.
+    Raises InputError where they leave the order of most users open, or come of rounding, unless
+    `allow` is true.
     """
     pairs = {user: len(by_user.sequences[user].items) - 1 for user in by_user.tied}
-    tied = sum(share * pairs[user] for user, share in by_user.tied.items())
+    pairs = {user: count for user, count in pairs.items() if count >= shortest}
+    shares = [by_user.tied[user] for user in pairs]
+    tied = sum(share * count for share, count in zip(shares, pairs.values(), strict=True))
     if not tied:
         return [f"{rounded}: no order is lost"] if rounded else []
     share = f"{tied / sum(pairs.values()):.1%} of neighbouring interactions have the same time"
-    if rounded:
+    if rounded and not allow:
         raise InputError(
             f"{rounded}, so that {share}, expected whole numbers: save the column again as numbers "
             "without an exponent"
         )
-    vague = sum(of_user >= VAGUE for of_user in by_user.tied.values())
-    if 2 * vague > len(by_user.tied):
+    vague = sum(of_user >= VAGUE for of_user in shares)
+    if 2 * vague > len(shares) and not allow:
         raise InputError(
-            f"{where}: found {share}, for {vague:,} of {len(by_user.tied):,} users {VAGUE:.0%} or "
-            "more, expected times that tell an order: give finer ones, or number the rows in their "
-            "place if the file has them in order"
+            f"{where}: found {share}, for {vague:,} of {len(shares):,} users {VAGUE:.0%} or more, "
+            "expected times that tell an order: give finer ones, or take it as it is with "
+            "--allow_ties"
         )
     return [f"{share}: their order is that of the file"]
 
@@ -168,7 +174,8 @@ def _from_interactions(read: Interactions, known: Source, options: Options, wher
             f"{where}: found no users and items with {least} interactions among {read.count:,} "
             f"({known.kept}), expected some: correct --source or lower --min_interactions"
         )
-    notes = (*read.notes, *_check_times(where, by_user, read.rounded))
+    told = _check_times(where, by_user, read.rounded, shortest, options.allow_ties)
+    notes = (*read.notes, *told)
     if split == "users":
         windows = sequences.last_windows(sequences.split_users(users), N, shortest)
     elif split == "time":

@@ -2,8 +2,9 @@
 
 import csv
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from sdpo_jax.data import raw
@@ -19,6 +20,7 @@ _EXPECTED = f"expected a CSV file with the columns {', '.join(COLUMNS)}: correct
 # Words of a header that speak of one person's rating, and those that speak of many people's.
 _RATING = re.compile(r".*ratings?|rate|stars?|score|overall|grade")
 _OF_MANY = re.compile("average|avg|mean|count|number|num|total|time|timestamp|date")
+_OURS = ("id", "title", "item")  # keys of items.jsonl
 _SEPARATOR = re.compile(r'"?sep=(.)"?\s*')  # the first line of some files of Excel
 
 
@@ -29,46 +31,52 @@ class Form:
     `columns`: our name -> the header's, where they differ; the header's name of "rating" is empty
     where there is a column of ratings that shall not count. `delimiter`: empty: that of
     `DELIMITERS` with which the header has all columns. `quote`: empty: no character quotes.
+    `encoding`: empty: UTF-8, or else Latin-1.
     """
 
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     delimiter: str = ""
     quote: str = '"'
+    encoding: str = ""
 
     @classmethod
-    def of(cls, columns: str | None, delimiter: str | None, quote: str | None) -> "Form":
+    def of(
+        cls, columns: str | None, delimiter: str | None, quote: str | None, encoding: str = ""
+    ) -> "Form":
         """That of the command line. Raises InputError."""
-        pairs = [pair.partition("=") for pair in columns.split(",")] if columns else []
-        names = {name.strip(): found.strip() for name, _, found in pairs}
-        known = (*COLUMNS, "rating")
-        for name, found in names.items():
-            if name not in known or not (found or name == "rating"):
+        names, known = {}, (*COLUMNS, "rating")
+        for pair in columns.split(",") if columns else []:
+            name, equals, found = (part.strip() for part in pair.partition("="))
+            if name not in known or not equals or not (found or name == "rating"):
                 raise InputError(
-                    f"--columns: found {shown(f'{name}={found}')}, expected our name = the "
-                    f"header's, ours being {', '.join(known)}: as user=reviewerID,item=asin"
+                    f"--columns: found {shown(pair)}, expected our name = the header's, ours being "
+                    f"{', '.join(known)}: as user=reviewerID,item=asin"
                 )
+            names[name] = found
         delimiter = {None: "", "tab": "\t"}.get(delimiter, delimiter)
         quote = {None: '"', "none": ""}.get(quote, quote)
         for flag, value in (("delimiter", delimiter), ("quote", quote)):
             if len(value) > 1 or value in ("\n", "\r"):
                 word = "tab" if flag == "delimiter" else "none"
                 raise InputError(f"--{flag}: found {shown(value)}, expected a character or {word}")
-        return cls(names, delimiter, quote)
+        return cls(names, delimiter, quote, encoding)
 
     def reader(self, lines: Iterator[str], delimiter: str):
         """A strict `csv.reader`, in which what is no CSV raises csv.Error."""
         quoting = csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE
         return csv.reader(
-            lines, strict=True, delimiter=delimiter, quotechar=self.quote or None, quoting=quoting
-        )
+            lines, strict=True, delimiter=delimiter, quotechar=self.quote or None, quoting=quoting,
+            skipinitialspace=True,
+        )  # fmt: skip
 
 
 def read_csv(path: Path, form: Form | None = None) -> Interactions:
     """A CSV file with the columns user, item, title, timestamp and, if there is one, rating.
 
-    Users are kept as they are written; items are numbered by their first appearance. Further
-    columns are attributes of the item, as its first row has them. Without ratings every row counts.
-    All timestamps are numbers of one unit, or all ISO 8601. Raises InputError naming file and line.
+    Users are kept as they are written; items are numbered by their first appearance. Their ids and
+    further columns are attributes of the item, as its first row has them. Without ratings every row
+    counts. All timestamps are numbers of one unit, or all ISO 8601. Raises InputError naming file
+    and line.
     """
     rows, ids, clock = Rows(), {}, Clock()
     titles: dict[int, str] = {}
@@ -77,14 +85,14 @@ def read_csv(path: Path, form: Form | None = None) -> Interactions:
     for where, row, more in _rows(path, form or Form(), unread):
         item = ids.setdefault(row["item"], len(ids))
         if item not in titles:
-            titles[item], attributes[item] = row["title"], more
+            titles[item], attributes[item] = row["title"], {"item": row["item"]} | more
         if titles[item] != row["title"] and plain(titles[item]) != plain(row["title"]):
             found = f"item {shown(row['item'])} with the title {shown(row['title'])}"
             raise raw.bad(where, found, f"{shown(titles[item])} as in its first line")
         rated = "rating" in row
         rating = raw.number(where, "rating", row["rating"]) if rated else 0.0
         rows.add(row["user"], item, rating, clock.seconds(where, row["timestamp"]))
-    further = list(dict.fromkeys(name for more in attributes.values() for name in more))
+    further = list(dict.fromkeys(name for more in attributes.values() for name in more))[1:]
     notes = [
         f"columns {what}: {', '.join(names)}"
         for what, names in (("kept as attributes of the items", further), ("not read", unread))
@@ -92,8 +100,18 @@ def read_csv(path: Path, form: Form | None = None) -> Interactions:
     ]
     if not rated:
         notes.append("no column of ratings is read: every row counts as liked")
+    if form and not form.quote and _in_quotes(titles.values()):
+        raise InputError(
+            f"{path}: found titles in quotes, expected none with --quote=none: leave it out"
+        )
     found = rows.done(titles, attributes, len(rows), raw.file_digests(path), rated=rated)
     return dataclasses.replace(found, notes=tuple(notes), rounded=clock.checked())
+
+
+def _in_quotes(titles: Iterable[str]) -> bool:
+    """Whether most of the texts begin and end in a quotation mark."""
+    found = [len(title) > 1 and title[0] == title[-1] and title[0] in "\"'" for title in titles]
+    return 2 * sum(found) > len(found) > 0
 
 
 def _rows(
@@ -103,21 +121,20 @@ def _rows(
 
     Adds the names of columns that are neither to `unread`.
     """
-    lines, before = None, 1
+    lines, before = None, 0
     try:
         raw.check_file(path, _EXPECTED)
         with open(path, "rb") as file:
-            texts = text_lines(str(path), file)
-            first, before = next(texts, ""), 1
-            delimiter = form.delimiter
+            texts = text_lines(str(path), file, form.encoding)
+            first, before, delimiter = next(texts, ""), 0, form.delimiter
             if told := _SEPARATOR.fullmatch(first):
-                first, before, delimiter = next(texts, ""), 2, delimiter or told[1]
+                first, before, delimiter = next(texts, ""), 1, delimiter or told[1]
             delimiter = delimiter or _delimiter(first, form)
-            header = [name.strip() for name in next(form.reader(iter([first]), delimiter), [])]
+            lines = form.reader(itertools.chain([first], texts), delimiter)
+            header = [name.strip() for name in next(lines, [])]
             places, further = _places(path, header, form)
             known = {*places.values(), *further.values()}
             unread += [name or "(no name)" for n, name in enumerate(header) if n not in known]
-            lines = form.reader(texts, delimiter)
             for row in lines:
                 where = f"{path}:{lines.line_num + before}"
                 if row and len(row) != len(header):
@@ -129,7 +146,7 @@ def _rows(
                     more = {name: row[place].strip() for name, place in further.items()}
                     yield where, fields, {name: text for name, text in more.items() if text}
     except csv.Error as error:
-        where = f"{path}:{lines.line_num + before if lines else before}"
+        where = f"{path}:{lines.line_num + before if lines else 1}"
         unquoted = ", or give --quote=none" if form.quote else ""
         raise raw.bad(where, f"no CSV ({error})", f"a row of it{unquoted}") from error
     except (OSError, ValueError) as error:  # a ValueError is of a path with a zero byte
@@ -151,7 +168,7 @@ def _delimiter(header: str, form: Form) -> str:
 def _places(path: Path, header: list[str], form: Form) -> tuple[dict[str, int], dict[str, int]]:
     """Column -> its place, of those that are read, and of further ones.
 
-    Those without a name are left out, and "id", which is the item's number in items.jsonl.
+    Those without a name are left out, and those of the names of `_OURS`.
     """
     names = {name: form.columns.get(name, name) for name in (*COLUMNS, "rating")}
     for name, column in names.items():
@@ -162,13 +179,14 @@ def _places(path: Path, header: list[str], form: Form) -> tuple[dict[str, int], 
                 f"{path}:1", found, f"one of each of {', '.join(COLUMNS)}, or --columns="
                 f"{name}=NAME"
             )  # fmt: skip
-    places = {name: header.index(column) for name, column in names.items() if column in header}
+    places = {name: header.index(column) for name, column in names.items()
+              if column and column in header}  # fmt: skip
     if "rating" not in places and "rating" not in form.columns:
         _check_ratings(path, header)
     used = {*places.values()}
     further = {
         name: place for place, name in enumerate(header)
-        if name and place not in used and name != "id"
+        if name and place not in used and name not in _OURS
     }  # fmt: skip
     if twice := [name for name in further if header.count(name) > 1]:
         raise raw.bad(f"{path}:1", f"2 columns {shown(twice[0])}", "each column once")

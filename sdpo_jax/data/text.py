@@ -1,15 +1,21 @@
 """Text as people's files hold it: its encoding, and titles in the one form that is compared."""
 
+import codecs
 import html
+import io
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 
 from absl import logging
 
-_MARK = b"\xef\xbb\xbf"  # the byte order mark that Windows puts before UTF-8
+from sdpo_jax.errors import InputError, shown
+
 # With its semicolon: without one "R&amp" is an entity, but so is "Sense &not".
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
+# Four letters in a row beyond ASCII: no word of Latin-1 has them, those of other encodings do.
+_FOREIGN = re.compile(rb"[\x80-\xff]{4}")
 _ZERO_WIDTH = re.compile("[\u200b\u2060\ufeff]")
 
 
@@ -42,12 +48,30 @@ def decoded(data: bytes) -> str:
     return data.decode("latin-1")
 
 
-def text_lines(where: str, lines: Iterable[bytes]) -> Iterator[str]:
-    """Each line as text, line by line `decoded`; the first that is not UTF-8 is told."""
+def text_lines(where: str, lines: Iterable[bytes], encoding: str = "") -> Iterator[str]:
+    """Each line as text, line by line `decoded`, or in `encoding`; the first Latin-1 is told.
+
+    Lines may end in any of the three ways. UTF-16 is known by its mark. Raises InputError for what
+    is neither UTF-8 nor Latin-1, as far as one can tell, or not in `encoding`.
+    """
+    lines = iter(lines)
+    first = next(lines, b"")
+    if encoding or first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        whole = b"".join([first, *lines])
+        try:
+            yield from io.StringIO(whole.decode(encoding or "utf-16"), newline="")
+        except (UnicodeDecodeError, LookupError) as error:
+            raise InputError(f"{where}: found {error}, expected text in it: correct it") from error
+        return
+    parts = itertools.chain([first.removeprefix(codecs.BOM_UTF8)], lines)
     told = False
-    for number, line in enumerate(lines, 1):
-        line = line.removeprefix(_MARK) if number == 1 else line
+    for number, line in enumerate((p for part in parts for p in part.splitlines(True)), 1):
         if not told and not is_utf8(line):
+            if _FOREIGN.search(line):
+                raise InputError(
+                    f"{where}:{number}: found {shown(line.strip())}, expected UTF-8 or Latin-1: "
+                    "save the file as UTF-8"
+                )
             logging.warning("%s:%d: read as Latin-1, as it is not UTF-8", where, number)
             told = True
         yield decoded(line)

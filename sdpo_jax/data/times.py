@@ -62,7 +62,7 @@ class Clock:
             self._finest = min(self._finest, 10.0 ** int(exponent))
 
     def checked(self) -> str:
-        """What tells that a spreadsheet rounded the timestamps, or "".
+        """What tells that a spreadsheet rounded most of the timestamps, or "".
 
         Raises InputError where seconds stand beside milliseconds or the like.
         """
@@ -74,7 +74,7 @@ class Clock:
                 f"{odd.count:,} of {self.count:,} rows, expected {most} as in {usual.count:,} rows "
                 f"({usual.where}): write all in one unit"
             )
-        if self._rounded is None or self._finest <= 1:
+        if self._rounded is None or self._finest <= 1 or 2 * self._rounded.count < self.count:
             return ""
         return (
             f"{self._rounded.where}: found timestamp {shown(self._rounded.text)}, rounded to "

@@ -31,14 +31,10 @@ TIMEOUT = 300.0  # seconds for one answer: a large model on a small machine read
 UNFIT = (400, 413, 422)  # statuses by which a server says that a request is not for it
 REFUSED = (401, 403, 404)  # and those by which it says that the key, the model or the path is wrong
 # How servers tell that a window, and not the request's form, is what they do not take.
-_FILTERED = re.compile(r"content.?(filter|management|policy)|moderat|flagged|safety|unsafe", re.I)
-# How models mark their thoughts, and how each mark ends.
-_THOUGHT = re.compile(
-    r"<(think|thinking|thought|reasoning|seed:think)>|\[THINK\]|◁think▷|<\|channel\|>analysis"
-)
-_ANSWER = re.compile(
-    r"</(think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|◁/think▷"
-    r"|<\|channel\|>final<\|message\|>"
+_FILTERED = re.compile(
+    r"content.?(filter|management policy|policy)|moderation"
+    r"|(input|prompt|content|request|response)\b.{0,40}\bflagged",
+    re.IGNORECASE,
 )
 ANSWER = {
     "key": TEXT, "endpoint": TEXT, "text": TEXT, "finish": TEXT,
@@ -51,15 +47,6 @@ Answer = dict[str, Any]
 def key_of(request: Request) -> str:
     """SHA-256 of what is asked, wherever it is asked."""
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-
-
-def without_thoughts(text: str) -> str:
-    """What a model says after its thoughts; nothing where they do not end.
-
-    Servers give them before the answer in one text, some without the mark that opens them.
-    """
-    *_, said = _ANSWER.split(text)
-    return "" if _THOUGHT.search(said) else said
 
 
 class Busy(InputError):
@@ -136,7 +123,7 @@ class Endpoint:
                 model=request["model"], messages=request["messages"], extra_body=extra
             )
         except self._openai.APIStatusError as error:
-            if finish := self._unfit(error.status_code, error.response.text):
+            if finish := self._unfit(error.status_code, error.body):
                 return self._answer(request, {"text": "", "finish": finish})
             raise self._refused(error) from error
         except self._openai.OpenAIError as error:
@@ -148,10 +135,12 @@ class Endpoint:
         self._answered = True
         return answer
 
-    def _unfit(self, status: object, told: str) -> str:
+    def _unfit(self, status: object, fault: object) -> str:
         """The `finish` of a window that the server will not take; "" where that is not it."""
-        if status in (*UNFIT, 403) and _FILTERED.search(told):
-            return "filtered"
+        if status in (None, *UNFIT, 403):
+            parts = fault.values() if isinstance(fault, dict) else [fault]
+            if any(isinstance(part, str) and _FILTERED.search(part) for part in parts):
+                return "filtered"
         return "refused" if self._answered and status in UNFIT else ""
 
     def _answer(self, request: Request, said: Answer) -> Answer:
@@ -197,10 +186,12 @@ class Endpoint:
         fault = body.get("error") or choice.get("error")
         if fault or choice.get("finish_reason") == "error":
             return self._fault(response, fault or choice)
-        if "choices" not in body:
-            if body.get("object") != "chat.completion" and not self._answered:
-                raise self._no_completion(response.text)
-            return {"text": "", "finish": "no answer"}
+        if "message" not in choice and {"text", "delta"} & {*choice}:
+            raise self._no_completion(response.text)  # of another path than /chat/completions
+        if not isinstance(choices, list) and body.get("object") != "chat.completion":
+            if self._answered:
+                raise self._passing(response, response.text)
+            raise self._no_completion(response.text)
         message = choice.get("message")
         said = _text_of(message.get("content") if isinstance(message, dict) else None)
         texts = {"text": said, "finish": str(choice.get("finish_reason", "no answer"))}
@@ -215,9 +206,7 @@ class Endpoint:
         code = fault.get("code", fault.get("status")) if isinstance(fault, dict) else None
         code = int(code) if isinstance(code, str) and code.isdecimal() else code
         told = json.dumps(fault, ensure_ascii=False)
-        if _FILTERED.search(told):
-            return {"text": "", "finish": "filtered"}
-        if finish := self._unfit(code, told):
+        if finish := self._unfit(code if isinstance(code, int) else None, fault):
             return {"text": "", "finish": finish}
         if code in (*REFUSED, *UNFIT) or re.search(r"api.?key|model.?not.?found", told, re.I):
             raise InputError(
@@ -253,9 +242,10 @@ class Endpoint:
 def _text_of(content: object) -> str:
     """A message's text, which may come in parts; thoughts in parts of their own are left out."""
     if isinstance(content, list):
-        texts = [part if isinstance(part, str) else part.get("text") for part in content
-                 if isinstance(part, str | dict)]  # fmt: skip
-        return "".join(text for text in texts if isinstance(text, str))
+        parts = [{"text": part} if isinstance(part, str) else part for part in content]
+        kinds = (None, "text", "output_text")
+        said = [p.get("text") for p in parts if isinstance(p, dict) and p.get("type") in kinds]
+        return "".join(text for text in said if isinstance(text, str))
     return content if isinstance(content, str) else ""  # null: it refused, or thought too long
 
 

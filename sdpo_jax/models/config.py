@@ -5,6 +5,7 @@ Shape letters are declared in `sdpo_jax.sharding`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,6 +45,7 @@ class DecoderConfig:
 
     `window`: how many positions back a token sees, itself included; None for all. `gelu`: of
     GPT-NeoX's MLP, "exact" or "tanh". `parallel`: GPT-NeoX's attention and MLP read the same input.
+    `positions`: the longest text that the model was made for; None where it does not say.
     """
 
     V: int
@@ -64,6 +66,7 @@ class DecoderConfig:
     qk_norm: bool = False
     gelu: str = "exact"
     parallel: bool = True
+    positions: int | None = None
 
     @property
     def rotated(self) -> int:
@@ -93,12 +96,17 @@ class DecoderConfig:
             sizes = _sizes(config, family)
             rope = _rope(config, where)
             switches = FAMILIES[family](config, where)
+            positions = config.get("max_position_embeddings")
+            if positions is not None:
+                stretched = rope.factor if rope.kind in ("linear", "dynamic") else 1
+                positions = int(positions * stretched)
         except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise InputError(
                 f"{where}: sizes missing or wrong ({error!r}): is this a full model?"
             ) from None
         wrong = list(_wrong(sizes | switches))
-        read = cls(**sizes, family=family, rope=rope, **switches) if not wrong else None
+        made = functools.partial(cls, **sizes, family=family, rope=rope, positions=positions)
+        read = made(**switches) if not wrong else None
         if read is None or read.N % read.G or read.N * read.H > MOST or not _turns(read):
             raise InputError(
                 f"{where}: {', '.join(wrong) or sizes} do not make a decoder: expected sizes that "

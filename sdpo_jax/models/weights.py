@@ -62,10 +62,10 @@ IGNORED_SUFFIXES = (
     "rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", "embeddings.position_ids",
 )  # fmt: skip
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# How tensors of GPTQ, AWQ, bitsandbytes, compressed-tensors and float8 end.
+# How tensors of GPTQ, AWQ, bitsandbytes, compressed-tensors, float8, MLX, HQQ and EXL2 end.
 PACKED = (
     ".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".SCB", ".weight_packed",
-    ".weight_scale", ".weight_scale_inv", ".weight_zero_point",
+    ".weight_scale", ".weight_scale_inv", ".weight_zero_point", ".scales", ".W_q", ".q_weight",
 )  # fmt: skip
 
 
@@ -256,7 +256,6 @@ def _no_weights(folder: Path) -> InputError:
 def open_hf(folder: Path) -> Source:
     """A Hugging Face folder: config.json, safetensors (one file or shards), tokenizer files."""
     config = read_json(folder / "config.json")
-    _check_quantised(folder, config.get("quantization_config"))
     owner: dict[str, Path] = {}
     tensors = {}
     for path in safetensors_files(folder):
@@ -266,8 +265,7 @@ def open_hf(folder: Path) -> Source:
                 stored = part.get_dtype()
                 tensors[name] = tuple(part.get_shape()), DTYPES.get(stored, stored)
                 owner[name] = path
-    if packed := [name for name in tensors if name.endswith(PACKED)]:
-        _check_quantised(folder, {"quant_method": f"tensors such as {packed[0]}"})
+    _check_quantised(folder, config, tensors)
 
     def read(name: str) -> np.ndarray:
         with _opened(owner[name]) as file:
@@ -276,16 +274,21 @@ def open_hf(folder: Path) -> Source:
     return Source(str(folder), config, tensors, read, functools.partial(_copy_tokenizer, folder))
 
 
-def _check_quantised(folder: Path, found: object) -> None:
-    """Raises InputError where config.json or tensors tell that the weights are quantised."""
-    if not found:
-        return
-    method = found.get("quant_method", "quantization_config") if type(found) is dict else found
-    raise InputError(
-        f"{folder}: found a quantised model ({errors.shown(method)}), expected one whose weights "
-        "are float32, float16 or bfloat16: give the model that it was made of; training can hold "
-        "it in fewer bits, with --config.base_dtype=nf4 or int8"
-    )
+def _check_quantised(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """Raises InputError where tensors are quantised; config.json may still say so of others."""
+    packed = [
+        name
+        for name, (_, dtype) in tensors.items()
+        if name.endswith(PACKED) or (name.endswith(".weight") and dtype not in DTYPES.values())
+    ]
+    if packed:
+        found = config.get("quantization_config")
+        method = found.get("quant_method") if isinstance(found, dict) else None
+        raise InputError(
+            f"{folder}: found a quantised model ({errors.shown(method or packed[0])}), expected "
+            "one whose weights are float32, float16 or bfloat16: give the model that it was made "
+            "of; training can hold it in fewer bits, with --config.base_dtype=nf4 or int8"
+        )
 
 
 def _opened(path: Path):

@@ -239,5 +239,5 @@ def test_a_quote_that_does_not_end_leads_to_the_option(tmp_path):
 
 
 def test_the_form_of_a_csv_file_is_for_no_other_data_set(tmp_path):
-    with pytest.raises(InputError, match="--columns, .*: found one for movielens, expected"):
+    with pytest.raises(InputError, match=r"--columns, .*: found one for movielens, expected"):
         prepare("movielens", None, str(tmp_path / "out"), form=Form.of("user=x", None, None))

@@ -219,7 +219,8 @@ def test_the_catalogue_is_all_items_where_one_was_had_before(tmp_path):
 def test_wrong_splits_runs_and_networks_are_refused(folder, tmp_path):
     with pytest.raises(InputError, match=r"--split: found test_all, expected .* train, val, test"):
         run("random", folder, tmp_path, split="test_all")
-    open_run(tmp_path / "run", tiny_run.CONFIG | {"dataset": "", "model": ""}, {"dataset": "0"})
+    config = tiny_run.CONFIG | {"dataset": "", "model": ""}
+    open_run(tmp_path / "run", config, {"dataset": "0"}, (), ())
     with pytest.raises(InputError, match="put back the dataset that the run was trained with"):
         run("random", folder, tmp_path / "run")
     (tmp_path / "broken" / "baselines").mkdir(parents=True)

@@ -203,7 +203,7 @@ DAMAGE = {
     ),
     "integers": (
         lambda f: edit_tensors(f, lambda t: t.update({Q0: np.ones((32, 32), np.int8)})),
-        f"{Q0} is I8, expected float32",
+        f"found a quantised model .'{Q0}'., expected one whose weights are float32",
     ),
     "two at once": (
         lambda f: edit_tensors(
@@ -370,10 +370,11 @@ def add_token(folder, name, role):
     def change(file, content):
         if file == "tokenizer.json":
             content["added_tokens"].append(entry)
-            content["padding"] = {
+            padding = {
                 "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None,
                 "pad_id": V, "pad_type_id": 0, "pad_token": name,
             }  # fmt: skip
+            content["padding"] = padding if role == "pad_token" else None
         else:
             content[role] = name
             content["added_tokens_decoder"] = {str(V): {k: entry[k] for k in entry if k != "id"}}

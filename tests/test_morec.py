@@ -168,7 +168,7 @@ def test_wrong_options_and_folders_are_refused(dataset, encoder, tmp_path):
     with pytest.raises(InputError, match=r"found no tokenizer\.json nor vocab\.txt: give a whole"):
         run("morec", dataset[0], tmp_path, text=morec.Text(str(GOLDEN / "bert")))
     small = bert.BertConfig(8, 1, 4, 2, 4, 8, 2, "gelu", 1e-12)
-    with pytest.raises(InputError, match=r"largest token is \d+, the model has 8 of them"):
+    with pytest.raises(InputError, match=r"largest token is \d+ .*, the model has 8 of them"):
         bert.title_tokens(encoder, ["a"], small)
 
 

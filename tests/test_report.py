@@ -66,7 +66,7 @@ def run(tmp_path):
     """A finished run: of 40 windows the base hits 2, SFT 8, S-DPO those and 6 more."""
     path = tmp_path / "run"
     config = tiny_run.CONFIG | {"dataset": "data", "model": "model"}
-    open_run(path, config, {"dataset": "0", "model": "1"})
+    open_run(path, config, {"dataset": "0", "model": "1"}, (), ())
     hits = np.arange(N)
     for decoder in ("greedy", "score"):
         add(path, "base", 0, hits < 2, decoder)

@@ -90,7 +90,7 @@ def check_titles(titles: Mapping[int, str], tokenizer) -> None:
         ids = title_ids(item, title, tokenizer, tokenizer.eos_token_id)[:-1]
         back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if plain(back) != plain(title):
-            changed.append(f"item {item}: {title!a} comes back as {back!a}")
+            changed.append(f"item {item}: {title!r} comes back as {back!r}")
     if changed:
         raise InputError(
             f"{len(changed)} titles are changed by the model's tokenizer ({changed[0]}): "

@@ -8,7 +8,8 @@ import pytest
 from test_csv import write_csv
 
 from sdpo_jax.data.prepared import read_dataset
-from sdpo_jax.data.text import decoded, has_entity, plain, text_lines
+from sdpo_jax.data.text import has_entity, plain, text_lines
+from sdpo_jax.errors import InputError
 from sdpo_jax.evaluation.metrics import recommended
 from sdpo_jax.prepare import prepare
 
@@ -51,7 +52,13 @@ def test_entities_are_counted_where_one_is_resolved():
     ],
 )
 def test_bytes_are_utf8_or_else_latin_1(data, text):
-    assert decoded(data) == text
+    assert "".join(text_lines("my.csv", [data])) == text
+
+
+def test_another_encoding_is_refused_after_a_line_of_latin_1_too():
+    lines = ["é\n".encode("latin-1"), "Амели\n".encode("cp1251")]
+    with pytest.raises(InputError, match=r"my.csv:2: found b'.*expected UTF-8 or Latin-1"):
+        list(text_lines("my.csv", lines))
 
 
 def test_the_first_line_that_is_not_utf8_is_told(caplog):

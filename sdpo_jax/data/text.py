@@ -35,24 +35,11 @@ def has_entity(title: str) -> bool:
     return any(html.unescape(entity) != entity for entity in _ENTITY.findall(title))
 
 
-def decoded(data: bytes) -> str:
-    """UTF-8 where the bytes are UTF-8, with or without a byte order mark, else Latin-1.
-
-    Windows' Latin-1, which has quotes and dashes where the standard has control characters.
-    """
-    for encoding in ("utf-8-sig", "cp1252"):
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    return data.decode("latin-1")
-
-
 def text_lines(where: str, lines: Iterable[bytes], encoding: str = "") -> Iterator[str]:
-    """Each line as text, line by line `decoded`, or in `encoding`; the first Latin-1 is told.
+    """Each line as text: UTF-8, or else `latin_1`, whose first line is told; or all in `encoding`.
 
-    Lines may end in any of the three ways. UTF-16 is known by its mark. Raises InputError for what
-    is neither UTF-8 nor Latin-1, as far as one can tell, or not in `encoding`.
+    Lines may end in any of the three ways. A byte order mark is left out; UTF-16 is known by its.
+    Raises InputError for what is neither UTF-8 nor Latin-1, or not in `encoding`.
     """
     lines = iter(lines)
     first = next(lines, b"")
@@ -66,20 +53,26 @@ def text_lines(where: str, lines: Iterable[bytes], encoding: str = "") -> Iterat
     parts = itertools.chain([first.removeprefix(codecs.BOM_UTF8)], lines)
     told = False
     for number, line in enumerate((p for part in parts for p in part.splitlines(True)), 1):
-        if not told and not is_utf8(line):
-            if _FOREIGN.search(line):
-                raise InputError(
-                    f"{where}:{number}: found {shown(line.strip())}, expected UTF-8 or Latin-1: "
-                    "save the file as UTF-8"
-                )
-            logging.warning("%s:%d: read as Latin-1, as it is not UTF-8", where, number)
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError:
+            if not told:
+                logging.warning("%s:%d: read as Latin-1, as it is not UTF-8", where, number)
             told = True
-        yield decoded(line)
+            yield latin_1(f"{where}:{number}", line)
 
 
-def is_utf8(data: bytes) -> bool:
+def latin_1(where: str, line: bytes) -> str:
+    """Windows' Latin-1, which has quotes and dashes where the standard has control characters.
+
+    Raises InputError for what looks like another encoding.
+    """
+    if _FOREIGN.search(line):
+        raise InputError(
+            f"{where}: found {shown(line.strip())}, expected UTF-8 or Latin-1: save the file as "
+            "UTF-8"
+        )
     try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
+        return line.decode("cp1252")
+    except UnicodeDecodeError:  # five bytes have no meaning there
+        return line.decode("latin-1")

@@ -22,6 +22,7 @@ def read(texts):
         ["1.660180000001e12", "1.7E12"],  # with all digits, as Java writes them
         ["1.5e+09", "1500000001", "1500000002"],  # R writes the shorter form
         ["-1.5", "0.25"],
+        ["0e99999", "5"],
     ],
 )
 def test_numbers_of_one_unit_are_kept_as_they_are(texts):

@@ -31,7 +31,7 @@ class Clock:
         self._form: str | None = None
         self._units: dict[str, _Seen] = {}
         self._rounded: _Seen | None = None
-        self._finest = math.inf  # of numbers with an exponent: what their last digit is worth
+        self._finest = 999  # of numbers with an exponent: the power of ten of their last digit
 
     def seconds(self, where: str, text: str) -> float:
         """A number as it is; ISO 8601 in seconds since 1970, without a zone in UTC.
@@ -55,11 +55,10 @@ class Clock:
         for unit, factor in _UNITS.items():
             if _FROM * factor <= value < _TO * factor:
                 self._units.setdefault(unit, _Seen(where, text)).count += 1
-        if "e" in text or "E" in text:
+        if value and ("e" in text or "E" in text):
             self._rounded = self._rounded or _Seen(where, text)
             self._rounded.count += 1
-            exponent = decimal.Decimal(text).as_tuple().exponent
-            self._finest = min(self._finest, 10.0 ** int(exponent))
+            self._finest = min(self._finest, int(decimal.Decimal(text).as_tuple().exponent))
 
     def checked(self) -> str:
         """What tells that a spreadsheet rounded most of the timestamps, or "".
@@ -74,11 +73,11 @@ class Clock:
                 f"{odd.count:,} of {self.count:,} rows, expected {most} as in {usual.count:,} rows "
                 f"({usual.where}): write all in one unit"
             )
-        if self._rounded is None or self._finest <= 1 or 2 * self._rounded.count < self.count:
+        if self._rounded is None or self._finest < 1 or 2 * self._rounded.count < self.count:
             return ""
         return (
             f"{self._rounded.where}: found timestamp {shown(self._rounded.text)}, rounded to "
-            f"{self._finest:,.0f} as spreadsheets do, in {self._rounded.count:,} of "
+            f"{10**self._finest:,} as spreadsheets do, in {self._rounded.count:,} of "
             f"{self.count:,} rows"
         )
 

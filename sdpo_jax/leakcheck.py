@@ -118,10 +118,10 @@ def orders(data: Dataset, train: Arrays) -> list[np.ndarray]:
     return places
 
 
-def _natural(title: str) -> list[tuple[int, int, str]]:
-    """A key that sorts "Film 9" before "Film 10"."""
-    parts = re.split(r"([0-9]+)", title)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+def _natural(text: str) -> list[tuple[int, str]]:
+    """A key that sorts "Film 9" before "Film 10": of two whole numbers the longer is larger."""
+    parts = re.split(r"0*([0-9]+)", text)
+    return [(len(part) if n % 2 else 0, part) for n, part in enumerate(parts)]
 
 
 def one_order(windows: Arrays, items: int) -> list[int] | None:

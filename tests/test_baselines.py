@@ -336,6 +336,11 @@ def test_an_order_that_holds_only_within_pages_is_told(tmp_path):
     assert "training sequences follow one order of the items" in leakcheck.warnings_of(at)[0]
 
 
+def test_numbers_in_titles_sort_as_numbers_of_any_length():
+    titles = ["Film 9", "Film 10", "Film 010b", "Film 11", f"Film 1{'0' * 5000}", "Film X"]
+    assert sorted(titles[::-1], key=leakcheck._natural) == titles
+
+
 def test_a_target_whose_title_the_history_has_is_told(tmp_path):
     """As of one product under several ids: no other candidate has a title of the history."""
     rng = np.random.default_rng(4)

@@ -324,14 +324,15 @@ def _read_own(
             before = own.setdefault(user, [*history])
             if tuple(before[-len(history) :]) != history:
                 found = f"history {shown(list(history))} of user {shown(user)}"
-                raise _bad(where, found, f"the latest of {before}, as in its windows before")
+                raise _bad(where, found, f"the latest of {shown(before)}, as in those before")
             rows[name].append((where, record | {"place": len(before)}))
             before.append(target)
     N = max(len(record["history"]) for of_split in rows.values() for _, record in of_split)
     for where, record in (row for of_split in rows.values() for row in of_split):
-        if len(record["history"]) != (all_ := min(N, record["place"])):
-            found = f"a history of {len(record['history'])} items"
-            raise _bad(where, found, f"the {all_} latest of user {shown(record['user'])}")
+        count, expected = len(record["history"]), min(N, record["place"])
+        if count != expected:
+            found = f"a history of {count} items"
+            raise _bad(where, found, f"the {expected} latest of user {shown(record['user'])}")
     sequences = {user: UserSequence(user, tuple(items)) for user, items in own.items()}
     return sequences, rows, N
 

@@ -1,6 +1,7 @@
 """A run's model, windows and compiled decoders, set up once for many adapters."""
 
 import collections
+import functools
 import hashlib
 import itertools
 import time
@@ -89,7 +90,6 @@ class Evaluator:
             c, self.dataset, self.model.tokenizer, run.templates, first_vector
         )
         self.ends = (self.encoder.end, *self.model.ends)
-        self.new_tokens = new_tokens(self.dataset.titles.values(), self.model.tokenizer)
         answers = [self.windows[row].candidates for row in self.rows]
         if rank == "catalogue":  # its longest title: no prompt depends on its target's length
             longest = max(self.dataset.titles, key=lambda item: len(self.encoder.answer(item)))
@@ -103,6 +103,11 @@ class Evaluator:
         if rank == "catalogue":
             self._ranked = RankedItems(self.dataset, split, self.encoder)
         self._prefill, self._decoders = self._compile(sharding.replicated(mesh))
+
+    @functools.cached_property
+    def new_tokens(self) -> int:
+        """How many tokens `greedy` generates at most."""
+        return new_tokens(self.dataset.titles.values(), self.model.tokenizer)
 
     def _cut(self, size: int) -> list[list[int]]:
         """Batches of similar length; the last one is filled up with repeats."""

@@ -32,6 +32,7 @@ from sdpo_jax.data import loader, prompts, thoughts
 from sdpo_jax.data.prepared import SPLITS, Dataset, read_split
 from sdpo_jax.errors import InputError, run_command, shown
 from sdpo_jax.evaluation import chat, metrics, results
+from sdpo_jax.evaluation.chat_answers import Answer, Request, appending, key_of, read_answers
 from sdpo_jax.files import parse_json
 from sdpo_jax.workdir import read_run, same
 
@@ -68,9 +69,9 @@ def chatrec(
     requests = [
         {"model": model, "messages": _messages(data, seed, split, row)} | given for row in rows
     ]
-    keys = [chat.key_of(request) for request in requests]
+    keys = [key_of(request) for request in requests]
     path = Path(workdir) / "chatrec" / "answers.jsonl"
-    asked_before = chat.read_answers(path)
+    asked_before = read_answers(path)
     used = [asked_before[key] for key in dict.fromkeys(keys) if key in asked_before]
     todo = {key: request for key, request in zip(keys, requests, strict=True)
             if key not in asked_before}  # fmt: skip
@@ -157,14 +158,14 @@ def _messages(data: Dataset, seed: int, split: str, row: int) -> list[dict[str, 
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
-def _ask(server: chat.Endpoint, path: Path, todo: Sequence[chat.Request], used: list[chat.Answer],
+def _ask(server: chat.Endpoint, path: Path, todo: Sequence[Request], used: list[Answer],
          parallel: int, prices: Prices) -> None:  # fmt: skip
     """Adds the answers to `todo` to `used` and to the file, each as it comes."""
     started = time.monotonic()
     first = server.ask_first(todo[0])  # before anything is written
     rest = chat.ask_all(server.ask, todo[1:], parallel)
     with (
-        chat.appending(path, started) as append,
+        appending(path, started) as append,
         tqdm(total=len(used) + len(todo), initial=len(used), desc="chatrec", unit="window",
              mininterval=1) as bar,
     ):  # fmt: skip
@@ -175,7 +176,7 @@ def _ask(server: chat.Endpoint, path: Path, todo: Sequence[chat.Request], used: 
             bar.update()
 
 
-def _prediction(data: Dataset, split: str, row: int, answer: chat.Answer) -> results.Prediction:
+def _prediction(data: Dataset, split: str, row: int, answer: Answer) -> results.Prediction:
     window = data.splits[split][row]
     titles = [data.titles[item] for item in window.candidates]
     target = window.candidates.index(window.target)
@@ -187,7 +188,7 @@ def _prediction(data: Dataset, split: str, row: int, answer: chat.Answer) -> res
     }  # fmt: skip
 
 
-def _cost(used: Sequence[chat.Answer], prices: Prices) -> dict[str, Any]:
+def _cost(used: Sequence[Answer], prices: Prices) -> dict[str, Any]:
     """Tokens and dollars of the answers; None where the server or the user has not told."""
     kinds = ("tokens_in", "tokens_out")
     counts = [[answer.get(kind) for answer in used] for kind in kinds]
@@ -201,7 +202,7 @@ def _cost(used: Sequence[chat.Answer], prices: Prices) -> dict[str, Any]:
     }
 
 
-def _spent(used: Sequence[chat.Answer], prices: Prices) -> str:
+def _spent(used: Sequence[Answer], prices: Prices) -> str:
     cost = _cost(used, prices)
     if None in (cost["tokens_in"], cost["tokens_out"]):
         return "tokens not told"

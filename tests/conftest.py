@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import threading
 
 # Without optimisation, as the tests compile much and compute little.
 os.environ["XLA_FLAGS"] = (
@@ -22,6 +23,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import chat_endpoint
 import jax
 import ml_collections
 import numpy as np
@@ -30,6 +32,7 @@ from flax import nnx
 from tiny import hf_folder, tiny_dataset
 
 from configs import movielens
+from sdpo_jax.chatrec import chatrec
 from sdpo_jax.convert import convert
 from sdpo_jax.data.loader import Shape, collate, round_up
 from sdpo_jax.data.prepared import write_dataset
@@ -169,3 +172,24 @@ def tiny_config(dataset_folder: Path, model_folder: Path) -> ml_collections.Conf
     config.batch_size, config.microbatch, config.mesh.data = 8, 1, 8
     config.sft.max_steps = config.sdpo.max_steps = 1
     return config
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", chat_endpoint.KEY)
+    with chat_endpoint.Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join(10)
+
+
+@pytest.fixture
+def ask(server, dataset_folder, tmp_path):
+    """`chatrec` on the tiny data set, with a new workdir."""
+
+    def call(workdir=tmp_path / "new", dataset=dataset_folder, endpoint=None, model="m", **others):
+        return chatrec(dataset, workdir, endpoint or server.url, model, **others)
+
+    return call

@@ -1,104 +1,22 @@
 """ChatRec against an endpoint in this process: what it sends, keeps, writes and tells."""
 
-import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import tiny_run
+from chat_endpoint import KEY, completion, told, windows_of
 
-from sdpo_jax.chatrec import chatrec
-from sdpo_jax.data import prompts
-from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.errors import InputError
-from sdpo_jax.evaluation import chat
+from sdpo_jax.evaluation import chat_answers
 from sdpo_jax.report import report
 
-KEY = "sk-do-not-tell-anyone"
 ROOT = Path(__file__).parents[1]
-
-
-def completion(text: str) -> tuple[int, dict, str]:
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": text},
-        "finish_reason": "stop",
-    }
-    usage = {"prompt_tokens": 100, "completion_tokens": 10}
-    return 200, {}, json.dumps({"object": "chat.completion", "choices": [choice], "usage": usage})
-
-
-class Server(ThreadingHTTPServer):
-    """Answers `reply(user's message)`: status, headers and body; keeps what it was sent."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.sent, self.keys, self.times = [], [], []
-        self.reply = lambda text: completion("nothing of the list")
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    timeout = 10
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.sent.append(body | {"path": self.path})
-        self.server.keys.append(self.headers["Authorization"])
-        self.server.times.append(time.monotonic())
-        status, headers, text = self.server.reply(body["messages"][-1]["content"])
-        self.send_response(status)
-        for name, value in ({"Content-Type": "application/json"} | headers).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(text.encode())))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join(10)
-
-
-@pytest.fixture
-def ask(server, dataset_folder, tmp_path):
-    """`chatrec` on the tiny data set, with a new workdir."""
-
-    def call(workdir=tmp_path / "new", dataset=dataset_folder, endpoint=None, model="m", **others):
-        return chatrec(dataset, workdir, endpoint or server.url, model, **others)
-
-    return call
-
-
-def windows_of(folder: Path) -> dict[str, tuple[int, str, list[str]]]:
-    """Row, target and candidates by the prompt that shows them."""
-    data, shown = read_dataset(folder), {}
-    for row, window in enumerate(data.splits["test"]):
-        templates = prompts.TEMPLATES["candidates"]["movie"]
-        template = templates[prompts.template_index(0, "test", row, len(templates))]
-        history, candidates = (
-            [data.titles[item] for item in items] for items in (window.history, window.candidates)
-        )
-        text = prompts.render(template, history, candidates)
-        shown[text] = row, data.titles[window.target], candidates
-    return shown
 
 
 def test_known_answers_give_known_metrics(server, ask, dataset_folder, tmp_path, capfd):
@@ -173,7 +91,7 @@ def test_a_kill_in_the_middle_of_a_line_loses_that_answer_alone(server, ask, tmp
     again = ask(limit=5)
     assert len(server.sent) == 6 and again | {"seconds": 0} == whole | {"seconds": 0}
     assert path.read_bytes().startswith(text[: text.rstrip(b"\n").rfind(b"\n") + 1])
-    assert len(chat.read_answers(path)) == 5
+    assert len(chat_answers.read_answers(path)) == 5
 
 
 def test_a_server_that_is_busy_is_asked_again_at_the_pace(server, ask):
@@ -204,54 +122,6 @@ def test_a_window_that_is_refused_is_invalid_and_stops_nothing(server, ask, data
     assert summary["n"] == 12 and summary["finishes"] == {"stop": 11, "refused": 1}
     assert "ended by 11 stop, 1 refused" in capfd.readouterr().out
     assert ask() == summary and len(server.sent) == 12
-
-
-def told(status: int, text: str, **headers):
-    return lambda _: (status, {"Retry-After-Ms": "1"} | headers, text)
-
-
-@pytest.mark.parametrize(
-    "reply, message",
-    [
-        (told(401, '{"error": {"message": "who?"}}'), r"401 \(who\?\), .* correct OPENAI_API_KEY"),
-        (told(404, '{"error": {"message": "no model m"}}'), r"404 \(no model m\), .* --model"),
-        (told(404, '{"detail": "Not Found"}'), "404 .*correct --endpoint"),
-        (told(400, '"no temperature"'), "400 .*no temperature.* see --model and --parameters"),
-        (told(429, ""), r"429 \(nothing\), .* --requests_per_minute and run this again"),
-        (told(500, "<p>\noops"), "500 .*oops"),
-        (told(429, "", **{"Retry-After": "300"}), "run this again in 300 seconds, as it says"),
-        (told(200, "<html>", **{"Content-Type": "text/html"}), "found <html>, expected a chat"),
-        (told(200, "[1]"), r"found \[1\], expected a chat completion"),
-        (told(200, '{"detail": "no chat here"}'), "no chat here.*expected a chat completion"),
-        (
-            told(200, '{"choices": [{"message": {"content": ""}, "finish_reason": "error"}]}'),
-            "an error for an answer .* run this again later; what was answered is kept",
-        ),
-        (told(200, '{"error": {"code": 429, "message": "slowly"}}'), "slowly.* run this again lat"),
-        (told(200, '{"error": {"code": "401", "message": "who?"}}'), "who.* see OPENAI_API_KEY"),
-        (told(200, '{"error": {"code": "model_not_found"}}'), "found an error .* --model"),
-        (told(200, '{"error": "Invalid API key"}'), "found an error .* OPENAI_API_KEY"),
-        (told(200, '{"error": {"code": 401, "message": "account flagged"}}'), "OPENAI_API_KEY"),
-        (told(400, '{"error": {"message": "no such argument: safety_settings"}}'), "400 .*safety"),
-        (told(403, '{"error": {"message": "your account was flagged"}}'), "403 .*OPENAI_API_KEY"),
-        (told(200, '{"choices": [{"text": "Heat"}]}'), "Heat.*expected a chat completion"),
-        (told(200, '{"choices": [{"delta": {"content": "Heat"}}]}'), "expected a chat completion"),
-        (
-            told(200, '{"choices": null, "base_resp": {"status_msg": "slow"}}'),
-            "slow.*expected a ch",
-        ),
-        (told(200, "[" * 100_000), "expected a chat completion"),
-        (told(200, ""), "found nothing, expected a chat completion"),
-    ],
-)
-def test_an_endpoint_that_does_not_answer_is_one_line_and_nothing_written(
-    server, ask, tmp_path, reply, message
-):
-    server.reply = reply
-    with pytest.raises(InputError, match=message) as error:
-        ask()
-    assert "\n" not in str(error.value) and len(str(error.value)) < 500
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -299,123 +169,18 @@ def test_answers_before_an_error_are_kept(server, ask, tmp_path):
     server.reply = reply
     with pytest.raises(InputError, match="403"):
         ask(parallel=2)
-    kept = len(chat.read_answers(tmp_path / "new" / "chatrec" / "answers.jsonl"))
+    kept = len(chat_answers.read_answers(tmp_path / "new" / "chatrec" / "answers.jsonl"))
     assert kept == 5 and not (tmp_path / "new" / "eval").exists()
     server.reply = lambda text: completion("a0")
     sent = len(server.sent)
     assert ask()["n"] == 12 and len(server.sent) - sent == 12 - kept
 
 
-def test_servers_that_tell_no_tokens_and_refuse_are_taken_as_they_are(server, ask):
-    for content in (None, "half a pair \ud83d"):
-        choice = {"message": {"content": content}, "finish_reason": None}
-        text = json.dumps({"choices": [choice], "usage": None})
-        server.reply = told(200, text)
-        summary = ask(limit=2, model=str(content)[:4], prices=(1.0, 1.0))
-        assert summary["valid_ratio"] == 0 and summary["tokens_in"] is None
-        assert summary["cost_dollars"] is None
-
-
-NOTHING = {
-    "no choices": (200, {"choices": [], "usage": None}, "no answer"),
-    "no list of choices": (200, {"object": "chat.completion", "choices": None}, "no answer"),
-    "no object": (200, {"choices": ["Title"]}, "no answer"),
-    "no message": (200, {"choices": [{"finish_reason": "length"}]}, "length"),
-    "a null message": (
-        200, {"choices": [{"message": None, "finish_reason": "content_filter"}]}, "content_filter"),
-    "a number": (200, {"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}, "stop"),
-    "no text in parts": (
-        200, {"choices": [{"message": {"content": [{"type": "image"}]}, "finish_reason": "stop"}]},
-        "stop"),
-    "Azure's filter": (
-        400, {"error": {"code": "content_filter", "message": "The response was filtered"}},
-        "filtered"),
-    "a moderator": (
-        403, {"error": {"code": 403, "message": "Your input was flagged", "metadata": {}}},
-        "filtered"),
-    "a filter inside a 200": (
-        200, {"error": {"code": 400, "message": "blocked by the content management policy"}},
-        "filtered"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NOTHING)
-@pytest.mark.parametrize("place", [0, 7])
-def test_a_window_without_an_answer_is_invalid_wherever_it_comes(
-    server, ask, dataset_folder, capfd, name, place
-):
-    status, body, finish = NOTHING[name]
-    windows = windows_of(dataset_folder)
-    empty = next(text for text, (row, _, _) in windows.items() if row == place)
-
-    def reply(text):
-        return (status, {}, json.dumps(body)) if text == empty else completion(windows[text][1])
-
-    server.reply = reply
-    summary = ask(parallel=1)
-    assert summary["hit_ratio_at_1"] == 11 / 12 == summary["valid_ratio"]
-    counts = {"stop": 12} if finish == "stop" else {"stop": 11, finish: 1}
-    assert summary["finishes"] == counts and len(server.sent) == 12
-    assert (
-        ", ".join(f"{n} {end}" for end, n in summary["finishes"].items()) in capfd.readouterr().out
-    )
-    assert ask() == summary and len(server.sent) == 12
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        '{"error": {"code": 429, "message": "rate-limited upstream"}}',
-        '{"error": {"code": "503", "message": "no instance"}, "choices": []}',
-        '{"choices": [{"error": {"message": "provider"}, "finish_reason": "error"}]}',
-        '{"detail": "overloaded"}',
-        '{"error": {"code": 503, "message": "moderation service overloaded"}}',
-        "<html>be right back</html>",
-        "",
-    ],
-)
-def test_a_fault_that_passes_is_tried_again_inside_a_200_too(server, ask, body):
-    sent = itertools.count()
-    server.reply = lambda text: (
-        (200, {"Retry-After-Ms": "1"}, body) if next(sent) in (4, 5) else completion("a0")
-    )
-    summary = ask(parallel=1)
-    assert summary["finishes"] == {"stop": 12} and len(server.sent) == 14
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("<think>A or B? A.</think>\n\nB", "\n\nB"),
-        ("A or B? A.\n</think>\nB", "\nB"),  # the server wrote the opening mark into the prompt
-        ("[THINK]A[/THINK]B", "B"),
-        ("◁think▷A◁/think▷B", "B"),
-        ("<reasoning>A</reasoning>B", "B"),
-        ("<|channel|>analysis<|message|>A<|end|><|channel|>final<|message|>B", "B"),
-        ("<think>A, no: B, no: A", ""),  # the tokens were used up
-        ("a <b> c", "a <b> c"),
-        ([{"type": "text", "text": "B"}], "B"),
-        ([{"type": "thinking", "thinking": [{"type": "text", "text": "A"}]},
-          {"type": "text", "text": "B"}], "B"),
-        (["B ", {"type": "output_text", "text": "or C"}], "B or C"),
-        ([{"type": "reasoning", "text": "A or B"}, {"type": "text", "text": "B"}], "B"),
-        ("<|START_THINKING|>A<|END_THINKING|>B", "B"),
-        ("<Think>A</Think>B", "B"),
-    ],
-)  # fmt: skip
-def test_only_what_follows_the_thoughts_is_judged(server, ask, tmp_path, content, said):
-    message = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
-    server.reply = lambda text: (200, {}, json.dumps(message))
-    ask(limit=1)
-    lines = (tmp_path / "new" / "eval" / "chatrec-greedy.jsonl").read_text()
-    assert json.loads(lines)["generation"] == said
-
-
 def test_a_file_of_answers_that_is_damaged_or_in_use_is_one_line(ask, tmp_path):
     ask(limit=2)
     path = tmp_path / "new" / "chatrec" / "answers.jsonl"
     with (
-        chat.appending(path, 0.0),
+        chat_answers.appending(path, 0.0),
         pytest.raises(InputError, match="another process is asking"),
     ):
         ask()
@@ -467,7 +232,7 @@ def test_ctrl_c_keeps_what_is_under_way_and_the_command_goes_on(
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err
     assert "the same command goes on" in out and len(server.sent) in (5, 6)
-    kept = chat.read_answers(tmp_path / "run" / "chatrec" / "answers.jsonl")
+    kept = chat_answers.read_answers(tmp_path / "run" / "chatrec" / "answers.jsonl")
     assert len(kept) == len(server.sent) and not (tmp_path / "run" / "eval").exists()
     server.sent.clear()
     server.reply = lambda text: completion("a0")

@@ -4,7 +4,9 @@
         --output=FILE.json
 
 MFU counts 4 FLOPs per parameter and real token (a frozen base has no weight gradient), and what is
-computed again does not count. --size=toy runs the same on any CPU in seconds.
+computed again does not count. --size=toy runs the same on any CPU in seconds. --official times the
+official recipe's step in PyTorch at this shape instead, with the frozen base in bfloat16, gradient
+checkpointing and 16 full rows at once; it wants XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
 import functools
@@ -95,6 +97,23 @@ def time_step(size: str, remat: str, k: int, batch: int, microbatch: int, repeat
     }  # fmt: skip
 
 
+def time_official(size: str, k: int, batch: int, repeats: int) -> dict:
+    """Median seconds of the official recipe's step, and peak memory."""
+    import torch
+
+    from benchmarks.torch_sides import OfficialSide, random_model
+
+    config, prompt = SIZES[size]
+    side = OfficialSide(random_model(config), checkpointing=True)
+    run, facts = side.prepare(workload.equal_examples(batch, k, prompt))
+    median = statistics.median(run() for _ in range(repeats))
+    return {
+        "size": size, "side": "official", "k": k, "batch": batch, "seconds": median,
+        "examples_at_once": facts["examples_at_once"], "examples_per_second": batch / median,
+        "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    }  # fmt: skip
+
+
 def benchmark(size: str, remats: Sequence[str], ks: Sequence[int], batch: int,
               microbatches: Sequence[int], repeats: int) -> dict:  # fmt: skip
     """Every combination; one that does not fit is told and left out."""
@@ -135,8 +154,12 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(
             f"--remat: found {', '.join(unknown)}, expected some of {', '.join(REMAT)}"
         )
-    result = benchmark(args.size, args.remat, numbers("k", args.k), args.batch, microbatches,
-                       args.repeats)  # fmt: skip
+    ks = numbers("k", args.k)
+    if args.official:
+        steps = [time_official(args.size, k, args.batch, args.repeats) for k in ks]
+        result = {**workload.environment(), "dtype": "bfloat16", "steps": steps}
+    else:
+        result = benchmark(args.size, args.remat, ks, args.batch, microbatches, args.repeats)
     workload.write_result(result, args.output)
 
 
@@ -146,6 +169,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch", 128, "examples a step", lower_bound=1)
     flags.DEFINE_list("microbatch", ["8"], "examples at once")
     flags.DEFINE_list("remat", ["full"], "what is computed again")
+    flags.DEFINE_bool("official", False, "the official recipe's step in PyTorch, on a GPU")
     flags.DEFINE_integer("repeats", 3, "timed steps", lower_bound=1)
     flags.DEFINE_string("output", "", "JSON file; default: printed")
     run_command(main)

@@ -26,6 +26,7 @@ from benchmarks.workload import full_rows_at_once
 from sdpo_jax.data.tokens import Example
 from sdpo_jax.model_folder import load_model
 from sdpo_jax.models import lora as ours
+from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.weights import slots
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -45,9 +46,25 @@ def torch_model(folder: Path) -> torch.nn.Module:
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise RuntimeError(f"weights do not fit: {missing} {unexpected}")
     theirs.tie_weights()
+    return adapted(theirs)
+
+
+def random_model(config: DecoderConfig) -> torch.nn.Module:
+    """transformers' Llama of this shape in bfloat16 with a float32 adapter; on a GPU if any."""
+    theirs = LlamaConfig(
+        vocab_size=config.V, num_hidden_layers=config.L, hidden_size=config.D,
+        num_attention_heads=config.N, num_key_value_heads=config.G, head_dim=config.H,
+        intermediate_size=config.F, max_position_embeddings=512, use_cache=False,
+    )  # fmt: skip
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return adapted(LlamaForCausalLM._from_config(theirs, dtype=torch.bfloat16))
+
+
+def adapted(model: torch.nn.Module) -> torch.nn.Module:
+    """With the paper's PEFT adapter, without its dropout."""
     adapter = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS,
                          task_type="CAUSAL_LM")  # fmt: skip
-    return get_peft_model(theirs, adapter)
+    return get_peft_model(model, adapter)
 
 
 class OfficialSide:
@@ -61,7 +78,7 @@ class OfficialSide:
     def prepare(self, examples: Sequence[Example]) -> tuple[Callable[[], float], dict]:
         at_once = full_rows_at_once(len(examples), examples[0].C)
         parts = [examples[i : i + at_once] for i in range(0, len(examples), at_once)]
-        batches = [padded_rows(part) for part in parts]
+        batches = [padded_rows(part, self.model.device) for part in parts]
         for parameter, start in zip(self.parameters, self.start, strict=True):
             parameter.data.copy_(start)  # the steps of another K have moved it
         optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0)
@@ -77,11 +94,13 @@ class OfficialSide:
             torch.nn.utils.clip_grad_norm_(self.parameters, 0.3)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize()
             return time.perf_counter() - started
 
         self.model.eval()
         with torch.no_grad():
-            logp_NC = np.concatenate([self.logp(batch).numpy() for batch in batches])
+            logp_NC = np.concatenate([self.logp(batch).cpu().numpy() for batch in batches])
         self.set_checkpointing()
         # A counter holds all that was computed under it, so each part has its own.
         flops = sum(flops_of(functools.partial(backward, batch)) for batch in batches)
@@ -107,13 +126,15 @@ class OfficialSide:
 
     def logp(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Sequence log-probs [B, C] from logits at every position."""
-        logits = self.model(batch["tokens"], attention_mask=batch["mask"]).logits.float()
+        base = self.model.get_input_embeddings().weight
+        with torch.autocast(base.device.type, base.dtype, enabled=base.dtype == torch.bfloat16):
+            logits = self.model(batch["tokens"], attention_mask=batch["mask"]).logits.float()
         labels = batch["labels"][:, 1:]
         token_logp = logits[:, :-1].log_softmax(-1).gather(2, labels.clamp(0)[..., None])[..., 0]
         return (token_logp * (labels >= 0)).sum(-1).reshape(batch["shape"])
 
 
-def padded_rows(examples: Sequence[Example]) -> dict:
+def padded_rows(examples: Sequence[Example], device: torch.device) -> dict:
     """K+1 rows a prompt, padded on the right; labels are -1 but on answers."""
     rows = [
         (e.prompt[: place + 1], answer)
@@ -130,7 +151,7 @@ def padded_rows(examples: Sequence[Example]) -> dict:
         labels[i, len(prompt) : len(prompt) + len(answer)] = answer
     arrays = {"tokens": tokens, "mask": mask, "labels": labels}
     shape = (-1, examples[0].C)
-    return {key: torch.from_numpy(value) for key, value in arrays.items()} | {"shape": shape}
+    return {key: torch.from_numpy(x).to(device) for key, x in arrays.items()} | {"shape": shape}
 
 
 class TrlSide:

@@ -1,9 +1,6 @@
 """Eight simulated devices, and the folders that most tests start from."""
 
-import atexit
 import os
-import shutil
-import tempfile
 import threading
 
 # Without optimisation, as the tests compile much and compute little.
@@ -12,12 +9,8 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 
-# What one test compiles, no other compiles again, in whichever process; the first process makes the
-# folder and removes it.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sdpo_jax-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# Nor is what they compile kept: each has shapes of its own, and keeping costs more than it saves.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import dataclasses
 import functools

@@ -103,11 +103,11 @@ def make_train_step(logp, objective: Objective, optimizer: optax.GradientTransfo
                 jnp.add, total, microbatch_gradient(state, base, batch, index)
             ), None
 
+        # Known without tracing the model, which takes longer than all else of a small step.
         first = jax.tree.map(lambda x: x[0], batches)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(microbatch_gradient, state, base, first, 0),
-        )
+        logp_BMC = jax.ShapeDtypeStruct(first["answers_BMCA"].shape[:-1], jnp.float32)
+        like = state.lora, jax.eval_shape(functools.partial(sums, objective), logp_BMC, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
         (gradient, total), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(count), batches))
         targets = total.pop("targets")
         gradient, metrics = means(gradient, targets), means(total, targets)

@@ -1,6 +1,5 @@
 """Options of prepare: how windows are split, how long they are, who is dropped, what is refused."""
 
-import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from sdpo_jax.prepare import Options, prepare, report
 ROOT = Path(__file__).parents[1]
 
 
-def prepared(tmp_path, rows=None, **options):
+def prepared(tmp_path, rows=None, seed=0, **options):
     """The data set of test_csv.py, or of (user, item, time, rating) rows."""
     source = tmp_path / "my.csv"
     if rows is None:
@@ -27,7 +26,8 @@ def prepared(tmp_path, rows=None, **options):
         lines = [f"{user},{item},Title {item},{time},{rating}" for user, item, time, rating in rows]
         lines += [f"nobody,{item},Title {item},0,1" for item in range(40)]
         source.write_text("\n".join(["user,item,title,timestamp,rating", *lines]))
-    meta = prepare("csv", str(source), str(tmp_path / "out"), options=Options(**options))
+    output, options = str(tmp_path / "out"), Options(**options)
+    meta = prepare("csv", str(source), output, seed=seed, options=options)
     return meta, read_dataset(tmp_path / "out")
 
 
@@ -42,18 +42,26 @@ def test_by_time_no_training_target_is_later_than_one_of_the_test(tmp_path):
     assert meta["split"] == "time"
 
 
-def test_ties_in_time_stay_in_the_order_of_the_file_and_are_told(tmp_path):
-    drawn = np.random.default_rng(0).permutation([(u, i) for u in range(12) for i in range(6)])
-    rows = [(user, item, 1000 + n // 20, 5) for n, (user, item) in enumerate(drawn.tolist())]
-    meta, data = prepared(tmp_path, rows)
-    for user, sequence in data.sequences.items():
-        own = [item for u, item, _, _ in rows if str(u) == user]
-        assert [data.titles[item] for item in sequence.items] == [f"Title {item}" for item in own]
-    times = {user: [time for u, _, time, _ in rows if u == user] for user in range(12)}
-    pairs = [pair for of_user in times.values() for pair in itertools.pairwise(of_user)]
-    share = sum(a == b for a, b in pairs) / len(pairs)
-    told = f"{share:.1%} of neighbouring interactions have the same time: their order is that of"
-    assert any(note.startswith(told) for note in meta["notes"])
+def test_the_order_of_equal_times_is_drawn_from_the_seed_and_not_the_files(tmp_path):
+    """Sorted by item, as many files are, a rule without taste would know what comes next."""
+    rows = [(user, item, 1000 + item // 2, 5) for user in range(40) for item in range(6)]
+
+    def orders(name, rows, **options):
+        (tmp_path / name).mkdir()
+        meta, data = prepared(tmp_path / name, rows, **options)
+        told = "60.0% of neighbouring interactions have the same time: their order is drawn"
+        assert any(note.startswith(told) for note in meta["notes"])
+        return {
+            user: [int(data.titles[item].split()[1]) for item in sequence.items]
+            for user, sequence in data.sequences.items()
+        }
+
+    found = orders("sorted", rows)
+    assert found == orders("reversed", rows[::-1])
+    assert found != orders("another seed", rows, seed=1)
+    pairs = [items[i : i + 2] for items in found.values() for i in (0, 2, 4)]
+    assert all(sorted(pair) == [pair[0] // 2 * 2, pair[0] // 2 * 2 + 1] for pair in pairs)
+    assert 0.35 < np.mean([first < second for first, second in pairs]) < 0.65
 
 
 def test_a_source_whose_times_leave_the_order_of_most_users_open_is_refused(tmp_path):

@@ -65,12 +65,12 @@ class Found:
 
 
 def read_windows(
-    dataset: str, source: str | None, options: Options, form: Form | None = None
+    dataset: str, source: str | None, options: Options, seed: int = 0, form: Form | None = None
 ) -> Found:
     """Reads `source` and cuts it into windows.
 
-    `form`: of a CSV file. Raises InputError for what is wrong with the source, and for an option
-    that it does not have.
+    `seed`: of the order of interactions with one time; `form`: of a CSV file. Raises InputError for
+    what is wrong with the source, and for an option that it does not have.
     """
     known = DATASETS[dataset]
     if not source and known.files:
@@ -81,7 +81,7 @@ def read_windows(
     notes = _notes_of(read.titles)
     read = dataclasses.replace(read, titles={i: plain(title) for i, title in read.titles.items()})
     if isinstance(read, Interactions):
-        found = _from_interactions(read, known, options, where)
+        found = _from_interactions(read, known, options, where, seed)
     else:
         found = _from_splits(read, dataset, options)
     for name, rows in found.windows.items():
@@ -156,18 +156,21 @@ def _check_times(
     if 2 * vague > len(shares) and not allow:
         raise InputError(
             f"{where}: found {share}, for {vague:,} of {len(shares):,} users {VAGUE:.0%} or more, "
-            "expected times that tell an order: give finer ones, or take it as it is with "
-            "--allow_ties"
+            "expected times that tell an order: give finer ones, or have it drawn with --allow_ties"
         )
-    return [f"{share}: their order is that of the file"]
+    return [f"{share}: their order is drawn from the seed"]
 
 
-def _from_interactions(read: Interactions, known: Source, options: Options, where: str) -> Found:
+def _from_interactions(
+    read: Interactions, known: Source, options: Options, where: str, seed: int
+) -> Found:
     split = options.split or known.split
     least = options.min_interactions or known.min_interactions
     N = options.history or sequences.MAX_HISTORY
     shortest = min(known.min_history, N)
-    by_user = sequences.by_user(read, rated=known.rated, repeats=known.repeats, least=least)
+    by_user = sequences.by_user(
+        read, rated=known.rated, repeats=known.repeats, least=least, seed=seed
+    )
     users = by_user.sequences
     if not users:
         raise InputError(

@@ -1,6 +1,7 @@
 """Chronological sequences, their split, and windows (history -> target)."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -31,7 +32,7 @@ class Histories:
     tied: dict[User, float]
 
 
-def by_user(found: Interactions, *, rated: bool, repeats: bool, least: int) -> Histories:
+def by_user(found: Interactions, *, rated: bool, repeats: bool, least: int, seed: int) -> Histories:
     """Every user's items by time.
 
     Args:
@@ -42,11 +43,10 @@ def by_user(found: Interactions, *, rated: bool, repeats: bool, least: int) -> H
         shows is never a negative, so a later one could be told without a model: the candidate that
         the history has.
       least: users and items with fewer interactions are dropped until there are none.
-
-    The order is stable. GroupLens shuffled u.data, so ties in time stay in a random order; a
-    tie-break by item id would put a pattern into the sequences.
+      seed: of the order of interactions with one time, which is drawn: that of a file, often by
+        item, would put a pattern into the sequences that a model learns and no taste has.
     """
-    order_N = np.argsort(found.time_N, kind="stable")
+    order_N = _in_time(found, seed)
     user_N, item_N = found.user_N[order_N], found.item_N[order_N]
     liked_N = np.ones(len(order_N), bool)
     if rated and found.rating_N is not None:
@@ -68,6 +68,24 @@ def by_user(found: Interactions, *, rated: bool, repeats: bool, least: int) -> H
         if len(own) > 1:
             tied[found.users[user]] = float((np.diff(time_N[own]) == 0).mean())
     return Histories(sequences, {found.users[user]: own for user, own in ranks.items()}, tied)
+
+
+def _in_time(found: Interactions, seed: int) -> np.ndarray:
+    """Places of all interactions by time; of those with one time in an order that is drawn.
+
+    The draw is a function of (seed, user, title), so neither the order nor further lines of a file
+    change it.
+    """
+    order_N = np.argsort(found.time_N, kind="stable")
+    tied_N = np.zeros(len(order_N), bool)
+    tied_N[1:] = np.diff(found.time_N[order_N]) == 0
+    tied_N[:-1] |= tied_N[1:]
+    drawn_N = np.zeros(len(order_N), np.uint64)
+    for place in order_N[tied_N].tolist():
+        user, item = found.users[found.user_N[place]], found.items[found.item_N[place]]
+        key = f"{seed}/{user}/{found.titles[item]}".encode("utf-8", "surrogatepass")
+        drawn_N[place] = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest())
+    return np.lexsort((drawn_N, found.time_N))
 
 
 def _disliked(

@@ -18,8 +18,9 @@ timestamp (a number or ISO 8601) and, where there are ratings, rating, or with o
 `--columns` gives; further columns become attributes of the item, and `--domain` chooses the
 prompts' wording.
 
-Titles are kept in one form: HTML entities resolved, accents composed (NFC), single spaces. What a
-person should know of the source is printed as notes, and kept in dataset.json.
+Titles are kept in one form: HTML entities resolved, accents composed (NFC), single spaces. The
+order of interactions with one time is drawn from `--seed`. What a person should know of the source
+is printed as notes, and kept in dataset.json.
 
 Each data set has its protocol; `--split` chooses another. users: 8:1:1 of the users by their first
 interaction; val and test are the last window of each, val_all and test_all every window of theirs.
@@ -87,12 +88,12 @@ def prepare(
         )
     if dataset != "csv" and form and form != Form():
         raise InputError(
-            f"--columns, --delimiter, --quote, --encoding: found one for {dataset}, expected none: "
-            "they are for --dataset=csv"
+            f"--columns, --delimiter, --quote, --escape, --encoding: found one for {dataset}, "
+            "expected none: they are for --dataset=csv"
         )
     domain = domain or DATASETS[dataset].domain
     old = _existing(Path(output))
-    found = read_windows(dataset, source, options, form if dataset == "csv" else None)
+    found = read_windows(dataset, source, options, seed, form if dataset == "csv" else None)
     if model:
         check_titles(found.titles, load_tokenizer(Path(model)))
     listed = len(next(iter(found.windows.values()))[0].candidates)
@@ -226,7 +227,8 @@ def main(argv: Sequence[str]) -> None:
                       args.allow_ties)  # fmt: skip
     meta = prepare(
         args.dataset, args.source, args.output, args.candidates, args.seed, args.model, args.domain,
-        options, Form.of(args.columns, args.delimiter, args.quote, args.encoding or ""),
+        options,
+        Form.of(args.columns, args.delimiter, args.quote, args.encoding or "", args.escape or ""),
     )  # fmt: skip
     print(report(meta, args.output))
 
@@ -240,6 +242,8 @@ if __name__ == "__main__":
                         "comma, semicolon, tab and | that the header has)")  # fmt: skip
     flags.DEFINE_string("quote", None, "csv only: the character around fields, or none "
                         "(default \")")  # fmt: skip
+    flags.DEFINE_string("escape", None, "csv only: the character before a quote within quotes, as "
+                        "\\ (default: such a quote is doubled)")  # fmt: skip
     flags.DEFINE_string("encoding", None, "csv only: as cp1251 (default: UTF-8, else Latin-1)")
     flags.DEFINE_bool("allow_ties", False, "take a source whose times leave the order of most "
                       "users open")  # fmt: skip
@@ -254,5 +258,6 @@ if __name__ == "__main__":
                          lower_bound=2)  # fmt: skip
     flags.DEFINE_enum("domain", None, DOMAINS, "wording of the prompts; csv only (default movie)")
     flags.DEFINE_string("model", None, "converted model whose tokenizer the titles must survive")
-    flags.DEFINE_integer("seed", 0, "seed of the independent candidates", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "of the independent candidates, and of the order of "
+                         "interactions with one time", lower_bound=0)  # fmt: skip
     run_command(main)

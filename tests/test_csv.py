@@ -221,6 +221,7 @@ def test_columns_that_are_not_read_are_told(tmp_path, header, options, unread):
         (("user=", None, None), "--columns: found 'user=', expected our name"),
         ((None, "::", None), "--delimiter: found '::', expected a character or tab"),
         ((None, None, "''"), "--quote: found \"''\", expected a character or none"),
+        ((None, None, None, "", "\\\\"), "--escape: found '\\\\\\\\', expected a character"),
     ],
 )
 def test_a_form_that_is_none_is_refused(options, said):
@@ -236,6 +237,16 @@ def test_a_quote_that_does_not_end_leads_to_the_option(tmp_path):
     with pytest.raises(InputError, match=r"or give --quote=none"):
         read_csv(file)
     assert read_csv(file, Form.of(None, None, "none")).titles[0] == '"Weird Title, the 0th'
+
+
+def test_a_quote_after_a_backslash_leads_to_the_option(tmp_path):
+    """As in Book-Crossing's files."""
+    usual = written(tmp_path / "my.csv", HEADER, ";")
+    title = 'A real "J. Peterman"; again'
+    usual.write_text(usual.read_text().replace("Title, the 0th", title.replace('"', '\\"')))
+    with pytest.raises(InputError, match=r"my.csv:2: found no CSV .* --escape='\\' where"):
+        read_csv(usual)
+    assert read_csv(usual, Form.of(None, None, None, "", "\\")).titles[0] == title
 
 
 def test_the_form_of_a_csv_file_is_for_no_other_data_set(tmp_path):

@@ -31,17 +31,24 @@ class Form:
     `columns`: our name -> the header's, where they differ; the header's name of "rating" is empty
     where there is a column of ratings that shall not count. `delimiter`: empty: that of
     `DELIMITERS` with which the header has all columns. `quote`: empty: no character quotes.
-    `encoding`: empty: UTF-8, or else Latin-1.
+    `encoding`: empty: UTF-8, or else Latin-1. `escape`: stands before a quote within quotes, as
+    databases write it; empty: such a quote is doubled.
     """
 
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     delimiter: str = ""
     quote: str = '"'
     encoding: str = ""
+    escape: str = ""
 
     @classmethod
     def of(
-        cls, columns: str | None, delimiter: str | None, quote: str | None, encoding: str = ""
+        cls,
+        columns: str | None,
+        delimiter: str | None,
+        quote: str | None,
+        encoding: str = "",
+        escape: str = "",
     ) -> "Form":
         """That of the command line. Raises InputError."""
         names, known = {}, (*COLUMNS, "rating")
@@ -55,18 +62,19 @@ class Form:
             names[name] = found
         delimiter = {None: "", "tab": "\t"}.get(delimiter, delimiter)
         quote = {None: '"', "none": ""}.get(quote, quote)
-        for flag, value in (("delimiter", delimiter), ("quote", quote)):
+        given = {"delimiter": (delimiter, " or tab"), "quote": (quote, " or none"),
+                 "escape": (escape, "")}  # fmt: skip
+        for flag, (value, words) in given.items():
             if len(value) > 1 or value in ("\n", "\r"):
-                word = "tab" if flag == "delimiter" else "none"
-                raise InputError(f"--{flag}: found {shown(value)}, expected a character or {word}")
-        return cls(names, delimiter, quote, encoding)
+                raise InputError(f"--{flag}: found {shown(value)}, expected a character{words}")
+        return cls(names, delimiter, quote, encoding, escape)
 
     def reader(self, lines: Iterator[str], delimiter: str):
         """A strict `csv.reader`, in which what is no CSV raises csv.Error."""
         quoting = csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE
         return csv.reader(
             lines, strict=True, delimiter=delimiter, quotechar=self.quote or None, quoting=quoting,
-            skipinitialspace=True,
+            escapechar=self.escape or None, skipinitialspace=True,
         )  # fmt: skip
 
 
@@ -147,8 +155,9 @@ def _rows(
                     yield where, fields, {name: text for name, text in more.items() if text}
     except csv.Error as error:
         where = f"{path}:{lines.line_num + before if lines else 1}"
-        unquoted = ", or give --quote=none" if form.quote else ""
-        raise raw.bad(where, f"no CSV ({error})", f"a row of it{unquoted}") from error
+        others = ", or give --quote=none, or --escape='\\' where \\\" stands for a quote"
+        expected = f"a row of it{others if form.quote and not form.escape else ''}"
+        raise raw.bad(where, f"no CSV ({error})", expected) from error
     except (OSError, ValueError) as error:  # a ValueError is of a path with a zero byte
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: found {reason}, {_EXPECTED}") from error

@@ -9,8 +9,9 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 
-# Nor is what they compile kept: each has shapes of its own, and keeping costs more than it saves.
+# Nor is what they compile kept: most has shapes of its own, and keeping costs more than it saves.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import dataclasses
 import functools
@@ -22,6 +23,7 @@ import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from tiny import hf_folder, tiny_dataset
 
 from configs import movielens
@@ -165,6 +167,26 @@ def tiny_config(dataset_folder: Path, model_folder: Path) -> ml_collections.Conf
     config.batch_size, config.microbatch, config.mesh.data = 8, 1, 8
     config.sft.max_steps = config.sdpo.max_steps = 1
     return config
+
+
+@pytest.fixture(scope="module")
+def kept_compilations(tmp_path_factory):
+    """For a file whose tests start one training again and again: what it compiled is kept."""
+    changes = {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compilations")),
+    }
+
+    def use(settings: dict[str, str], enabled: bool) -> None:
+        os.environ.update(settings)
+        jax.config.update("jax_compilation_cache_dir", settings.get("JAX_COMPILATION_CACHE_DIR"))
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+
+    use(changes, True)
+    yield
+    del os.environ["JAX_COMPILATION_CACHE_DIR"]
+    use({"JAX_ENABLE_COMPILATION_CACHE": "false"}, False)
 
 
 @pytest.fixture

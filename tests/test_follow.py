@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 
+import pytest
 import trainers
 
+pytestmark = pytest.mark.usefixtures("kept_compilations")
 STEPS = 12
 
 

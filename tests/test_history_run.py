@@ -34,6 +34,7 @@ from sdpo_jax.training.metrics import read_metrics
 from sdpo_jax.training.stage import Stage
 from sdpo_jax.workdir import read_run, stage_result
 
+pytestmark = pytest.mark.usefixtures("kept_compilations")
 STEPS = 12
 HISTORY = {
     "prompt": "history", "segment": 4, "history": 3, "negatives": "uniform", "redraw": True,

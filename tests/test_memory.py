@@ -1,6 +1,7 @@
 """What a step needs of a device, known before anything is loaded."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ DEEP = dataclasses.replace(TINY, L=12)
 EXAMPLES = random_examples(np.random.default_rng(0), 16, 4, P=200)
 
 
+@functools.cache
 def needed(count: int = 8, **changes):
     keys = {"config": DEEP, "dtype": "float32", "remat": "none", "layout": "shared_prefix",
             "mesh": sharding.make_mesh(devices=jax.devices()[:1])}  # fmt: skip

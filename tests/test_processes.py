@@ -12,7 +12,7 @@ import trainers
 from sdpo_jax import runtime
 from sdpo_jax.errors import InputError
 
-STEPS = {"sft": 8, "sdpo": 20}
+STEPS = {"sft": 8, "sdpo": 14}
 # Small steps: Adam turns a gradient of rounding's size into a step as large as any other.
 MESH = {
     "batch_size": 8, "microbatch": 1, "sft.max_steps": 8, "sft.learning_rate": 0.002,

@@ -26,7 +26,10 @@ from sdpo_jax.training.checkpoint import Checkpoints
 STEPS = 6
 
 # Reads of a broken checkpoint that Orbax gives up leave others of the same step behind.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("kept_compilations"),
+]
 
 
 @pytest.fixture

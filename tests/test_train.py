@@ -18,6 +18,7 @@ from sdpo_jax.training.metrics import read_metrics
 from sdpo_jax.training.stage import Stage
 from sdpo_jax.workdir import read_run
 
+pytestmark = pytest.mark.usefixtures("kept_compilations")
 STEPS = 12
 
 

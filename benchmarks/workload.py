@@ -54,7 +54,7 @@ def read_workload(
 ) -> Workload:
     """From a converted model's tokenizer and a prepared folder."""
     data = read_dataset(dataset, ["train"])
-    templates = prompts.TEMPLATES[prompt][data.domain]
+    templates = prompts.templates_of(data.domain, prompt=prompt)
     tokenizer = load_tokenizer(Path(model))
     return Workload(data, Encoder(data, tokenizer, templates, seed, 512, prompt=prompt))
 

@@ -144,7 +144,7 @@ def _templates(data: Dataset) -> tuple[str, ...]:
     """The system's line, then the user's templates."""
     named = "name" if data.domain == "music" else "title"
     line = f"Answer with exactly one {named} of the list you choose from, and nothing else."
-    return (line, *prompts.TEMPLATES["candidates"][data.domain])
+    return (line, *prompts.TEMPLATES[data.domain])
 
 
 def _messages(data: Dataset, seed: int, split: str, row: int) -> list[dict[str, str]]:

@@ -56,7 +56,7 @@ def windows_of(folder: Path) -> dict[str, tuple[int, str, list[str]]]:
     """Row, target and candidates by the prompt that shows them."""
     data, shown = read_dataset(folder), {}
     for row, window in enumerate(data.splits["test"]):
-        templates = prompts.TEMPLATES["candidates"]["movie"]
+        templates = prompts.TEMPLATES["movie"]
         template = templates[prompts.template_index(0, "test", row, len(templates))]
         history, candidates = (
             [data.titles[item] for item in items] for items in (window.history, window.candidates)

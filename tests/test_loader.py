@@ -15,7 +15,7 @@ from sdpo_jax.model_folder import load_tokenizer
 @pytest.fixture(scope="module")
 def encoder(model_folder):
     data = tiny_dataset()
-    return Encoder(data, load_tokenizer(model_folder), TEMPLATES["candidates"]["movie"], 0, 512)
+    return Encoder(data, load_tokenizer(model_folder), TEMPLATES["movie"], 0, 512)
 
 
 def test_every_epoch_is_a_fresh_permutation():

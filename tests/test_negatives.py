@@ -9,7 +9,7 @@ from tiny import history_dataset
 
 from sdpo_jax.data.negatives import NEGATIVES, Negatives
 from sdpo_jax.data.prepared import Dataset
-from sdpo_jax.data.prompts import TEMPLATES
+from sdpo_jax.data.prompts import HISTORY_TEMPLATES, templates_of
 from sdpo_jax.data.segments import units
 from sdpo_jax.data.sequences import leave_one_out
 from sdpo_jax.data.tokens import Encoder
@@ -169,7 +169,7 @@ def test_each_target_has_its_own_band():
 
 @pytest.fixture(scope="module", params=["candidates", "history"])
 def encoder(request, model_folder):
-    templates = TEMPLATES[request.param]["movie"]
+    templates = templates_of("movie", prompt=request.param)
     return Encoder(DATA, load_tokenizer(model_folder), templates, 0, 512, prompt=request.param)
 
 
@@ -190,7 +190,7 @@ def test_an_example_has_each_target_and_its_negatives_as_answers(encoder):
 
 
 def test_a_segment_may_show_what_was_disliked_up_to_its_last_target(model_folder):
-    templates = TEMPLATES["history"]["movie"]
+    templates = HISTORY_TEMPLATES["movie"]
     encoder = Encoder(DATA, load_tokenizer(model_folder), templates, 0, 512, prompt="history")
     made, of = Negatives(DATA, "disliked", 0), units(encoder, "train", 60)
     for key, example in encode(encoder, "train", of, [Key(0), Key(1)], made, 3).items():

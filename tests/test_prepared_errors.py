@@ -4,11 +4,18 @@ import json
 
 import pytest
 
-from sdpo_jax.data.prepared import Dataset, UserSequence, Window, read_dataset, write_dataset
+from sdpo_jax.data.prepared import (
+    Dataset,
+    UserSequence,
+    Window,
+    fingerprint,
+    read_dataset,
+    write_dataset,
+)  # fmt: skip
 from sdpo_jax.errors import InputError
 
 TITLES = {item: f"title {item}" for item in range(30)}
-GOOD = {"user": "b", "place": 1, "candidates": [4, 5, 6]}
+GOOD = {"user": "b", "place": 1, "history": [3], "candidates": [4, 5, 6], "target": 5}
 SEQUENCE = {"user": "b", "items": [3, 5, 3], "disliked": [[0, 8], [1, 9], [1, 7]]}
 
 
@@ -58,7 +65,7 @@ def test_the_fingerprint_is_of_what_lies_on_disk(folder):
         text = (folder / name).read_text()
         assert old in text
         (folder / name).write_text(text.replace(old, new))
-        found.add(read_dataset(folder, ["val"]).meta["fingerprint"])
+        found.add(fingerprint(folder))
     assert len(found) == 5
 
 
@@ -80,6 +87,9 @@ def test_the_fingerprint_is_of_what_lies_on_disk(folder):
         ({"user": None}, "user None, expected a user of sequences"),
         ({"user": "a"}, "user 'a', expected a user of sequences"),
         ({"user": []}, r"user \[\], expected a user of sequences"),
+        ({"target": 6}, "target 6, expected 5, as in the user's sequence"),
+        ({"history": [5]}, r"history \[5\], expected \[3\], as in the user's sequence"),
+        ({"history": "3"}, "history '3', expected"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_line(folder, change, said):

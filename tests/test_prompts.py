@@ -12,7 +12,7 @@ from sdpo_jax.model_folder import load_tokenizer
 ROOT = Path(__file__).parents[1]
 
 
-DOMAINS = prompts.TEMPLATES["candidates"]
+DOMAINS = prompts.TEMPLATES
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -27,7 +27,7 @@ def test_every_domain_has_eight_short_templates_that_end_before_the_answer(domai
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_every_domain_has_eight_short_templates_whose_history_comes_last(domain):
-    templates = prompts.TEMPLATES["history"][domain]
+    templates = prompts.HISTORY_TEMPLATES[domain]
     assert len(set(templates)) >= 8
     for template in templates:
         head = prompts.head(template)

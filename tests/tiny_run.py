@@ -82,7 +82,7 @@ def make_run(folder: Path, prompt: str = "candidates", data: Dataset | None = No
     }  # fmt: skip
     meta = json.loads((folder / "model" / "model.json").read_text())
     fingerprint = read_dataset(folder / "data").meta["fingerprint"]
-    templates = prompts.TEMPLATES[prompt]["movie"]
+    templates = prompts.templates_of("movie", prompt=prompt)
     fingerprints = {"dataset": fingerprint, "model": meta["sha256"]}
     open_run(folder / "run", config, fingerprints, templates, templates)
     return folder / "run"

@@ -2,11 +2,12 @@
 
 items.jsonl: {"id", "title"} and the item's attributes under further keys.
 sequences.jsonl: {"user", "items", "disliked"}, one line per user over all splits.
-train.jsonl and the other splits: {"user", "place", "candidates"}. The target of such a window is
-items[place], its history items[max(0, place - N):place], where N is "history" of dataset.json.
+train.jsonl and the other splits: {"user", "place", "history", "candidates", "target"}. The target
+is the user's items[place], the history items[max(0, place - N):place], where N is "history" of
+dataset.json.
 
-Windows of one's own need no sequences.jsonl: {"user", "history", "candidates", "target"}, and
-{"domain"} is enough for dataset.json. N is then their longest history.
+Windows of one's own need neither sequences.jsonl nor "place", and {"domain"} is enough for
+dataset.json. N is then their longest history.
 """
 
 import dataclasses
@@ -27,8 +28,8 @@ DOMAINS = ("movie", "music", "book", "product")
 # Every split a folder can hold, in the order of the fingerprint; the first three must be there.
 SPLITS = ("train", "val", "test", "val_all", "test_all")
 _SEQUENCE_KEYS = ("user", "items", "disliked")
-_WINDOW_KEYS = ("user", "place", "candidates")
 _OWN_KEYS = ("user", "history", "candidates", "target")
+_WINDOW_KEYS = ("user", "place", "history", "candidates", "target")
 _PREPARE = "python -m sdpo_jax.prepare --dataset=movielens|lastfm|goodreads|amazon|csv --output={}"
 
 
@@ -297,11 +298,11 @@ def _disliked(
 
 
 def _is_own(path: Path) -> bool:
-    """Whether windows of one's own lie there: each has its history, and there are no sequences."""
+    """Whether windows of one's own lie there: without places, and there are no sequences."""
     if os.path.lexists(path / "sequences.jsonl") or not os.path.lexists(path / "train.jsonl"):
         return False
     _, first = next(_rows(path / "train.jsonl", ("user", "candidates")))
-    return "history" in first
+    return "place" not in first
 
 
 def _read_own(
@@ -372,7 +373,12 @@ def _window(
         )
     if len({titles[item] for item in candidates}) < len(candidates):
         raise _bad(where, "two candidates with the same title", "distinct titles")
-    return sequence.window(place, history, candidates)
+    window = sequence.window(place, history, candidates)
+    for key, expected in (("history", list(window.history)), ("target", target)):
+        if record[key] != expected:
+            found = f"{key} {shown(record[key])}"
+            raise _bad(where, found, f"{shown(expected)}, as in the user's sequence")
+    return window
 
 
 def _ids(where: str, key: str, value: object, titles: dict[int, str], least: int):

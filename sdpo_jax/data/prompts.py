@@ -102,7 +102,7 @@ _WORDING = {
 }  # fmt: skip
 
 # prompt -> domain -> templates
-TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
+_BUILT_IN: dict[str, dict[str, tuple[str, ...]]] = {
     prompt: {
         domain: tuple(
             lists.format(before=before, between=between, after=after)
@@ -112,6 +112,7 @@ TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
     }
     for prompt, lists in _LISTS.items()
 }
+TEMPLATES, HISTORY_TEMPLATES = _BUILT_IN["candidates"], _BUILT_IN["history"]  # by domain
 
 
 def templates_of(domain: str, prompt_file: str = "", prompt: str = "candidates") -> tuple[str, ...]:
@@ -119,7 +120,7 @@ def templates_of(domain: str, prompt_file: str = "", prompt: str = "candidates")
 
     Raises InputError.
     """
-    return read_templates(prompt_file, prompt) if prompt_file else TEMPLATES[prompt][domain]
+    return read_templates(prompt_file, prompt) if prompt_file else _BUILT_IN[prompt][domain]
 
 
 def in_chat(template: str, tokenizer: Any, options: str = "{}") -> str:

@@ -12,7 +12,7 @@ from sdpo_jax.data.table import Form
 from sdpo_jax.data.text import has_entity, plain
 from sdpo_jax.errors import InputError, shown
 
-VAGUE = 0.8  # share of a user's neighbours with one time from which on the order is made up
+VAGUE = 0.95  # share of a user's neighbours with one time from which on the order is made up
 
 _SPLIT = {
     "users": "users by first interaction, 8:1:1; history {} items; train: every window, val and "

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
-from tiny import hf_folder, tiny_dataset
+from tiny import hf_folder, history_dataset, tiny_dataset
 
 from configs import movielens
 from sdpo_jax.chatrec import chatrec
@@ -159,6 +159,13 @@ def dataset_folder(tmp_path_factory) -> Path:
 def config(dataset_folder, model_folder) -> ml_collections.ConfigDict:
     """One step of each stage in this process, on its eight devices."""
     return tiny_config(dataset_folder, model_folder)
+
+
+@pytest.fixture(scope="session")
+def histories_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "histories"
+    write_dataset(folder, history_dataset())
+    return folder
 
 
 def tiny_config(dataset_folder: Path, model_folder: Path) -> ml_collections.ConfigDict:

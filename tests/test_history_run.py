@@ -14,12 +14,11 @@ import trainers
 from conftest import tiny_config
 from flax import nnx
 from test_decoder_parity import all_logits
-from tiny import history_dataset
 from trainers import NEVER
 
 from sdpo_jax.convert import convert
 from sdpo_jax.data.loader import choose_shapes, collate
-from sdpo_jax.data.prepared import read_dataset, write_dataset
+from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.errors import InputError
 from sdpo_jax.evaluate import evaluate
 from sdpo_jax.evaluation.evaluator import Evaluator
@@ -36,24 +35,18 @@ from sdpo_jax.workdir import read_run, stage_result
 
 pytestmark = pytest.mark.usefixtures("kept_compilations")
 STEPS = 12
-HISTORY = {
-    "prompt": "history", "segment": 4, "history": 3, "negatives": "uniform", "redraw": True,
-    "batch_size": 8, "microbatch": 1, "checkpoint_every": 1,
-    "sft.learning_rate": 0.002, "sdpo.learning_rate": 0.002,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "histories"
-    write_dataset(folder, history_dataset())
-    return folder
+def data(histories_folder) -> Path:
+    return histories_folder
 
 
 @pytest.fixture(scope="module")
 def flags(data, model_folder):
     def make(run: Path, **changes) -> list[str]:
-        return trainers.config_flags(run, data, model_folder, STEPS, **(HISTORY | changes))
+        changes = {"checkpoint_every": 1} | changes
+        return trainers.history_flags(run, data, model_folder, STEPS, **changes)
 
     return make
 
@@ -118,20 +111,6 @@ def test_killed_in_each_stage_it_goes_on_to_the_same_weights(flags, unbroken, tm
         assert stage_result(run, stage) is None
     trainers.end(trainers.start(flags(run)))
     assert trainers.differences(run, unbroken[0], STEPS) == 0
-
-
-def assert_same_curves(run: Path, other: Path) -> None:
-    for stage in ("sft", "sdpo"):
-        found, expected = trainers.curve(run, stage), trainers.curve(other, stage)
-        assert len(expected) == STEPS
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_eight_devices_of_two_processes_lose_what_one_does(unbroken, flags, tmp_path):
-    run, mesh = tmp_path / "run", {"mesh.data": 4, "mesh.fsdp": 2}
-    output = trainers.end(trainers.start(flags(run, **mesh), processes=2, CPU_DEVICES="4"))
-    assert "8 cpu device(s) in 2 process(es)" in output
-    assert_same_curves(run, unbroken[0])
 
 
 def short(data, model_folder, **changes):

@@ -12,20 +12,14 @@ import trainers
 from sdpo_jax import runtime
 from sdpo_jax.errors import InputError
 
-STEPS = {"sft": 8, "sdpo": 14}
-# Small steps: Adam turns a gradient of rounding's size into a step as large as any other.
-MESH = {
-    "batch_size": 8, "microbatch": 1, "sft.max_steps": 8, "sft.learning_rate": 0.002,
-    "sdpo.learning_rate": 0.002,
-}  # fmt: skip
+STEPS = {"sft": 8, "sdpo": 12}
 
 
 @pytest.fixture(scope="module")
-def flags(dataset_folder, model_folder):
+def flags(histories_folder, model_folder):
     def make(run: Path, **changes) -> list[str]:
-        return trainers.config_flags(
-            run, dataset_folder, model_folder, STEPS["sdpo"], **(MESH | changes)
-        )
+        changes = {"sft.max_steps": STEPS["sft"]} | changes
+        return trainers.history_flags(run, histories_folder, model_folder, STEPS["sdpo"], **changes)
 
     return make
 
@@ -50,7 +44,7 @@ def test_two_processes_with_four_devices_each_lose_what_one_device_loses(alone, 
     mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
     output = trainers.end(trainers.start(flags(run, **mesh), processes=2, CPU_DEVICES="4"))
     assert "8 cpu device(s) in 2 process(es)" in output
-    assert output.count("--- train example 0, 1 target(s) ---") == 1  # process 0 alone speaks
+    assert output.count("--- train example 0, 3 target(s) ---") == 1  # process 0 alone speaks
     assert_same_curves(run, alone)
 
 

@@ -239,7 +239,9 @@ def test_a_terminal_of_another_locale_shows_titles_and_changes_nothing(
                    "TZ": "Asia/Kathmandu"}),
     ):  # fmt: skip
         run = tmp_path / name
-        flags = trainers.config_flags(run, dataset_folder, model_folder, 3, prompt_file=template)
+        flags = trainers.config_flags(
+            run, dataset_folder, model_folder, 3, prompt_file=template, stages="('sft',)"
+        )
         trainers.end(trainers.start(flags, **settings))
         made[name] = run
     assert trainers.differences(made["other"], made["plain"], 3) == 0

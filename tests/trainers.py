@@ -43,6 +43,18 @@ def config_flags(run: Path, dataset: Path, model: Path, steps: int, **changes) -
     ]
 
 
+def history_flags(run: Path, dataset: Path, model: Path, steps: int, **changes) -> list[str]:
+    """Of histories, with small steps.
+
+    Adam turns a gradient of rounding's size into a step as large as any other.
+    """
+    keys = {
+        "prompt": "history", "segment": 4, "history": 3, "negatives": "uniform", "redraw": True,
+        "batch_size": 8, "microbatch": 1, "sft.learning_rate": 0.002, "sdpo.learning_rate": 0.002,
+    }  # fmt: skip
+    return config_flags(run, dataset, model, steps, **keys | changes)
+
+
 def start(flags: Sequence[str], *, processes: int = 1, **settings) -> subprocess.Popen:
     """One process, or `launch/local.sh` with several; a group of its own."""
     one = [sys.executable, "-m", "sdpo_jax.train"]
@@ -92,9 +104,9 @@ def curve(run: Path, stage: str) -> list[float]:
 
 
 def adapters(run: Path, step: int) -> dict[str, list[np.ndarray]]:
-    """LoRA arrays of each stage at `step`, as stored."""
+    """LoRA arrays of each stage that was run at `step`, as stored."""
     found = {}
-    for stage in ("sft", "sdpo"):
+    for stage in (stage for stage in ("sft", "sdpo") if (run / stage).exists()):
         checkpoints = Checkpoints(run / stage, read_only=True)
         stored = checkpoints.restore_raw(step)
         found[stage] = [np.asarray(x) for x in jax.tree.leaves(stored)]

@@ -239,6 +239,14 @@ def test_a_quote_that_does_not_end_leads_to_the_option(tmp_path):
     assert read_csv(file, Form.of(None, None, "none")).titles[0] == '"Weird Title, the 0th'
 
 
+@pytest.mark.parametrize("rounded", ["7.65612E+16", "1e+17", "9.78059E+12"])
+def test_an_id_that_a_spreadsheet_rounded_is_refused(tmp_path, rounded):
+    """Several ids become one."""
+    file = write_csv(tmp_path / "my.csv")
+    file.write_text(file.read_text().replace("\n1,", f"\n{rounded},"))
+    refused(file, f"{file}:10: found user {rounded!r}, rounded as spreadsheets do, expected all")
+
+
 def test_a_quote_after_a_backslash_leads_to_the_option(tmp_path):
     """As in Book-Crossing's files."""
     usual = written(tmp_path / "my.csv", HEADER, ";")

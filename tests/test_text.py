@@ -22,6 +22,7 @@ from sdpo_jax.prepare import prepare
         ("\u212bngström", "Ångström"),  # the sign for the unit is the letter
         ("  two\u00a0 kinds\u3000of\tspace ", "two kinds of space"),
         ("zero\u200bwidth\ufeff", "zerowidth"),
+        ("soft\u00adhyphen", "softhyphen"),
         ("Rise &amp; Shine", "Rise & Shine"),
         ("Kid&#39;s &#x201c;Tent&#x201D;", "Kid's “Tent”"),
         ("twice &amp;amp;quot;escaped&amp;amp;quot;", 'twice "escaped"'),

@@ -21,6 +21,7 @@ _EXPECTED = f"expected a CSV file with the columns {', '.join(COLUMNS)}: correct
 _RATING = re.compile(r".*ratings?|rate|stars?|score|overall|grade")
 _OF_MANY = re.compile("average|avg|mean|count|number|num|total|time|timestamp|date")
 _OURS = ("id", "title", "item")  # keys of items.jsonl
+_ROUNDED = re.compile(r"\d(\.\d+)?[eE]\+\d+")  # as spreadsheets write long numbers
 _SEPARATOR = re.compile(r'"?sep=(.)"?\s*')  # the first line of some files of Excel
 
 
@@ -218,5 +219,8 @@ def _check(where: str, row: dict[str, str]) -> None:
     for name in ("user", "item"):
         if not row[name]:
             raise raw.bad(where, f"an empty {name}", "any text")
+        if _ROUNDED.fullmatch(row[name]):
+            found = f"{name} {shown(row[name])}, rounded as spreadsheets do"
+            raise raw.bad(where, found, "all digits: save the column again as text")
     if not is_title(row["title"]):
         raise raw.bad(where, f"title {shown(row['title'])}", "one line of text")

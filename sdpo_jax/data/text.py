@@ -16,7 +16,7 @@ from sdpo_jax.errors import InputError, shown
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
 # Four letters in a row beyond ASCII: no word of Latin-1 has them, those of other encodings do.
 _FOREIGN = re.compile(rb"[\x80-\xff]{4}")
-_ZERO_WIDTH = re.compile("[\u200b\u2060\ufeff]")
+_INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")  # soft hyphens, and what has no width
 
 
 def plain(title: str) -> str:
@@ -27,7 +27,7 @@ def plain(title: str) -> str:
     """
     while (resolved := _ENTITY.sub(lambda match: html.unescape(match[0]), title)) != title:
         title = resolved  # "&amp;amp;" is met as well
-    return " ".join(unicodedata.normalize("NFC", _ZERO_WIDTH.sub("", title)).split())
+    return " ".join(unicodedata.normalize("NFC", _INVISIBLE.sub("", title)).split())
 
 
 def has_entity(title: str) -> bool:
@@ -56,10 +56,11 @@ def text_lines(where: str, lines: Iterable[bytes], encoding: str = "") -> Iterat
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError:
+            text = latin_1(f"{where}:{number}", line)
             if not told:
                 logging.warning("%s:%d: read as Latin-1, as it is not UTF-8", where, number)
             told = True
-            yield latin_1(f"{where}:{number}", line)
+            yield text
 
 
 def latin_1(where: str, line: bytes) -> str:
@@ -70,7 +71,7 @@ def latin_1(where: str, line: bytes) -> str:
     if _FOREIGN.search(line):
         raise InputError(
             f"{where}: found {shown(line.strip())}, expected UTF-8 or Latin-1: save the file as "
-            "UTF-8"
+            "UTF-8, or give its --encoding with --dataset=csv"
         )
     try:
         return line.decode("cp1252")

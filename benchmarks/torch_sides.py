@@ -139,7 +139,7 @@ def padded_rows(examples: Sequence[Example], device: torch.device) -> dict:
     rows = [
         (e.prompt[: place + 1], answer)
         for e in examples
-        for place, answers in zip(e.places, e.answers, strict=True)
+        for place, answers in zip(e.places, e.answers_MC, strict=True)
         for answer in answers
     ]
     size = max(len(prompt) + len(answer) for prompt, answer in rows)
@@ -165,8 +165,8 @@ class TrlSide:
         from trl import DPOConfig, DPOTrainer
 
         decode = self.tokenizer.decode
-        rows = [{"prompt": decode(e.prompt), "chosen": decode(e.answers[0][0][:-1]),
-                 "rejected": decode(e.answers[0][1][:-1])} for e in examples]  # fmt: skip
+        rows = [{"prompt": decode(e.prompt), "chosen": decode(e.answers_MC[0][0][:-1]),
+                 "rejected": decode(e.answers_MC[0][1][:-1])} for e in examples]  # fmt: skip
         flags = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
             config = DPOConfig(

@@ -75,9 +75,7 @@ def lengths(examples: Sequence[Example]) -> dict[str, float]:
     """Medians, in tokens."""
     return {
         "prompt_tokens": statistics.median(len(e.prompt) for e in examples),
-        "answer_tokens": statistics.median(
-            len(a) for e in examples for answers in e.answers for a in answers
-        ),
+        "answer_tokens": statistics.median(len(a) for e in examples for a in e.answers),
     }
 
 

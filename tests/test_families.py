@@ -110,7 +110,7 @@ def test_nor_does_sharing_a_history_among_all_of_its_targets(models, name, negat
 
     def batch_of(answers: int):
         cut = [
-            dataclasses.replace(e, answers=tuple(of[:answers] for of in e.answers))
+            dataclasses.replace(e, answers_MC=tuple(of[:answers] for of in e.answers_MC))
             for e in examples
         ]
         return collate(cut, choose_shapes([cut], rows=3)[0], rows=3)

@@ -93,7 +93,7 @@ def test_it_is_evaluated_with_every_decoder(unbroken):
     model = evaluator.model
     logp = jax.jit(lambda batch: padded_logp(nnx.merge(model.graphdef, lora, model.base), batch))
     for i, example in enumerate(evaluator.examples):
-        assert example.prompt[-1] == evaluator.encoder.end == example.answers[0][0][-1]
+        assert example.prompt[-1] == evaluator.encoder.end == example.answers_MC[0][0][-1]
         expected = np.asarray(logp(collate([example], choose_shapes([[example]])[0])))[0, 0]
         scores = dict(found["score"][i]["ranked"])
         titles = [evaluator.dataset.titles[c] for c in evaluator.windows[i].candidates]

@@ -103,7 +103,7 @@ def test_every_token_of_an_answer_is_predicted_by_the_one_before_it():
         for b, example in enumerate(examples):
             head, packed = batch["prompt_BP"][b][batch["head_BE"][b]], batch["packed_BS"][b]
             fed = np.concatenate([head, answers[b][packed]])
-            for m, (place, of) in enumerate(zip(example.places, example.answers, strict=True)):
+            for m, (place, of) in enumerate(zip(example.places, example.answers_MC, strict=True)):
                 for c, answer in enumerate(of):
                     predictor = batch["predictor_BMCA"][b, m, c, : len(answer)]
                     np.testing.assert_array_equal(
@@ -119,9 +119,9 @@ def test_the_prompt_shows_history_and_candidates_and_the_answer_ends_in_eos(enco
     for item in (*window.history, *window.candidates):
         assert f"\n{titles[item]}\n" in text
     example = encoder.examples("train", [3], [[window.target]])[0]
-    assert example.answers[0][0][-1] == encoder.tokenizer.eos_token_id
+    assert example.answers_MC[0][0][-1] == encoder.tokenizer.eos_token_id
     decode = encoder.tokenizer.decode
-    assert decode(example.answers[0][0][:-1]) == titles[window.target]
+    assert decode(example.answers_MC[0][0][:-1]) == titles[window.target]
 
 
 def test_a_long_prompt_keeps_its_end_and_is_counted(encoder, model_folder):
@@ -129,7 +129,7 @@ def test_a_long_prompt_keeps_its_end_and_is_counted(encoder, model_folder):
     window = short.window("train", 0)
     example = short.examples("train", [0], [window.candidates])[0]
     whole = encoder.examples("train", [0], [window.candidates])[0]
-    longest = max(map(len, example.answers[0]))
+    longest = max(map(len, example.answers_MC[0]))
     assert len(example.prompt) == 60 - longest
     np.testing.assert_array_equal(example.prompt, whole.prompt[-len(example.prompt) :])
     assert short.truncated == 1

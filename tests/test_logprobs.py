@@ -90,15 +90,15 @@ def test_a_target_is_bit_identical_when_what_follows_or_another_branch_changes(m
         return np.where(ids == 2, 2, (ids + 31 - 3) % 94 + 3).astype(np.int32)
 
     def change(e):
-        kept = e.places[target] + len(e.answers[target][0])
+        kept = e.places[target] + len(e.answers_MC[target][0])
         answers = tuple(
             of
             if m == target
             else tuple(other(a) if c or m > target else a for c, a in enumerate(of))
-            for m, of in enumerate(e.answers)
+            for m, of in enumerate(e.answers_MC)
         )
         prompt = np.concatenate([e.prompt[:kept], other(e.prompt[kept:])])
-        return dataclasses.replace(e, prompt=prompt, answers=answers)
+        return dataclasses.replace(e, prompt=prompt, answers_MC=answers)
 
     logp = jax.jit(lambda batch: shared_prefix_logp(model.decoder, batch))
     before = np.asarray(logp(collate_padded(examples)))

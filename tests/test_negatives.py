@@ -184,7 +184,7 @@ def test_an_example_has_each_target_and_its_negatives_as_answers(encoder):
     assert set(found) == set(keys)
     for key, example in found.items():
         assert len(of[key.unit]) == example.M
-        for row, answers in zip(of[key.unit], example.answers, strict=True):
+        for row, answers in zip(of[key.unit], example.answers_MC, strict=True):
             items = [encoder.window("train", row).target, *made.draw("train", row, 3, key.draw)]
             assert titles_of(encoder, answers) == [DATA.titles[item] for item in items]
 
@@ -197,7 +197,7 @@ def test_a_segment_may_show_what_was_disliked_up_to_its_last_target(model_folder
         last = encoder.window("train", of[key.unit][-1])
         pairs = DATA.sequences[last.user].disliked
         near = {DATA.titles[item] for place, item in pairs if place <= last.place}
-        for answers in example.answers:
+        for answers in example.answers_MC:
             assert near <= set(titles_of(encoder, answers))
 
 

@@ -120,13 +120,13 @@ def test_each_place_predicts_the_first_token_of_its_title(encoder):
         example = segment(encoder, "train", rows, others=(0, 5))
         assert (example.M, example.C, example.continued) == (len(rows), 3, True)
         whole = [*example.prompt.tolist(), encoder.end]
-        for row, place, answers in zip(rows, example.places, example.answers, strict=True):
+        for row, place, answers in zip(rows, example.places, example.answers_MC, strict=True):
             target = encoder.answer(encoder.window("train", row).target)
             assert whole[place + 1 : place + 1 + len(target)] == target.tolist()
             np.testing.assert_array_equal(answers[0], target)
             np.testing.assert_array_equal(answers[1], encoder.answer(0))
             assert all(answer[-1] == encoder.end for answer in answers)
-        assert example.places[-1] + len(example.answers[-1][0]) == len(example.prompt)
+        assert example.places[-1] + len(example.answers_MC[-1][0]) == len(example.prompt)
 
 
 def test_the_first_target_has_the_prompt_that_evaluation_gives_it(encoder):

@@ -83,9 +83,9 @@ def _fill(example: Example, row: dict[str, np.ndarray]) -> None:
     row["prompt_mask_BP"][padding:] = True
     row["place_BM"][:M] = places_M = padding + np.asarray(example.places, np.int32)
 
-    sizes_MC = np.array([[len(answer) for answer in answers] for answers in example.answers])
+    sizes_MC = np.array([[len(answer) for answer in answers] for answers in example.answers_MC])
     mask_MCA = np.arange(A) < sizes_MC[..., None]
-    row["answers_BMCA"][:M][mask_MCA] = np.concatenate([a for of in example.answers for a in of])
+    row["answers_BMCA"][:M][mask_MCA] = np.concatenate(example.answers)
     row["answers_mask_BMCA"][:M] = mask_MCA
 
     fed_MCA = np.arange(A) < sizes_MC[..., None] - 1
@@ -118,7 +118,7 @@ def choose_shapes(
     The batches, sorted by the tokens of their fullest row, are cut again and again where that
     saves the most tokens.
     """
-    A = max(len(a) for examples in batches for e in examples for of in e.answers for a in of)
+    A = max(len(a) for examples in batches for e in examples for a in e.answers)
     needs = np.array([_needs(examples, rows) for examples in batches])
     parts = [np.argsort(needs[:, 0], kind="stable")]
     while len(parts) < limit:

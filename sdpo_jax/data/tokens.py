@@ -28,7 +28,7 @@ class Example:
 
     prompt: np.ndarray
     places: tuple[int, ...]
-    answers: tuple[tuple[np.ndarray, ...], ...]
+    answers_MC: tuple[tuple[np.ndarray, ...], ...]
     continued: bool = False
 
     @classmethod
@@ -37,22 +37,27 @@ class Example:
         return cls(prompt, (len(prompt) - 1,), (tuple(answers),))
 
     @property
+    def answers(self) -> tuple[np.ndarray, ...]:
+        """The M * C answers, target by target."""
+        return tuple(answer for answers_C in self.answers_MC for answer in answers_C)
+
+    @property
     def M(self) -> int:
-        return len(self.answers)
+        return len(self.answers_MC)
 
     @property
     def C(self) -> int:
-        return len(self.answers[0])
+        return len(self.answers_MC[0])
 
     @property
     def packed(self) -> int:
         """How many answer tokens are fed beside the prompt: all but each answer's last."""
-        return sum(len(a) - 1 for answers in self.answers for a in answers[self.continued :])
+        return sum(len(a) - 1 for answers in self.answers_MC for a in answers[self.continued :])
 
     @property
     def heads(self) -> int:
         """How many prompt tokens predict a token of an answer."""
-        return sum(len(answers[0]) for answers in self.answers) if self.continued else self.M
+        return sum(len(answers[0]) for answers in self.answers_MC) if self.continued else self.M
 
     @property
     def tokens(self) -> int:

@@ -136,9 +136,9 @@ class Stage:
             chosen_MC = chosen_in_band(logp_MC, self.K, self.config.hard_band)
             answers = tuple(
                 tuple(of[c] for c in chosen_C)
-                for of, chosen_C in zip(example.answers, chosen_MC, strict=True)
+                for of, chosen_C in zip(example.answers_MC, chosen_MC, strict=True)
             )
-            kept.append(dataclasses.replace(example, answers=answers))
+            kept.append(dataclasses.replace(example, answers_MC=answers))
             of_kept.append(np.take_along_axis(logp_MC, chosen_MC, 1))
         return kept, of_kept
 

@@ -48,14 +48,20 @@ def test_two_processes_with_four_devices_each_lose_what_one_device_loses(alone, 
     assert_same_curves(run, alone)
 
 
-def test_a_run_goes_on_after_a_dead_peer_on_another_mesh(alone, flags, tmp_path):
+def test_a_run_goes_on_after_a_dead_peer_and_a_signal_on_another_mesh(alone, flags, tmp_path):
     run = tmp_path / "run"
     spread = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 1}
     process = trainers.start(flags(run, **spread), processes=2, CPU_DEVICES="2")
-    trainers.wait_for_step(process, run, "sdpo", 3)
+    trainers.wait_for_step(process, run, "sft", 3)
     os.kill(children(process)[1], signal.SIGKILL)
     trainers.end(process, expected=128 + signal.SIGKILL)
+
+    process = trainers.start(flags(run, **spread), processes=2, CPU_DEVICES="2")
+    trainers.wait_for_step(process, run, "sdpo", 3)
+    process.send_signal(signal.SIGTERM)
+    assert "the same command goes on" in trainers.end(process, expected=os.EX_TEMPFAIL)
     assert len(trainers.curve(run, "sdpo")) < STEPS["sdpo"]
+
     trainers.end(trainers.start(flags(run), devices=2))
     assert_same_curves(run, alone)
 

@@ -24,7 +24,7 @@ from sdpo_jax.convert import convert
 from sdpo_jax.data.prepared import write_dataset
 from sdpo_jax.training.metrics import read_metrics
 
-STEPS = 15  # so few have one shape per stage, which takes longer to compile than all of them
+STEPS = 16  # two shapes per stage, which take longer to compile than all of the steps
 EARLY = 0.2  # share of kills that come before the first step, while the run is being opened
 LATEST = 2.0  # seconds after the first step
 

@@ -24,6 +24,7 @@ from benchmarks import (
 from benchmarks.flops import matrix_flops
 from benchmarks.workload import equal_examples
 from sdpo_jax.data.loader import choose_shapes, collate
+from sdpo_jax.errors import InputError
 from sdpo_jax.training.step import make_logp
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +50,8 @@ def test_a_side_without_its_packages_is_left_out_in_one_line(model_folder, capsy
     assert step.make_sides(["official", "trl"], model_folder, "float32") == {}
     (line,) = capsys.readouterr().out.strip().splitlines()
     assert line.startswith("left out: official, trl") and "bench" in line
+    with pytest.raises(InputError, match=r"--official: .*torch.*pip install -e '.\[bench\]'"):
+        large.time_official("toy", 3, 4, 1)
 
 
 def test_prompts_of_the_workload_are_real_ones(model_folder, dataset_folder):

@@ -10,6 +10,7 @@ from sdpo_jax.data.prompts import TEMPLATES
 from sdpo_jax.data.tokens import Encoder
 from sdpo_jax.errors import InputError
 from sdpo_jax.model_folder import load_tokenizer
+from sdpo_jax.training.stage import most_shapes
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +145,11 @@ def test_no_room_for_a_prompt_is_an_error(encoder):
 def test_rows_spread_over_a_split_include_both_ends():
     assert loader.spread(100, 5) == [0, 25, 50, 74, 99]
     assert loader.spread(3, 5) == loader.spread(3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("steps", "platform", "count"),
+    [(1, "cpu", 1), (16, "cpu", 2), (1000, "cpu", 4), (186, "gpu", 1), (560, "tpu", 2)],
+)
+def test_a_shape_must_repay_its_compilation(steps, platform, count):
+    assert most_shapes(steps, platform) == count

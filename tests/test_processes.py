@@ -12,7 +12,7 @@ import trainers
 from sdpo_jax import runtime
 from sdpo_jax.errors import InputError
 
-STEPS = {"sft": 8, "sdpo": 12}
+STEPS = {"sft": 8, "sdpo": 16}  # one shape and two
 
 
 @pytest.fixture(scope="module")

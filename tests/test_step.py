@@ -122,6 +122,23 @@ def test_the_step_runs_the_layers_once_forward_and_once_backward(make):
     assert sorted(scan.params["reverse"] for scan in scans) == [False, True]
 
 
+@pytest.mark.parametrize("objective", [SDPO, sft_objective])
+def test_the_model_is_traced_once_however_many_microbatches_there_are(objective):
+    model, mesh, traced = tiny_model(), mesh_of(), []
+    logp = make_logp(model.graphdef, "shared_prefix")
+
+    def counted(*args):
+        traced.append(args)
+        return logp(*args)
+
+    lora, base = placed(model, mesh)
+    placement = state_shardings(lora, OPTIMIZER, mesh)
+    step = make_train_step(counted, objective, OPTIMIZER, placement, mesh)
+    batches = microbatches(random_batch(B=8, C=3, rows=4), 4)
+    step.trace(init_state(lora, OPTIMIZER, mesh), base, batches)
+    assert len(traced) == 1
+
+
 def test_no_weight_gradient_is_formed(lowered):
     """The backward scan's results have the shapes of adapters and activations, of no kernel."""
     step, args = lowered

@@ -51,10 +51,13 @@ from sdpo_jax.training.step import (
 from sdpo_jax.training.throughput import traced
 from sdpo_jax.workdir import stage_result, write_json, write_stage_result
 
-# Roughly what a compilation costs, so that short runs use fewer shapes: on CPUs, and on other
-# devices, where it takes 12 to 20 seconds and a step of a small model a twentieth of one.
-COMPILATION_IN_STEPS = {"cpu": 8, "other": 256}
-# SAVE = 300.0  # between two copies on disk of a reference pass in progress
+
+def most_shapes(steps: int, platform: str) -> int:
+    """How many shapes may be compiled for a stage of `steps`: what one costs must be repaid.
+
+    On CPUs a compilation costs roughly 8 steps, on other devices hundreds of a small model's.
+    """
+    return max(1, min(loader.MAX_SHAPES, steps // (8 if platform == "cpu" else 256)))
 
 
 class Stage:
@@ -160,9 +163,7 @@ class Stage:
     ) -> Iterator[dict[str, np.ndarray]]:
         """Batches [number of microbatches, this process's part, ...] from step `start` on."""
         found = references and [[references[key] for key in part] for part in self.cut]
-        platform = self.mesh.devices.flat[0].platform
-        dear = COMPILATION_IN_STEPS.get(platform, COMPILATION_IN_STEPS["other"])
-        limit = max(1, min(loader.MAX_SHAPES, self.steps // dear))
+        limit = most_shapes(self.steps, self.mesh.devices.flat[0].platform)
         examples = [[self.train_examples[key] for key in part] for part in self.cut]
         count, shards = self.config.batch_size // self.inference.batch_size, self.inference.rows
         own = [i * shards + j for i in range(count) for j in sharding.local_shards(self.mesh)]

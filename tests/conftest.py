@@ -3,13 +3,8 @@
 import os
 import threading
 
-# Without optimisation, as the tests compile much and compute little.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
-
-# Nor is what they compile kept: most has shapes of its own, and keeping costs more than it saves.
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# What is compiled is not kept: most has shapes of its own, and keeping costs more than it saves.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
@@ -25,6 +20,7 @@ import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from tiny import hf_folder, history_dataset, tiny_dataset
+from trainers import XLA_FLAGS
 
 from configs import movielens
 from sdpo_jax.chatrec import chatrec
@@ -36,6 +32,7 @@ from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
 
+os.environ["XLA_FLAGS"] = XLA_FLAGS  # read when the first array is made
 SLOW = (
     "test_survival", "test_processes", "test_history_run", "test_benchmarks", "test_train",
     "test_step", "test_families",

@@ -20,7 +20,7 @@ def convert_offline(name: str, cache: Path, output: Path) -> subprocess.Complete
     return subprocess.run(
         [sys.executable, "-m", "sdpo_jax.convert", f"--model={name}", f"--output={output}"],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "XLA_FLAGS": ""},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)},
     )  # fmt: skip
 
 

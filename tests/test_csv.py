@@ -87,6 +87,10 @@ def test_columns_may_be_in_any_order_quoted_and_with_a_byte_order_mark(tmp_path)
         (f'{HEADER}\na,b,"c\nd",1,5\n', ":3: found title 'c\\nd'"),
         (f"{HEADER}\na,b,c,1,good\n", ":2: found rating 'good', expected a number"),
         (f"{HEADER}\na,b,c,1,nan\n", ":2: found rating 'nan', expected a number"),
+        (
+            f'{HEADER}\na,b,c,1,"4,5"\n',
+            ":2: found rating '4,5', expected a number with a point, as 4.5",
+        ),
         (f"{HEADER}\na,b,c,1,\n", ":2: found rating '', expected a number"),
         (f"{HEADER}\na,b,c,inf,5\n", ":2: found timestamp 'inf', expected a number or ISO 8601"),
         (f"{HEADER}\na,b,c,1_580,5\n", ":2: found timestamp '1_580'"),

@@ -1,5 +1,6 @@
 """Text of people's files: its encoding, and one form of titles in every reader."""
 
+import contextlib
 import gzip
 import json
 import unicodedata
@@ -8,7 +9,7 @@ import pytest
 from test_csv import write_csv
 
 from sdpo_jax.data.prepared import read_dataset
-from sdpo_jax.data.text import has_entity, plain, text_lines
+from sdpo_jax.data.text import has_entity, misread, plain, text_lines
 from sdpo_jax.errors import InputError
 from sdpo_jax.evaluation.metrics import recommended
 from sdpo_jax.prepare import prepare
@@ -149,6 +150,28 @@ def test_titles_that_were_lost_in_another_encoding_are_told(tmp_path):
     file.write_text(text.replace("Title, the 8th", "Les Mis\ufffdrables"))
     told = prepare("csv", str(file), str(tmp_path / "out"))["notes"]
     assert "2 titles hold a character that was lost before, in another encoding" in told
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
+@pytest.mark.parametrize("title", ["Album für die Jugend", "L’été", "Amélie – II", "阿甘正传"])
+def test_titles_whose_utf8_was_read_as_latin_1_are_known(title, encoding):
+    assert not misread(title)
+    with contextlib.suppress(UnicodeDecodeError):  # cp1252 lacks five of the bytes
+        assert misread(title.encode().decode(encoding)) == title
+
+
+@pytest.mark.parametrize("title", ["", "Heat", "Ça ira", "Nº 5", "Ärzte & Öl", "Señor ÿ"])
+def test_titles_of_latin_1_are_what_they_are(title):
+    assert not misread(title)
+
+
+def test_titles_whose_utf8_was_read_as_latin_1_are_told(tmp_path):
+    file = write_csv(tmp_path / "my.csv")
+    text = file.read_text().replace("Title, the 7th", "AmÃ©lie")
+    file.write_text(text.replace("Title, the 8th", "FÃ¼r immer"))
+    told = prepare("csv", str(file), str(tmp_path / "out"))["notes"]
+    assert any(note.startswith("2 titles seem to be UTF-8") and "'AmÃ©lie' for 'Amélie'" in note
+               for note in told)  # fmt: skip
 
 
 def test_titles_of_a_folder_written_by_hand_are_read_in_the_one_form(tmp_path):

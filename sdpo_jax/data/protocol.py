@@ -9,7 +9,7 @@ from sdpo_jax.data.interactions import Interactions
 from sdpo_jax.data.prepared import User, UserSequence, Window, is_title
 from sdpo_jax.data.sources import Sequences, Sessions
 from sdpo_jax.data.table import Form
-from sdpo_jax.data.text import has_entity, plain
+from sdpo_jax.data.text import has_entity, misread, plain
 from sdpo_jax.errors import InputError, shown
 
 VAGUE = 0.95  # share of a user's neighbours with one time from which on the order is made up
@@ -106,11 +106,16 @@ def read_windows(
 def _notes_of(titles: dict[int, str]) -> list[str]:
     """What titles hold that a file should not."""
     entities = sum(map(has_entity, titles.values()))
-    lost = sum("\ufffd" in title or "\u00ef\u00bf\u00bd" in title for title in titles.values())
+    lost = sum("\ufffd" in title + misread(title) for title in titles.values())
+    wrong = {title: before for title in titles.values() if (before := misread(title))}
+    wrong = [(title, before) for title, before in wrong.items() if "\ufffd" not in before]
     return [
         *([f"HTML entities are resolved in {entities:,} titles"] if entities else ()),
         *([f"{lost:,} titles hold a character that was lost before, in another encoding"]
           if lost else ()),
+        *([f"{len(wrong):,} titles seem to be UTF-8 that was read as Latin-1, as "
+           f"{shown(wrong[0][0])} for {shown(wrong[0][1])}: they are kept, save the file again"]
+          if wrong else ()),
     ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import json
 import lzma
 import math
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -20,6 +21,7 @@ from sdpo_jax.errors import InputError, shown
 from sdpo_jax.files import Kind, check_keys
 
 LONGEST = 1 << 24  # bytes of a line; the longest books have some 100 kB
+_COMMA = re.compile(r"-?\d+,\d+")  # a number as spreadsheets of half of Europe write it
 _GZIP = "expected lines of JSON, compressed by gzip: correct --source or fetch it again"
 _JSON = "expected lines of JSON: correct --source or fetch it again"
 
@@ -171,7 +173,8 @@ def number(where: str, name: str, text: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise bad(where, f"{name} {text!r}", "a number")
+        point = f" with a point, as {text.replace(',', '.')}" if _COMMA.fullmatch(text) else ""
+        raise bad(where, f"{name} {text!r}", f"a number{point}")
     return number
 
 

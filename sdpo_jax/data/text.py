@@ -35,6 +35,23 @@ def has_entity(title: str) -> bool:
     return any(html.unescape(entity) != entity for entity in _ENTITY.findall(title))
 
 
+def misread(title: str) -> str:
+    """What a title was before its UTF-8 was read as Latin-1 ("AmÃ©lie": "Amélie"), or ""."""
+    try:
+        found = b"".join(map(_byte, title)).decode("utf-8")
+    except UnicodeError:
+        return ""
+    return found if found != title else ""
+
+
+def _byte(letter: str) -> bytes:
+    """The inverse of `latin_1`. Raises UnicodeEncodeError."""
+    try:
+        return letter.encode("cp1252")
+    except UnicodeEncodeError:
+        return letter.encode("latin-1")
+
+
 def text_lines(where: str, lines: Iterable[bytes], encoding: str = "") -> Iterator[str]:
     """Each line as text: UTF-8, or else `latin_1`, whose first line is told; or all in `encoding`.
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.flops import matrix_flops
-from benchmarks.workload import full_rows_at_once
+from benchmarks.workload import full_rows_at_once, packed_at_once
 from sdpo_jax import sharding
 from sdpo_jax.data import loader
 from sdpo_jax.data.tokens import Example
@@ -49,7 +49,7 @@ class JaxSide:
     def prepare(self, examples: Sequence[Example]) -> tuple[Callable[[], float], dict]:
         """Compiles for a batch; returns what runs and times one step of it, and its facts."""
         C = examples[0].C
-        at_once = len(examples)
+        at_once = packed_at_once(examples)
         if self.layout == "padded":
             at_once = full_rows_at_once(len(examples), C)
         batch, real = self.batch(examples, at_once)

@@ -26,6 +26,7 @@ from sdpo_jax.workdir import write_json
 PROMPT, ANSWER = 300, 9  # Llama tokens of a prompt and of a title with EOS
 SEGMENT = 60  # targets of a history at most
 ROWS = 16  # full rows in memory at once: more of them, with all logits, do not fit 24 GB
+TOKENS = 8192  # of packed rows in memory at once, for the same reason
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "trl")
 
@@ -68,6 +69,13 @@ def equal_examples(count: int, num_negatives: int, prompt: int = PROMPT) -> list
 def full_rows_at_once(count: int, answers: int) -> int:
     """How many of `count` examples go through as full rows at once: a divisor of `count`."""
     fit = [n for n in range(1, count + 1) if count % n == 0 and n * answers <= ROWS]
+    return max(fit, default=1)
+
+
+def packed_at_once(examples: Sequence[Example]) -> int:
+    """How many examples with shared prompts go through at once: a divisor of their number."""
+    longest, count = max(example.tokens for example in examples), len(examples)
+    fit = [n for n in range(1, count + 1) if count % n == 0 and n * longest <= TOKENS]
     return max(fit, default=1)
 
 

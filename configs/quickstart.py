@@ -20,10 +20,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # Two segments, about 90 targets per step.
     config.batch_size, config.microbatch = 2, 2
     config.lora.rank, config.lora.alpha = 16, 64.0
-    config.sft.max_steps, config.sft.learning_rate = 340, 2.5e-3
+    config.sft.max_steps, config.sft.learning_rate = 260, 2.5e-3
     config.sdpo.max_steps, config.sdpo.learning_rate = 6, 1e-4
     config.validation_split, config.validation_windows = "val_all", 50
-    config.eval_every, config.checkpoint_every = 340, 68
+    config.eval_every, config.checkpoint_every = 260, 65
     return common.variant(config, arg, smoke=common.smoke, long=long)
 
 

@@ -1,11 +1,14 @@
 """Models as other tools saved them: quantised, tokens without a row, tokenizers without an end."""
 
+import importlib.util
 import json
 
 import numpy as np
 import pytest
+import sentencepiece
 from test_convert import Q0, edit_tensors
 from tiny import edit_config, hf_folder
+from transformers.utils import is_sentencepiece_available
 
 from sdpo_jax.convert import convert
 from sdpo_jax.errors import InputError
@@ -131,6 +134,28 @@ def test_a_tokenizer_without_an_end_of_answers_is_refused(full, tmp_path, eos, s
 def test_a_sentencepiece_file_alone_leads_to_the_package_it_needs(folder, tmp_path, monkeypatch):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"no model")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    assert is_sentencepiece_available()  # which transformers keeps: other tests need the package
+    find = importlib.util.find_spec
+    without = {"sentencepiece": lambda *_: None}
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *more: without.get(name, find)(name, *more)
+    )
     with pytest.raises(InputError, match=r"pip install 'sdpo_jax\[sentencepiece\]'"):
         load_tokenizer(folder)
+
+
+def test_a_sentencepiece_file_alone_is_read_with_that_package(folder, tmp_path):
+    texts = ["heat", "alien", "the thing", "taxi driver", "twelve monkeys", "quiz", "big fish job"]
+    (tmp_path / "text").write_text("\n".join(texts))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(folder / "tokenizer"), model_type="bpe",
+        vocab_size=V_of(folder), hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    convert(str(folder), str(tmp_path / "out"))
+    found = load_tokenizer(tmp_path / "out")
+    expected = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for text in texts:
+        assert found.encode(text, add_special_tokens=False) == expected.encode(text)
+        assert found.decode(expected.encode(text)) == text

@@ -20,7 +20,7 @@ NEVER = SimpleNamespace(ask=lambda: False, check=lambda: None)  # a StopSignal
 # The tests compile much and compute little: a third of the default's time to compile.
 XLA_FLAGS = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1"
+    "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_multi_thread_eigen=false"
 )
 TIMEOUT = 300  # seconds after which a process that should have ended fails its test
 

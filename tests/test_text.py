@@ -1,6 +1,5 @@
 """Text of people's files: its encoding, and one form of titles in every reader."""
 
-import contextlib
 import gzip
 import json
 import unicodedata
@@ -9,7 +8,7 @@ import pytest
 from test_csv import write_csv
 
 from sdpo_jax.data.prepared import read_dataset
-from sdpo_jax.data.text import has_entity, misread, plain, text_lines
+from sdpo_jax.data.text import has_entity, latin_1, misread, plain, text_lines
 from sdpo_jax.errors import InputError
 from sdpo_jax.evaluation.metrics import recommended
 from sdpo_jax.prepare import prepare
@@ -156,8 +155,11 @@ def test_titles_that_were_lost_in_another_encoding_are_told(tmp_path):
 @pytest.mark.parametrize("title", ["Album für die Jugend", "L’été", "Amélie – II", "阿甘正传"])
 def test_titles_whose_utf8_was_read_as_latin_1_are_known(title, encoding):
     assert not misread(title)
-    with contextlib.suppress(UnicodeDecodeError):  # cp1252 lacks five of the bytes
-        assert misread(title.encode().decode(encoding)) == title
+    assert misread(title.encode().decode(encoding)) == title
+
+
+def test_bytes_without_a_meaning_on_windows_are_known_too():
+    assert misread(latin_1("my.csv", "Á".encode()) + " la carte") == "Á la carte"
 
 
 @pytest.mark.parametrize("title", ["", "Heat", "Ça ira", "Nº 5", "Ärzte & Öl", "Señor ÿ"])

@@ -106,15 +106,15 @@ def read_windows(
 def _notes_of(titles: dict[int, str]) -> list[str]:
     """What titles hold that a file should not."""
     entities = sum(map(has_entity, titles.values()))
-    lost = sum("\ufffd" in title + misread(title) for title in titles.values())
-    wrong = {title: before for title in titles.values() if (before := misread(title))}
-    wrong = [(title, before) for title, before in wrong.items() if "\ufffd" not in before]
+    read = [(title, misread(title)) for title in titles.values()]
+    lost = sum("\ufffd" in title + before for title, before in read)
+    wrong = [(title, before) for title, before in read if before and "\ufffd" not in before]
     return [
         *([f"HTML entities are resolved in {entities:,} titles"] if entities else ()),
         *([f"{lost:,} titles hold a character that was lost before, in another encoding"]
           if lost else ()),
         *([f"{len(wrong):,} titles seem to be UTF-8 that was read as Latin-1, as "
-           f"{shown(wrong[0][0])} for {shown(wrong[0][1])}: they are kept, save the file again"]
+           f"{shown(wrong[0][0])} for {shown(wrong[0][1])}: they are kept as they are"]
           if wrong else ()),
     ]  # fmt: skip
 

@@ -37,11 +37,13 @@ def has_entity(title: str) -> bool:
 
 def misread(title: str) -> str:
     """What a title was before its UTF-8 was read as Latin-1 ("AmÃ©lie": "Amélie"), or ""."""
+    if title.isascii():
+        return ""
     try:
         found = b"".join(map(_byte, title)).decode("utf-8")
     except UnicodeError:
         return ""
-    return found if found != title else ""
+    return found
 
 
 def _byte(letter: str) -> bytes:

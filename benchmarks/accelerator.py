@@ -30,17 +30,14 @@ STEPS = {  # remats, numbers of negatives, batch, microbatches
 }
 
 
-def train(model: Path, dataset: Path, size: str, changes: Sequence[str] = ()) -> dict:
-    """Trains and evaluates in processes of their own, which give the device's memory back.
-
-    `changes` are further flags of `sdpo_jax.train`.
-    """
+def train(model: Path, dataset: Path, size: str) -> dict:
+    """Trains and evaluates in processes of their own, which give the device's memory back."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         seconds = {
             "train": _run(
                 "train", f"--config=configs/movielens.py:{VARIANT[size]}", f"--workdir={run}",
-                f"--config.dataset={dataset}", f"--config.model={model}", *changes,
+                f"--config.dataset={dataset}", f"--config.model={model}",
             ),
             "evaluate": _run(
                 "evaluate", f"--workdir={run}", "--stage=base,sft,sdpo", "--decoder=greedy,score",
@@ -66,10 +63,9 @@ def _run(command: str, *arguments: str) -> float:
     return time.perf_counter() - started
 
 
-def benchmark(model: Path, datasets: Sequence[Path], size: str, repeats: int,
-              changes: Sequence[str] = ()) -> dict:  # fmt: skip
+def benchmark(model: Path, datasets: Sequence[Path], size: str, repeats: int) -> dict:
     """All three parts, training first, while this process holds no device."""
-    trained = [train(model, dataset, size, changes) for dataset in datasets]
+    trained = [train(model, dataset, size) for dataset in datasets]
     set_up_jax("bfloat16")
     return {
         "training": trained,

@@ -7,7 +7,7 @@ import threading
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # What is compiled is not kept: most has shapes of its own, and keeping costs more than it saves.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import dataclasses
 import functools

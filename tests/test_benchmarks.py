@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_step_benchmark_measures_each_side_and_their_ratio(model_folder, dataset_folder):
     sides = ("strong", "ours")
     kinds = ("candidates", "history")
-    found = step.benchmark(model_folder, dataset_folder, sides, [0, 3], 8, 1, "float32", kinds)
+    found = step.benchmark(model_folder, dataset_folder, sides, [0, 3], 4, 1, "float32", kinds)
     assert set(found["targets_per_second"]) == {*sides, "history"}
     assert found["targets_per_second"]["ours"]["3"]["median"] > 0
     assert set(found["ratio"]) == {"ours/strong", "history/ours"}
@@ -152,10 +152,11 @@ def test_all_kernels_of_this_device_compute_the_same():
     assert found["blocks"]["mean_square"] == pytest.approx(found["xla"]["mean_square"], rel=0.01)
 
 
-def test_one_call_trains_and_evaluates_and_times_on_an_accelerator(model_folder, dataset_folder):
-    found = accelerator.benchmark(
-        model_folder, [dataset_folder], "toy", 1, ("--config.batch_size=8", "--config.microbatch=1")
-    )
+def test_one_call_trains_and_evaluates_and_times_on_an_accelerator(
+    model_folder, dataset_folder, monkeypatch
+):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")  # of the processes that it starts
+    found = accelerator.benchmark(model_folder, [dataset_folder], "toy", 1)
     (trained,) = found["training"]
     assert set(trained["stages"]) == {"sft", "sdpo"} and len(trained["eval"]) == 6
     assert found["large"]["steps"] and found["attention"]["kernels"]

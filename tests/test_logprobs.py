@@ -10,6 +10,7 @@ import pytest
 from conftest import collate_padded, random_batch, random_examples, random_segments, tiny_model
 from flax import nnx
 
+from sdpo_jax.models.lora import dropout
 from sdpo_jax.objectives.logprobs import LAYOUTS, padded_logp, shared_prefix_logp
 from sdpo_jax.training.step import preference_objective, sft_objective, sums
 
@@ -143,3 +144,12 @@ def test_dropout_is_a_function_of_its_key():
     logp = [logp(jax.random.key(k)[None]) for k in (0, 0, 1)]
     np.testing.assert_array_equal(logp[0], logp[1])
     assert not np.array_equal(logp[0], logp[2])
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.001])
+def test_dropout_keeps_the_mean_and_loses_its_share(rate):
+    x_WTI = jnp.ones((2, 500, 211))  # a width that four does not divide
+    dropped_WTI = dropout(x_WTI, jax.random.split(jax.random.key(0)), rate)
+    assert (dropped_WTI == 0).mean() == pytest.approx(max(rate, 1 / 256), abs=0.003)
+    assert dropped_WTI.mean() == pytest.approx(1, abs=0.01)
+    assert not np.array_equal(dropped_WTI[0], dropped_WTI[1])

@@ -28,7 +28,7 @@ def flags(histories_folder, model_folder):
 def alone(flags, tmp_path_factory) -> Path:
     """The same training by one process with one device."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    trainers.end(trainers.start(flags(run)))
+    trainers.end(trainers.start(flags(run, checkpoint_every=8)))
     return run
 
 
@@ -41,8 +41,8 @@ def assert_same_curves(run: Path, other: Path) -> None:
 
 def test_two_processes_with_four_devices_each_lose_what_one_device_loses(alone, flags, tmp_path):
     run = tmp_path / "run"
-    mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
-    output = trainers.end(trainers.start(flags(run, **mesh), processes=2, CPU_DEVICES="4"))
+    changes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "checkpoint_every": 8}
+    output = trainers.end(trainers.start(flags(run, **changes), processes=2, CPU_DEVICES="4"))
     assert "8 cpu device(s) in 2 process(es)" in output
     assert output.count("--- train example 0, 3 target(s) ---") == 1  # process 0 alone speaks
     assert_same_curves(run, alone)

@@ -158,12 +158,14 @@ def test_a_loss_that_is_no_number_stops_at_its_step_and_names_the_lines(config, 
 
 def test_a_second_trainer_on_a_workdir_is_refused(dataset_folder, model_folder, tmp_path):
     run = tmp_path / "run"
-    flags = trainers.config_flags(run, dataset_folder, model_folder, steps=200, stages="('sft',)")
-    first = trainers.start([*flags, "--config.sft.epochs=100"])
+    flags = trainers.config_flags(run, dataset_folder, model_folder, stress.STEPS)
+    first = trainers.start(flags)
     trainers.wait_for_step(first, run, "sft", 1)
-    refused = trainers.end(trainers.start([*flags, "--config.sft.epochs=100"]), expected=2)
+    first.send_signal(signal.SIGSTOP)  # so that it lasts
+    refused = trainers.end(trainers.start(flags), expected=2)
     assert "another process is training in it" in refused.splitlines()[-1]
     first.send_signal(signal.SIGTERM)
+    first.send_signal(signal.SIGCONT)
     trainers.end(first, expected=os.EX_TEMPFAIL)
 
 

@@ -29,7 +29,7 @@ def environment(devices: int = 1, **changes: str) -> dict[str, str]:
     """That of a process with its own number of devices, not with the tests' eight."""
     return os.environ | {
         "XLA_FLAGS": XLA_FLAGS, "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices), "PYTHON": sys.executable, "GRACE": "5",
+        "JAX_NUM_CPU_DEVICES": str(devices), "PYTHON": sys.executable, "GRACE": "1",
     } | changes  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sdpo_jax.models.product import product, turned
+from sdpo_jax.models.product import contract, turned
 
 KeyBlock = tuple[jax.Array, jax.Array, jax.Array]
 CAUSAL_BLOCK = 128  # queries; smaller ones skip more of the future and are more operations
@@ -75,7 +75,7 @@ def _attend(q_BGXH, keys, values, masks, dtype):
 
 
 def _scores(q_BGXH, k_BGSH, mask_B1XS, dtype) -> jax.Array:
-    scores_BGXS = product("bgxh,bgsh->bgxs", q_BGXH, k_BGSH, dtype)
+    scores_BGXS = contract("bgxh,bgsh->bgxs", q_BGXH, k_BGSH, dtype)
     return jnp.where(mask_B1XS, scores_BGXS.astype(jnp.float32), -1e30)
 
 
@@ -85,7 +85,7 @@ def _forward(q_BGXH, keys, values, masks, dtype):
     weights = [jnp.exp(s - largest) for s in scores]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
     out_BGXH = sum(
-        product("bgxs,bgsh->bgxh", w.astype(q_BGXH.dtype), v, dtype)
+        contract("bgxs,bgsh->bgxh", w.astype(q_BGXH.dtype), v, dtype)
         for w, v in zip(weights, values, strict=True)
     )
     out_BGXH = checkpoint_name((out_BGXH / total).astype(q_BGXH.dtype), "attention")
@@ -100,13 +100,13 @@ def _backward(dtype, residuals, g_BGXH):
     dq_BGXH, d_keys, d_values = 0.0, [], []
     for k, v, mask in zip(keys, values, masks, strict=True):
         weights = jnp.exp(_scores(q_BGXH, k, mask, dtype) - logsumexp)
-        d_weights = product("bgxh,bgsh->bgxs", g_BGXH, v, dtype)
+        d_weights = contract("bgxh,bgsh->bgxs", g_BGXH, v, dtype)
         d_scores = (weights * (d_weights - mean)).astype(q_BGXH.dtype)
-        dq_BGXH += product("bgxs,bgsh->bgxh", d_scores, k, dtype)
+        dq_BGXH += contract("bgxs,bgsh->bgxh", d_scores, k, dtype)
         # The narrow matrix on the left, or XLA:CPU would transpose the wide one.
-        d_keys.append(turned(product("bgxh,bgxs->bghs", q_BGXH, d_scores, dtype)))
+        d_keys.append(turned(contract("bgxh,bgxs->bghs", q_BGXH, d_scores, dtype)))
         weights = weights.astype(q_BGXH.dtype)
-        d_values.append(turned(product("bgxh,bgxs->bghs", g_BGXH, weights, dtype)))
+        d_values.append(turned(contract("bgxh,bgxs->bghs", g_BGXH, weights, dtype)))
     return dq_BGXH, tuple(d_keys), tuple(d_values), None
 
 

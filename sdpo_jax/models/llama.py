@@ -59,16 +59,18 @@ class Layer(nnx.Module):
         """`mlp` calls the function that it is given, at once or piece by piece."""
         heads = (*x_BTD.shape[:2], -1, self.config.H)
         y = self.attention_norm(x_BTD)
-        q_BTNH = self.q(y, dropout_keys_W).reshape(heads)
-        k_BTGH = self.k(y, dropout_keys_W).reshape(heads)
-        v_BTGH = self.v(y, dropout_keys_W).reshape(heads)
+        dropped = self.q.dropped(y, dropout_keys_W)
+        q_BTNH = self.q(y, dropped).reshape(heads)
+        k_BTGH = self.k(y, dropped).reshape(heads)
+        v_BTGH = self.v(y, dropped).reshape(heads)
         if self.config.qk_norm:
             q_BTNH, k_BTGH = self.q_norm(q_BTNH), self.k_norm(k_BTGH)
         y, kept = attention(rotate(q_BTNH, angles), rotate(k_BTGH, angles), v_BTGH, cache)
-        x_BTD = x_BTD + self.o(y, dropout_keys_W)
+        x_BTD = x_BTD + self.o(y, self.o.dropped(y, dropout_keys_W))
         return x_BTD + mlp(self.mlp, x_BTD, dropout_keys_W), kept
 
     def mlp(self, x_BTD: jax.Array, dropout_keys_W=None) -> jax.Array:
         y = self.mlp_norm(x_BTD)
-        y = swiglu(self.gate(y, dropout_keys_W), self.up(y, dropout_keys_W))
-        return self.down(y, dropout_keys_W)
+        dropped = self.gate.dropped(y, dropout_keys_W)
+        y = swiglu(self.gate(y, dropped), self.up(y, dropped))
+        return self.down(y, self.down.dropped(y, dropout_keys_W))

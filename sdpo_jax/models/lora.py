@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from sdpo_jax.errors import InputError
-from sdpo_jax.models.product import product, turned
+from sdpo_jax.models.product import contract, product, turned
 from sdpo_jax.models.quantize import QUANTISED, Quantised, dense, quantise
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down", "qkv")
@@ -80,11 +80,11 @@ class LoraConfig:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def frozen_product(x_TI: jax.Array, kernel: jax.Array | Quantised, dtype) -> jax.Array:
     """`x W` in `dtype`. The frozen kernel gets no cotangent: no weight gradient can be formed."""
-    return product("ti,io->to", x_TI, dense(kernel, dtype), dtype)
+    return contract("ti,io->to", x_TI, dense(kernel, dtype), dtype)
 
 
 def _frozen_backward(dtype, kernel, g_TO):
-    return product("to,io->ti", g_TO, dense(kernel, dtype), dtype), None
+    return contract("to,io->ti", g_TO, dense(kernel, dtype), dtype), None
 
 
 frozen_product.defvjp(
@@ -103,16 +103,16 @@ def adapter_product(x_TI, a_IR, b_RO, dtype) -> jax.Array:
 
 
 def _adapter_forward(x_TI, a_IR, b_RO, dtype):
-    xa_TR = checkpoint_name(product("ti,ir->tr", x_TI, a_IR, dtype), "adapter")
-    return product("tr,ro->to", xa_TR, b_RO, dtype), (x_TI, xa_TR, a_IR, b_RO)
+    xa_TR = checkpoint_name(contract("ti,ir->tr", x_TI, a_IR, dtype), "adapter")
+    return contract("tr,ro->to", xa_TR, b_RO, dtype), (x_TI, xa_TR, a_IR, b_RO)
 
 
 def _adapter_backward(dtype, residuals, g_TO):
     x_TI, xa_TR, a_IR, b_RO = residuals
-    gb_TR = product("to,ro->tr", g_TO, b_RO, dtype)
-    dx_TI = product("tr,ir->ti", gb_TR, a_IR, dtype)
-    da_IR = turned(product("tr,ti->ri", gb_TR, x_TI, dtype)).astype(a_IR.dtype)
-    db_RO = product("tr,to->ro", xa_TR, g_TO, dtype).astype(b_RO.dtype)
+    gb_TR = contract("to,ro->tr", g_TO, b_RO, dtype)
+    dx_TI = contract("tr,ir->ti", gb_TR, a_IR, dtype)
+    da_IR = turned(contract("tr,ti->ri", gb_TR, x_TI, dtype)).astype(a_IR.dtype)
+    db_RO = contract("tr,to->ro", xa_TR, g_TO, dtype).astype(b_RO.dtype)
     return dx_TI, da_IR, db_RO
 
 
@@ -144,6 +144,20 @@ def fold_in(dropout_keys_W: jax.Array | None, number) -> jax.Array | None:
     if dropout_keys_W is None:
         return None
     return jax.vmap(jax.random.fold_in, (0, None))(dropout_keys_W, number)
+
+
+def dropout(x_WTI: jax.Array, keys_W: jax.Array, rate: float) -> jax.Array:
+    """Zeros at about `rate` of the places, drawn per row; what is kept is scaled up in turn.
+
+    A random word has four bytes, and drawing words is what dropout costs: each place takes one
+    byte, so that the rate is a multiple of 1/256 (0.1 is 26/256), by which the scale goes.
+    """
+    *_, tokens, width = x_WTI.shape
+    lost = min(max(round(256 * rate), 1), 255)
+    draw = functools.partial(jax.random.bits, shape=(tokens, -(-width // 4)), dtype=jnp.uint32)
+    bytes_WTI = jax.lax.bitcast_convert_type(jax.vmap(draw)(keys_W), jnp.uint8)
+    kept_WTI = bytes_WTI.reshape(*x_WTI.shape[:2], -1)[..., :width] >= lost
+    return jnp.where(kept_WTI, x_WTI * (256 / (256 - lost)), 0).astype(x_WTI.dtype)
 
 
 class Linear(nnx.Module):
@@ -182,8 +196,15 @@ class Linear(nnx.Module):
             return Quantised(self.codes[...], self.scale[...], self.options.base_dtype)
         return self.kernel[...]
 
-    def __call__(self, x: jax.Array, dropout_keys_W: jax.Array | None = None) -> jax.Array:
-        """`x` is [W, T, I] where there are dropout keys, one a row."""
+    def dropped(self, x_WTI: jax.Array, dropout_keys_W: jax.Array | None) -> jax.Array | None:
+        """What the adapters of all maps of `x` read in its place, by one key a row; None: `x`."""
+        rate = self.options.lora.dropout
+        if dropout_keys_W is None or rate == 0:
+            return None
+        return dropout(x_WTI, fold_in(dropout_keys_W, self.index), rate)
+
+    def __call__(self, x: jax.Array, dropped: jax.Array | None) -> jax.Array:
+        """`dropped`: what `dropped` gives, which several maps of one `x` share."""
         dtype, lora = self.options.dtype, self.options.lora
         x_TI = x.reshape(-1, x.shape[-1])
         if lora.full:
@@ -191,13 +212,8 @@ class Linear(nnx.Module):
         else:
             y_TO = frozen_product(x_TI, self.weight, dtype)
         if self.adapted:
-            if dropout_keys_W is not None and lora.dropout > 0:
-                keys_W = fold_in(dropout_keys_W, self.index)
-                keep = functools.partial(
-                    jax.random.bernoulli, p=1 - lora.dropout, shape=x.shape[1:]
-                )
-                keep_TI = jax.vmap(keep)(keys_W).reshape(x_TI.shape)
-                x_TI = jnp.where(keep_TI, x_TI / (1 - lora.dropout), 0).astype(x.dtype)
+            if dropped is not None:
+                x_TI = dropped.reshape(x_TI.shape)
             y_TO += adapter_product(x_TI, self.a[...], lora.scale * self.b[...], dtype)
         if self.biased:
             y_TO += self.bias[...].astype(y_TO.dtype)

@@ -32,15 +32,17 @@ class Layer(nnx.Module):
 
     def __call__(self, x_BTD, angles, attention, mlp, cache, dropout_keys_W):
         """`mlp` calls the function that it is given, at once or piece by piece."""
-        qkv = self.qkv(self.attention_norm(x_BTD), dropout_keys_W)
+        y = self.attention_norm(x_BTD)
+        qkv = self.qkv(y, self.qkv.dropped(y, dropout_keys_W))
         # A head's query, key and value lie side by side.
         q, k, v = jax.numpy.split(qkv.reshape(*x_BTD.shape[:2], -1, 3 * self.config.H), 3, -1)
         y, kept = attention(rotate(q, angles), rotate(k, angles), v, cache)
-        attended_BTD = x_BTD + self.o(y, dropout_keys_W)
+        attended_BTD = x_BTD + self.o(y, self.o.dropped(y, dropout_keys_W))
         mlp_input_BTD = x_BTD if self.config.parallel else attended_BTD
         return attended_BTD + mlp(self.mlp, mlp_input_BTD, dropout_keys_W), kept
 
     def mlp(self, x_BTD: jax.Array, dropout_keys_W=None) -> jax.Array:
-        y = self.up(self.mlp_norm(x_BTD), dropout_keys_W)
+        y = self.mlp_norm(x_BTD)
+        y = self.up(y, self.up.dropped(y, dropout_keys_W))
         y = jax.nn.gelu(y, approximate=self.config.gelu == "tanh")
-        return self.down(y, dropout_keys_W)
+        return self.down(y, self.down.dropped(y, dropout_keys_W))

@@ -6,26 +6,33 @@ import jax
 import jax.numpy as jnp
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def product(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
+def contract(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
     """`einsum` with operands in `dtype`, float32 sums and a result in x's own dtype.
 
-    Asking for float32 sums is what reaches XLA:CPU's fast bfloat16 kernels; the vjp is spelled out
-    so that the two products of the backward pass are computed in the same way.
+    For rules that say themselves what their gradient is; what JAX differentiates is a `product`.
     """
     sums = jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
     return sums.astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def product(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
+    """`contract`, the two products of whose backward pass are computed in the same way.
+
+    Asking for float32 sums is what reaches XLA:CPU's fast bfloat16 kernels.
+    """
+    return contract(spec, x, y, dtype)
+
+
 def _forward(spec, x, y, dtype):
-    return product(spec, x, y, dtype), (x, y)
+    return contract(spec, x, y, dtype), (x, y)
 
 
 def _backward(spec, dtype, residuals, g):
     x, y = residuals
     (of_x, of_y), of_g = spec.split("->")[0].split(","), spec.split("->")[1]
-    dx = product(f"{of_g},{of_y}->{of_x}", g, y, dtype)
-    return dx, product(f"{of_g},{of_x}->{of_y}", g, x, dtype).astype(y.dtype)
+    dx = contract(f"{of_g},{of_y}->{of_x}", g, y, dtype)
+    return dx, contract(f"{of_g},{of_x}->{of_y}", g, x, dtype).astype(y.dtype)
 
 
 product.defvjp(_forward, _backward)

@@ -21,7 +21,7 @@ setup: .venv/ready
 	  || { echo "error: $(PYTHON) is older than Python 3.11: run make PYTHON=python3.11 …" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[quickstart,test]'
-	$(BIN)/python -m sdpo_jax.wheels
+	$(BIN)/python -m sdpo_jax.system.wheels
 	@touch $@
 
 quickstart: setup

@@ -17,8 +17,8 @@ from absl import flags
 
 from benchmarks import workload
 from benchmarks.tables import STEP
-from sdpo_jax.errors import InputError, run_command
-from sdpo_jax.models.weights import read_json
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.errors import InputError
 
 SIDES = "official,strong,ours"
 SIDES_OF_PAIRS = "official,strong,trl,trl-best,ours"
@@ -58,13 +58,13 @@ def measure(part: Sequence[str], model: str) -> dict:
                 f"benchmarks.{module} {' '.join(arguments)}: found exit status {done.returncode}, "
                 "expected 0: see what it said above"
             )
-        return read_json(output)
+        return workload.read_result(output)
 
 
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     file = workload.result_file()
-    result = read_json(file) if file.exists() else {}
+    result = workload.read_result(file) if file.exists() else {}
     failed = []
     for name, part in parts(args.dataset, args.others, args.repeats).items():
         if name in result:

@@ -19,8 +19,9 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import kernels, large, workload
-from sdpo_jax.errors import InputError, run_command
-from sdpo_jax.runtime import set_up_jax
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.processes import set_up_jax
 
 VARIANT = {"7b": "medium", "toy": "smoke"}  # of configs/movielens.py
 WINDOWS = 400  # of the test split, that are evaluated

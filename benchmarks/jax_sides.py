@@ -16,11 +16,11 @@ import numpy as np
 
 from benchmarks.flops import matrix_flops
 from benchmarks.workload import full_rows_at_once, packed_at_once
-from sdpo_jax import sharding
 from sdpo_jax.data import loader
 from sdpo_jax.data.tokens import Example
-from sdpo_jax.model_folder import load_model
 from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.models.store import load_model
+from sdpo_jax.system import sharding
 from sdpo_jax.training.optimizer import make_optimizer
 from sdpo_jax.training.step import (
     init_state,
@@ -29,7 +29,7 @@ from sdpo_jax.training.step import (
     preference_objective,
     sft_objective,
     state_shardings,
-)  # fmt: skip
+)
 
 EPOCHS = 3  # the paper's, in stage 2
 # Layout and what is computed again in the backward pass.

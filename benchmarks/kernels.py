@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import workload
-from sdpo_jax.errors import run_command
 from sdpo_jax.models.attention import attend_causal
+from sdpo_jax.system.command import run_command
 
 SIZES = {"7b": (8, 300, 32, 128), "toy": (2, 12, 4, 8)}  # B, P, N, H
 

@@ -20,15 +20,15 @@ from absl import flags
 
 from benchmarks import workload
 from benchmarks.memory import LLAMA2_7B
-from sdpo_jax import sharding
 from sdpo_jax.data import loader
-from sdpo_jax.errors import InputError, run_command
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import REMAT
 from sdpo_jax.models.lora import LoraConfig
-from sdpo_jax.runtime import set_up_jax
-from sdpo_jax.training import throughput
-from sdpo_jax.training.memory import abstract_model
+from sdpo_jax.system import sharding
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.processes import set_up_jax
+from sdpo_jax.training import device_stats
 from sdpo_jax.training.optimizer import make_optimizer
 from sdpo_jax.training.step import (
     init_state,
@@ -36,7 +36,8 @@ from sdpo_jax.training.step import (
     make_train_step,
     preference_objective,
     state_shardings,
-)  # fmt: skip
+)
+from sdpo_jax.training.step_memory import abstract_model
 
 SIZES = {
     "7b": (LLAMA2_7B, workload.PROMPT),
@@ -86,8 +87,8 @@ def time_step(size: str, remat: str, k: int, batch: int, microbatch: int, repeat
     median = statistics.median(seconds[1:])
     device = jax.devices()[0]
     parameters = sum(x.size for x in jax.tree.leaves(base))
-    flops = throughput.model_flops(parameters, sum(example.tokens for example in examples))
-    peak = throughput.peak_flops(device, "bfloat16")
+    flops = device_stats.model_flops(parameters, sum(example.tokens for example in examples))
+    peak = device_stats.peak_flops(device, "bfloat16")
     return {
         "size": size, "remat": remat, "k": k, "batch": batch, "microbatch": microbatch,
         "seconds": median, "examples_per_second": batch / median,

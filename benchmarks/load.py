@@ -23,11 +23,11 @@ from safetensors.numpy import save_file
 
 from benchmarks import workload
 from sdpo_jax.convert import convert
-from sdpo_jax.errors import run_command
-from sdpo_jax.model_folder import load_model
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.models.store import load_model
 from sdpo_jax.models.weights import TOKENIZER_FILES, abstract_base, slots
+from sdpo_jax.system.command import run_command
 
 LAYER = 103e6  # bytes of one layer of these sizes
 SIZES = {

@@ -14,7 +14,7 @@ from absl import flags
 
 from benchmarks import workload
 from sdpo_jax.data import loader
-from sdpo_jax.errors import run_command
+from sdpo_jax.system.command import run_command
 
 BATCH, ROWS = 32, 8
 

@@ -18,17 +18,16 @@ from absl import flags
 from flax import nnx
 
 from benchmarks import workload
-from sdpo_jax import sharding
 from sdpo_jax.data.tokens import Example
-from sdpo_jax.errors import run_command
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import REMAT, Decoder
 from sdpo_jax.models.lora import LoraConfig
-from sdpo_jax.models.weights import read_json
 from sdpo_jax.objectives.logprobs import Batch, padded_hidden, shared_prefix_logp
 from sdpo_jax.objectives.losses import sdpo_loss
-from sdpo_jax.runtime import set_up_jax
-from sdpo_jax.training.memory import abstract_batch, abstract_model, step_memory
+from sdpo_jax.system import sharding
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.processes import set_up_jax
+from sdpo_jax.training.step_memory import abstract_batch, abstract_model, step_memory
 
 LLAMA2_7B = DecoderConfig(V=32000, L=32, D=4096, N=32, G=32, H=128, F=11008)
 
@@ -108,7 +107,7 @@ def benchmark(model: Path, dataset: Path) -> dict:
     """Both tables as `main` writes them."""
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are told
     examples = workload.read_workload(model, dataset).examples(4, 3)
-    config = DecoderConfig.from_hf(read_json(model / "config.json"), str(model / "config.json"))
+    config = DecoderConfig.read(model)
     return {
         **workload.environment(),
         "beside_official": beside_official(config, examples),

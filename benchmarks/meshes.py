@@ -21,12 +21,12 @@ from absl import flags
 
 from benchmarks import workload
 from benchmarks.memory import LLAMA2_7B
-from sdpo_jax import sharding
-from sdpo_jax.errors import InputError, run_command
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.lora import LoraConfig
-from sdpo_jax.models.weights import read_json
-from sdpo_jax.training.memory import lower_step, memory_of
+from sdpo_jax.system import sharding
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.training.step_memory import lower_step, memory_of
 
 # data, fsdp, tensor
 MESHES = {
@@ -130,7 +130,7 @@ def on_devices(count: int, size: str, microbatch: int, remat: str) -> list[dict]
         done = subprocess.run(command, env=os.environ | settings, check=False)
         if done.returncode:
             raise InputError(f"{count} devices: the process ended with {done.returncode}")
-        return read_json(output)["rows"]
+        return workload.read_result(output)["rows"]
 
 
 def main(argv: Sequence[str]) -> None:

@@ -19,12 +19,12 @@ from benchmarks import workload
 from benchmarks.score import CANDIDATES
 from sdpo_jax.data import loader
 from sdpo_jax.data.tokens import Example
-from sdpo_jax.errors import run_command
 from sdpo_jax.evaluation import decode
-from sdpo_jax.model_folder import load_model
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.quantize import BASE_DTYPES
-from sdpo_jax.runtime import set_up_jax
+from sdpo_jax.models.store import load_model
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.processes import set_up_jax
 
 BATCH = 4
 

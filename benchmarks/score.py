@@ -21,12 +21,12 @@ from benchmarks import workload
 from benchmarks.step import measure
 from sdpo_jax.data import loader
 from sdpo_jax.data.tokens import NEW_TOKENS, Example
-from sdpo_jax.errors import run_command
 from sdpo_jax.evaluation import decode
-from sdpo_jax.model_folder import Model, load_model
 from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.models.store import Model, load_model
 from sdpo_jax.objectives.logprobs import padded_logp
-from sdpo_jax.runtime import set_up_jax
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.processes import set_up_jax
 
 CANDIDATES = 20
 

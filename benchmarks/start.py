@@ -18,12 +18,11 @@ from absl import flags
 
 from benchmarks import workload
 from benchmarks.memory import one_device
-from sdpo_jax.errors import run_command
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.lora import LoraConfig
-from sdpo_jax.models.weights import read_json
-from sdpo_jax.runtime import set_up_jax
-from sdpo_jax.training.memory import step_memory
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.processes import set_up_jax
+from sdpo_jax.training.step_memory import step_memory
 
 NEGATIVES, BATCH = 3, 4
 
@@ -32,7 +31,7 @@ def seconds_to_compile(model: Path, dataset: Path) -> float:
     """Traces and compiles the step of a real batch in this process."""
     set_up_jax("float32")
     examples = workload.read_workload(model, dataset).examples(BATCH, NEGATIVES)
-    config = DecoderConfig.from_hf(read_json(model / "config.json"), str(model))
+    config = DecoderConfig.read(model)
     started = time.perf_counter()
     step_memory(config, LoraConfig(), examples, dtype="float32", remat="cheap",
                 layout="shared_prefix", mesh=one_device())  # fmt: skip

@@ -22,8 +22,9 @@ import numpy as np
 from absl import flags
 
 from benchmarks import workload
-from sdpo_jax.errors import InputError, run_command
-from sdpo_jax.runtime import set_up_jax
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.processes import set_up_jax
 
 JAX_SIDES = ("ours", "strong")
 TORCH_SIDES = ("official", "official-keep", "trl", "trl-best")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from absl import flags
 
-from sdpo_jax.errors import run_command
-from sdpo_jax.models.weights import read_json
+from benchmarks import workload
+from sdpo_jax.system.command import run_command
 
 GIB = 2**30
 STEP = "step K="  # beginning of the names of a result's parts that are steps
@@ -82,7 +82,7 @@ def memory_table(result: dict) -> str:
 
 def tables(file: Path) -> list[str]:
     """All tables that README shows of a result, of the parts that are in it."""
-    result = read_json(file)
+    result = workload.read_result(file)
     wanted = {f"{STEP}3": step_table, "score": score_table, "memory": memory_table}
     return [table(result) for part, table in wanted.items() if part in result]
 

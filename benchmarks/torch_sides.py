@@ -24,9 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.workload import full_rows_at_once
 from sdpo_jax.data.tokens import Example
-from sdpo_jax.model_folder import load_model
 from sdpo_jax.models import lora as ours
 from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.store import load_model
 from sdpo_jax.models.weights import slots
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

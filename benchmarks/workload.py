@@ -13,15 +13,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sdpo_jax.data import loader, prompts
+from sdpo_jax.data import prompts
+from sdpo_jax.data.dataset import Dataset, read_dataset
 from sdpo_jax.data.negatives import Negatives
-from sdpo_jax.data.prepared import Dataset, read_dataset
+from sdpo_jax.data.rows import evenly_spaced
 from sdpo_jax.data.segments import units
 from sdpo_jax.data.tokens import Encoder, Example
-from sdpo_jax.errors import InputError
-from sdpo_jax.model_folder import load_tokenizer
+from sdpo_jax.models.tokenizer import load_tokenizer
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.files import read_object, write_json
 from sdpo_jax.training.order import Key, encode
-from sdpo_jax.workdir import write_json
 
 PROMPT, ANSWER = 300, 9  # Llama tokens of a prompt and of a title with EOS
 SEGMENT = 60  # targets of a history at most
@@ -44,7 +45,7 @@ class Workload:
         if kind == "shown" and num_negatives >= shown:
             raise InputError(f"--k: found {num_negatives}, the data set shows {shown} candidates")
         of_train = units(self.encoder, "train", SEGMENT)
-        keys = [Key(unit) for unit in loader.spread(len(of_train), count)]
+        keys = [Key(unit) for unit in evenly_spaced(len(of_train), count)]
         negatives = Negatives(self.dataset, kind, self.encoder.seed)
         made = encode(self.encoder, "train", of_train, keys, negatives, num_negatives)
         return list(made.values())
@@ -102,6 +103,11 @@ def environment() -> dict:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def read_result(file: Path) -> dict:
+    """What `write_result` wrote. Raises InputError."""
+    return read_object(file, "expected a result of benchmarks: remove it")
 
 
 def result_file() -> Path:

@@ -1,0 +1,18 @@
+"""S-DPO: language models as recommenders, in JAX."""
+
+from typing import Any
+
+__all__ = ["__version__", "sdpo_loss"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, loaded when they are asked for: importing the package loads no JAX."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("sdpo_jax")
+    if name == "sdpo_loss":
+        from sdpo_jax.objectives.losses import sdpo_loss
+
+        return sdpo_loss
+    raise AttributeError(f"module 'sdpo_jax' has no attribute {name!r}")

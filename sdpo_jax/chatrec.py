@@ -28,13 +28,16 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
-from sdpo_jax.data import loader, prompts, thoughts
-from sdpo_jax.data.prepared import SPLITS, Dataset, read_split
-from sdpo_jax.errors import InputError, run_command, shown
-from sdpo_jax.evaluation import chat, metrics, results
-from sdpo_jax.evaluation.chat_answers import Answer, Request, appending, key_of, read_answers
-from sdpo_jax.files import parse_json
-from sdpo_jax.workdir import read_run, same
+from sdpo_jax.baselines import chat_client
+from sdpo_jax.baselines.chat_answers import Answer, Request, appending, key_of, read_answers
+from sdpo_jax.data import prompts, thoughts
+from sdpo_jax.data.dataset import SPLITS, Dataset, read_split
+from sdpo_jax.data.rows import evenly_spaced
+from sdpo_jax.evaluation import metrics, results
+from sdpo_jax.runs.workdir import read_run, same
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.files import parse_json
 
 PARAMETERS = '{"temperature": 0, "max_tokens": 64}'
 Prices = tuple[float | None, float | None]
@@ -60,12 +63,12 @@ def chatrec(
     not those of the run in `workdir`, and for an endpoint that does not answer the first question;
     later, with all answers kept, for one that stops answering.
     """
-    chat.check_url(endpoint)
+    chat_client.check_url(endpoint)
     given = _parameters(parameters)
     _check(model, prices)
     data, seed = _open(Path(dataset), Path(workdir), split)
     windows = data.splits[split]
-    rows = loader.spread(len(windows), limit)
+    rows = evenly_spaced(len(windows), limit)
     requests = [
         {"model": model, "messages": _messages(data, seed, split, row)} | given for row in rows
     ]
@@ -76,7 +79,7 @@ def chatrec(
     todo = {key: request for key, request in zip(keys, requests, strict=True)
             if key not in asked_before}  # fmt: skip
     if todo:
-        with chat.Endpoint(endpoint, requests_per_minute, answered=bool(used)) as server:
+        with chat_client.Endpoint(endpoint, requests_per_minute, answered=bool(used)) as server:
             _ask(server, path, list(todo.values()), used, parallel, prices)
     answers = {answer["key"]: answer for answer in used}
     predictions = [
@@ -158,12 +161,12 @@ def _messages(data: Dataset, seed: int, split: str, row: int) -> list[dict[str, 
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
-def _ask(server: chat.Endpoint, path: Path, todo: Sequence[Request], used: list[Answer],
+def _ask(server: chat_client.Endpoint, path: Path, todo: Sequence[Request], used: list[Answer],
          parallel: int, prices: Prices) -> None:  # fmt: skip
     """Adds the answers to `todo` to `used` and to the file, each as it comes."""
     started = time.monotonic()
     first = server.ask_first(todo[0])  # before anything is written
-    rest = chat.ask_all(server.ask, todo[1:], parallel)
+    rest = chat_client.ask_all(server.ask, todo[1:], parallel)
     with (
         appending(path, started) as append,
         tqdm(total=len(used) + len(todo), initial=len(used), desc="chatrec", unit="window",

@@ -21,18 +21,19 @@ import numpy as np
 from absl import flags
 from flax.traverse_util import flatten_dict
 
-from sdpo_jax.errors import InputError, run_command, shown
-from sdpo_jax.files import is_free, read_json
-from sdpo_jax.hub import hub_folder, is_hub_name
-from sdpo_jax.model_folder import check_vocabulary, file_sizes, load_tokenizer, read_meta
+from sdpo_jax.models.base_weights import write_weights
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.gguf import open_gguf
-from sdpo_jax.models.weights import TOKENIZER_FILES, Source, open_hf, read_base, safetensors_files
-from sdpo_jax.training.checkpoint import write_weights
-from sdpo_jax.wheels import PINNED, wheel_file
+from sdpo_jax.models.store import file_sizes, read_meta
+from sdpo_jax.models.tokenizer import check_vocabulary, load_tokenizer
+from sdpo_jax.models.weights import Source, open_hf, read_base, source_digest
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.files import is_free, read_json
+from sdpo_jax.system.hub import hub_folder, is_hub_name
+from sdpo_jax.system.wheels import PINNED, wheel_file
 
 DEFAULT_MODEL = PINNED[2]
-LAYOUT = "1"  # of weights/: a folder written under another number is not the same output
 
 
 def convert(model: str | None, output: str) -> dict[str, Any]:
@@ -107,22 +108,6 @@ def model_digest(folder: Path, arrays: dict[str, np.ndarray]) -> str:
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8))
-    return digest.hexdigest()
-
-
-def source_digest(model: Path) -> str:
-    """SHA-256 over the names and bytes of every file that is read."""
-    files = [model] if model.is_file() else [
-        model / "config.json", *safetensors_files(model),
-        *(model / name for name in TOKENIZER_FILES if os.path.lexists(model / name)),
-    ]  # fmt: skip
-    digest = hashlib.sha256(LAYOUT.encode())
-    for path in files:
-        try:
-            with open(path, "rb") as file:
-                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}: give a whole model") from error
     return digest.hexdigest()
 
 

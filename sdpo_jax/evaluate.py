@@ -23,19 +23,19 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from absl import flags
 from tqdm import tqdm
 
 from sdpo_jax.data.tokens import NEW_TOKENS
-from sdpo_jax.errors import InputError, run_command
 from sdpo_jax.evaluation import results
 from sdpo_jax.evaluation.evaluator import Evaluator
-from sdpo_jax.evaluation.stages import adapter, choose_step, last_finished, steps
-from sdpo_jax.training.checkpoint import CheckpointGone
-from sdpo_jax.workdir import read_run, stage_result
+from sdpo_jax.runs.checkpoints import CheckpointGone
+from sdpo_jax.runs.steps import adapter, choose_step, last_finished, steps
+from sdpo_jax.runs.workdir import Run, read_run, stage_result
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.errors import InputError
 
 # What may be ranked, and by which decoders.
 DECODERS_OF = {"candidates": ("greedy", "trie", "score"), "catalogue": ("score", "beam"),
@@ -132,7 +132,7 @@ def _tell(evaluator: Evaluator, decoders: Sequence[str]) -> None:
 def _open(
     workdir: str | Path, stages: Sequence[str], split: str, decoders: Sequence[str],
     rank: str = "candidates",
-) -> SimpleNamespace:  # fmt: skip
+) -> Run:  # fmt: skip
     run = read_run(Path(workdir))
     if rank != "candidates" and run.config.prompt != "history":
         raise InputError(
@@ -156,7 +156,7 @@ def _open(
 
 
 def _evaluate(
-    run: SimpleNamespace,
+    run: Run,
     evaluator: Evaluator,
     stage: str,
     step: int,
@@ -200,7 +200,7 @@ def _evaluate(
 
 
 def _done_before(
-    run: SimpleNamespace, evaluator: Evaluator, stage: str, step: int, decoders: Sequence[str]
+    run: Run, evaluator: Evaluator, stage: str, step: int, decoders: Sequence[str]
 ) -> bool:
     found = [results.find(run.path / "eval", stage, step, d, evaluator.split) for d in decoders]
     return all(summary and summary["n"] == len(evaluator.rows) for summary in found)

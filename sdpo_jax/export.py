@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import ml_dtypes
@@ -24,20 +23,24 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from sdpo_jax.data import prompts
-from sdpo_jax.data.prepared import read_titles
+from sdpo_jax.data.dataset import read_titles
 from sdpo_jax.data.tokens import new_tokens
-from sdpo_jax.errors import InputError, run_command
-from sdpo_jax.evaluation.card import model_card
-from sdpo_jax.evaluation.stages import choose_step, raw_adapter
-from sdpo_jax.files import is_free
-from sdpo_jax.hub import name_and_revision
-from sdpo_jax.model_folder import ends_of, load_tokenizer, read_meta
+from sdpo_jax.models.base_weights import read_weights
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.peft import write_adapter
-from sdpo_jax.models.weights import TOKENIZER_FILES, abstract_base, read_json, slots
-from sdpo_jax.training.checkpoint import CheckpointGone, check_room, read_weights
-from sdpo_jax.workdir import read_run, same
+from sdpo_jax.models.store import read_meta
+from sdpo_jax.models.tokenizer import ends_of, load_tokenizer
+from sdpo_jax.models.weights import TOKENIZER_FILES, WHOLE, abstract_base, slots
+from sdpo_jax.reports.model_card import model_card
+from sdpo_jax.runs.checkpoints import CheckpointGone
+from sdpo_jax.runs.inputs import adapter_config
+from sdpo_jax.runs.steps import choose_step, raw_adapter
+from sdpo_jax.runs.workdir import Run, read_run, same
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.files import check_room, is_free, read_object, whole_folder
+from sdpo_jax.system.hub import name_and_revision
 
 FORMATS = ("peft", "merged")
 SHARD = "5GB"
@@ -70,29 +73,25 @@ def export(workdir: str | Path, stage: str, form: str, output: str | Path,
     model = Path(run.config.model)
     same(run, "model", model, read_meta(model)["sha256"])
     card = model_card(run, stage, step, form)
-    config = DecoderConfig.from_hf(read_json(model / "config.json"), str(model / "config.json"))
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    config = DecoderConfig.read(model)
     try:
         tree = {"layers": {}} if stage == "base" else raw_adapter(run, stage, step)
-        partial.mkdir(parents=True)
-        for name in TOKENIZER_FILES:
-            if (model / name).exists():
-                shutil.copy(model / name, partial)
-        lora = LoraConfig.of(run.config)
-        if form == "peft":
-            source = name_and_revision(read_meta(model)["source"])
-            write_adapter(partial, tree, lora, config, *source)
-        else:
-            write_merged(partial, model, tree, lora, config)
-        write_ends(partial, model, run)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        os.replace(partial, output)
+        with whole_folder(output) as partial:
+            for name in TOKENIZER_FILES:
+                if (model / name).exists():
+                    shutil.copy(model / name, partial)
+            lora = adapter_config(run.config)
+            if form == "peft":
+                source = name_and_revision(read_meta(model)["source"])
+                write_adapter(partial, tree, lora, config, *source)
+            else:
+                write_merged(partial, model, tree, lora, config)
+            write_ends(partial, model, run)
+            (partial / "README.md").write_text(card, encoding="utf-8")
     except CheckpointGone as error:
         raise InputError(f"{error}: found no readable checkpoint: give another --step") from error
     except (OSError, SafetensorError) as error:
         raise InputError(f"{output}: {error}: free space or give another --output") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return output
 
 
@@ -108,7 +107,7 @@ def write_merged(folder: Path, model: Path, tree: dict, lora: LoraConfig,
       lora: its rank and alpha.
       config: of the decoder.
     """
-    content = read_json(model / "config.json")
+    content = read_object(model / "config.json", WHOLE)
     content.pop("torch_dtype", None)
     content["dtype"] = "bfloat16"
     _write_json(folder / "config.json", content)
@@ -126,7 +125,7 @@ def write_merged(folder: Path, model: Path, tree: dict, lora: LoraConfig,
         _write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_ends(folder: Path, model: Path, run: SimpleNamespace) -> None:
+def write_ends(folder: Path, model: Path, run: Run) -> None:
     """Tells generators what ends an answer, how long the longest is, and not to sample.
 
     The end that was trained comes first: EOS, or the line break of a history. It is in
@@ -138,7 +137,7 @@ def write_ends(folder: Path, model: Path, run: SimpleNamespace) -> None:
     titles = read_titles(Path(run.config.dataset)).values()
     content = ends | {"do_sample": False, "max_new_tokens": new_tokens(titles, tokenizer)}
     if os.path.exists(folder / "config.json"):
-        _write_json(folder / "config.json", read_json(folder / "config.json") | ends)
+        _write_json(folder / "config.json", read_object(folder / "config.json", WHOLE) | ends)
     _write_json(folder / "generation_config.json", content)
 
 
@@ -197,7 +196,9 @@ def report(output: Path, form: str) -> str:
     told = f"{output}: {form}, {size / 1e6:,.1f} MB, with a model card that has the prompt"
     if form == "merged":
         return f"{told}\nnext: vllm serve {output}"
-    base = read_json(output / "adapter_config.json")["base_model_name_or_path"]
+    base = read_object(output / "adapter_config.json", "expected what export wrote")[
+        "base_model_name_or_path"
+    ]
     if base.endswith(".gguf"):
         return (
             f"{told}\nits base is a .gguf file, which peft cannot load: export the base as well, "

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from sdpo_jax.baselines import floor
-from sdpo_jax.baselines.arrays import Arrays, arrays, place
-from sdpo_jax.data.prepared import Dataset, read_dataset
-from sdpo_jax.errors import run_command
+from sdpo_jax.baselines import trivial
+from sdpo_jax.baselines.windows import Arrays, arrays, place
+from sdpo_jax.data.dataset import Dataset, read_dataset
 from sdpo_jax.evaluation import metrics
+from sdpo_jax.system.command import run_command
 
 OWN_IDS = ("item", "asin")  # attributes of a CSV file's items and of Amazon's
 MARGIN = 0.05  # of HR@1 above popularity, or chance, that is no accident of the draw
@@ -47,7 +47,7 @@ def leakcheck(dataset: str) -> dict[str, dict[str, Any]]:
     """
     data = read_dataset(dataset)
     train = arrays(data, data.splits["train"])
-    popularity_I = floor.popularity(train.target_N, len(data.titles))
+    popularity_I = trivial.popularity(train.target_N, len(data.titles))
     lookup = Lookup(train, popularity_I)
     usual = np.bincount(places(train)).argmax()
     order_I = max(orders(data, train), key=lambda place_I: sum(in_order(place_I, train)))

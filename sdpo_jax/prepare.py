@@ -41,15 +41,16 @@ from absl import flags
 
 from sdpo_jax.data import candidates as draw
 from sdpo_jax.data.catalogue import DATASETS
-from sdpo_jax.data.goodreads import STAND_IN
-from sdpo_jax.data.prepared import DOMAINS, Dataset, Window, fingerprint, write_dataset
+from sdpo_jax.data.dataset import DOMAINS, Dataset, Window, fingerprint, write_dataset
+from sdpo_jax.data.paper import SIZES
 from sdpo_jax.data.protocol import SPLITS, Options, read_windows
-from sdpo_jax.data.table import Form
+from sdpo_jax.data.readers.csv_file import Form
+from sdpo_jax.data.readers.goodreads import STAND_IN
 from sdpo_jax.data.tokens import check_titles
-from sdpo_jax.errors import InputError, run_command, shown
-from sdpo_jax.files import is_free, read_json
-from sdpo_jax.model_folder import load_tokenizer
-from sdpo_jax.paper import SIZES
+from sdpo_jax.models.tokenizer import load_tokenizer
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.files import is_free, read_json
 
 _CANDIDATES = {
     "independent": "{} candidates: the target and {} items of titles that differ from each other "

@@ -5,17 +5,17 @@
 Prints the table and writes report.md and, with matplotlib, curves.png into the run's folder.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
-from sdpo_jax.errors import InputError, run_command
-from sdpo_jax.evaluation import plots
-from sdpo_jax.evaluation import report as tables
-from sdpo_jax.training.metrics import read_metrics
-from sdpo_jax.workdir import read_run
+from sdpo_jax.reports import curves_plot, tables
+from sdpo_jax.runs.curves import read_metrics
+from sdpo_jax.runs.workdir import read_run
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.files import whole_file
 
 
 def report(workdir: str | Path, split: str | None = None) -> str:
@@ -30,9 +30,8 @@ def report(workdir: str | Path, split: str | None = None) -> str:
     try:
         picture = _picture(run, lines)
         text = tables.render(run, split, rows, picture)
-        partial = run.path / f".report.md.{os.getpid()}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, run.path / "report.md")
+        with whole_file(run.path / "report.md") as file:
+            file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(
             f"{run.path}: found {error.strerror}, expected to write report.md: free space or "
@@ -46,7 +45,7 @@ def _picture(run, lines: Sequence[dict]) -> str | None:
     if not any("loss" in line for line in lines):
         return None
     try:
-        plots.draw(lines, run.config, run.path / "curves.png")
+        curves_plot.draw(lines, run.config, run.path / "curves.png")
     except ImportError:
         print("no picture: matplotlib is not installed (pip install matplotlib)")
         return None

@@ -21,8 +21,7 @@ from typing import Any
 
 from absl import flags
 
-from sdpo_jax.errors import InputError, run_command, shown
-from sdpo_jax.files import TEXT, check_keys, read_json
+from sdpo_jax.reports.document import to_html, to_markdown
 from sdpo_jax.reproduction import page
 from sdpo_jax.reproduction.cells import (
     BACKBONES,
@@ -34,9 +33,10 @@ from sdpo_jax.reproduction.cells import (
     left_out,
     plan,
 )
-from sdpo_jax.reproduction.document import to_html, to_markdown
 from sdpo_jax.reproduction.running import Stopped, pasted, run
-from sdpo_jax.workdir import write_json
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.files import TEXT, check_keys, read_json, whole_file, write_json
 
 ASKED = "reproduce.json"  # what was asked for in a folder so far
 FIXED = ("scale", "model", "options")  # all figures of a page are of the same
@@ -159,9 +159,8 @@ def write_page(
     """Writes both files, each whole or not at all."""
     parts = page.parts(study, wanted, failed)
     for name, render in (("reproduce.html", to_html), ("reproduce.md", to_markdown)):
-        partial = study.root / f".{name}.{os.getpid()}.partial"
-        partial.write_text(render(page.TITLE, parts), encoding="utf-8")
-        os.replace(partial, study.root / name)
+        with whole_file(study.root / name) as file:
+            file.write_text(render(page.TITLE, parts), encoding="utf-8")
 
 
 def check(flag: str, values: Sequence[str], known: Collection[str]) -> None:

@@ -7,7 +7,7 @@ stopped. Several processes that run it are one training: see launch/.
 """
 
 import contextlib
-import hashlib
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -18,22 +18,29 @@ from absl import flags
 from flax.nnx import replace_by_pure_dict, to_pure_dict
 from ml_collections import config_flags
 
-from sdpo_jax import sharding, workdir
-from sdpo_jax.baselines import kept
-from sdpo_jax.config import at_home, check
-from sdpo_jax.data import loader, prompts, thoughts
+from sdpo_jax.data import thoughts
 from sdpo_jax.data.negatives import Negatives
-from sdpo_jax.data.prepared import read_dataset
+from sdpo_jax.data.rows import evenly_spaced
 from sdpo_jax.data.segments import units
 from sdpo_jax.data.tokens import Encoder, check_titles, new_tokens
-from sdpo_jax.errors import InputError, run_command
-from sdpo_jax.model_folder import Model, load_model, load_tokenizer
 from sdpo_jax.models.config import DecoderConfig
-from sdpo_jax.models.lora import LoraConfig
-from sdpo_jax.models.peft import TENSORS, read_adapter
-from sdpo_jax.models.weights import read_json
-from sdpo_jax.runtime import Interrupted, StopSignal, first_process, join_processes, set_up_jax
-from sdpo_jax.training import memory
+from sdpo_jax.models.peft import read_adapter
+from sdpo_jax.models.store import Model, load_model
+from sdpo_jax.models.tokenizer import load_tokenizer
+from sdpo_jax.runs import workdir
+from sdpo_jax.runs.config import RunConfig, explained, keys
+from sdpo_jax.runs.inputs import adapter_config, open_inputs
+from sdpo_jax.system import sharding
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.processes import (
+    Interrupted,
+    StopSignal,
+    first_process,
+    join_processes,
+    set_up_jax,
+)
+from sdpo_jax.training import step_memory
 from sdpo_jax.training.inference import Inference
 from sdpo_jax.training.order import Key, encode
 from sdpo_jax.training.stage import Stage
@@ -41,34 +48,27 @@ from sdpo_jax.training.stage import Stage
 EXPLAINED = 512  # examples spread over the training split, of which --explain takes the longest
 
 
-def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
+def train(config: RunConfig, run: Path, stop: StopSignal, experiment: str = "") -> None:
     """All stages of `config` in the folder `run`.
 
     `experiment` is the config file's name, for messages. Raises Interrupted after a signal.
     """
-    check(config)
     check_folders(config, experiment)
     set_up_jax(config.dtype)
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     check_batch(config, sharding.data_shards(mesh))
 
-    dataset = read_dataset(config.dataset)
-    wordings = prompts.templates_of(dataset.domain, config.prompt_file, config.prompt)
-    templates = workdir.kept_templates(run) or in_chat(config, wordings)
+    inputs = open_inputs(config, workdir.kept_templates(run))
+    dataset = inputs.dataset
     check_dataset(config, dataset)
-
-    vectors_IE = kept.item_vectors(config.item_vectors, dataset)
     model = load_model(
-        config.model, LoraConfig.of(config), dtype=config.dtype, base_dtype=config.base_dtype,
+        config.model, adapter_config(config), dtype=config.dtype, base_dtype=config.base_dtype,
         remat=config.remat, seed=config.seed, shardings=sharding.placement(mesh),
-        vectors_IE=vectors_IE,
+        vectors_IE=inputs.vectors_IE,
     )  # fmt: skip
     check_length(config, model.config, new_tokens(dataset.titles.values(), model.tokenizer))
     lora = first_adapter(config, model)
-    encoder = Encoder.of(
-        config, dataset, model.tokenizer, templates,
-        None if vectors_IE is None else model.config.V,
-    )  # fmt: skip
+    encoder = inputs.encoder(model.tokenizer, model.config.V)
     check_titles(dataset.titles, model.tokenizer)
     inference = Inference(model, config.batch_layout, mesh, config.microbatch)
     stages = [
@@ -76,17 +76,14 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
     ]
 
     # All that can be refused has been: from here on files are written.
-    fingerprints = file_fingerprints(config) | {
-        "dataset": dataset.meta["fingerprint"],
-        "model": model.meta["sha256"],
-    }
+    fingerprints = inputs.fingerprints()
     with contextlib.ExitStack() as held:
 
         def open_run() -> None:
             # Before a lock is written.
-            workdir.check_run(run, config.to_dict(), fingerprints, wordings)
+            workdir.check_run(run, config, fingerprints, inputs.wordings)
             held.enter_context(workdir.locked(run))
-            workdir.open_run(run, config.to_dict(), fingerprints, wordings, templates)
+            workdir.open_run(run, config, fingerprints, inputs.wordings, inputs.templates)
 
         first_process(open_run)
         announce(config, run, model, encoder)
@@ -100,31 +97,26 @@ def train(config, run: Path, stop: StopSignal, experiment: str = "") -> None:
     )
 
 
-def explain(config, experiment: str = "") -> None:
+def explain(config: RunConfig, experiment: str = "") -> None:
     """Prints what a step of each microbatch needs of a device, and which fits; trains nothing."""
-    check(config)
     check_folders(config, experiment)
     set_up_jax(config.dtype)
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     shards = sharding.data_shards(mesh)
-    dataset = read_dataset(config.dataset)
-    wordings = prompts.templates_of(dataset.domain, config.prompt_file, config.prompt)
-    templates = in_chat(config, wordings)
+    inputs = open_inputs(config)
+    dataset = inputs.dataset
     check_dataset(config, dataset)
     folder = Path(config.model)
-    decoder = DecoderConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    encoder = Encoder.of(
-        config, dataset, load_tokenizer(folder), templates,
-        None if kept.item_vectors(config.item_vectors, dataset) is None else decoder.V,
-    )  # fmt: skip
+    decoder = DecoderConfig.read(folder)
+    encoder = inputs.encoder(load_tokenizer(folder), decoder.V)
     of_train = units(encoder, "train", config.segment)
     count = config.num_negatives if "sdpo" in config.stages else 0
     vectors = encoder.first_vector is not None
-    keys = [Key(unit, vectors) for unit in loader.spread(len(of_train), EXPLAINED)]
+    keys = [Key(unit, vectors) for unit in evenly_spaced(len(of_train), EXPLAINED)]
     negatives = Negatives(dataset, config.negatives, config.seed, config.popularity_power)
     made = encode(encoder, "train", of_train, keys, negatives, count)
     longest = sorted(made.values(), key=lambda e: -e.tokens)
-    limit = memory.limit_of(jax.local_devices()[0])
+    limit = step_memory.limit_of(jax.local_devices()[0])
     print(
         f"GiB a device of {limit / 2**30:.1f} that are there; K={count}, the longest of "
         f"{len(longest)} examples, dtype={config.dtype}, remat={config.remat}"
@@ -132,8 +124,8 @@ def explain(config, experiment: str = "") -> None:
     for microbatch in (1, 2, 4, 8, 16, 32):
         if config.batch_size % (microbatch * shards) or microbatch * shards > len(longest):
             continue
-        found = memory.step_memory(
-            decoder, LoraConfig.of(config), longest[: microbatch * shards], dtype=config.dtype,
+        found = step_memory.step_memory(
+            decoder, adapter_config(config), longest[: microbatch * shards], dtype=config.dtype,
             base_dtype=config.base_dtype, remat=config.remat, layout=config.batch_layout, mesh=mesh,
         )  # fmt: skip
         fits = found.total < limit
@@ -144,12 +136,12 @@ def explain(config, experiment: str = "") -> None:
             break
 
 
-def first_adapter(config, model: Model):
+def first_adapter(config: RunConfig, model: Model):
     """The adapter that the first stage starts from: fresh, or that of `config.lora.init_from`."""
     if not config.lora.init_from:
         return model.lora
     folder = Path(config.lora.init_from)
-    tree = read_adapter(folder, LoraConfig.of(config), model.config)
+    tree = read_adapter(folder, adapter_config(config), model.config)
     placed = jax.tree.map(
         lambda found, fresh: sharding.put_whole(found, fresh.sharding),
         tree,
@@ -160,26 +152,7 @@ def first_adapter(config, model: Model):
     return lora
 
 
-def in_chat(config, wordings: Sequence[str]) -> tuple[str, ...]:
-    """The templates in the model's chat format, where `config.chat_template` asks for it."""
-    if not config.chat_template:
-        return tuple(wordings)
-    tokenizer = load_tokenizer(Path(config.model))
-    return tuple(prompts.in_chat(text, tokenizer, config.chat_options) for text in wordings)
-
-
-def file_fingerprints(config) -> dict[str, str]:
-    """Of the further files that a run's numbers depend on."""
-    adapter = config.lora.init_from and Path(config.lora.init_from, TENSORS)
-    files = {"adapter": adapter, "item_vectors": config.item_vectors}
-    return {
-        name: hashlib.sha256(Path(file).read_bytes()).hexdigest()
-        for name, file in files.items()
-        if file
-    }
-
-
-def check_folders(config, experiment: str) -> None:
+def check_folders(config: RunConfig, experiment: str) -> None:
     """Says in one line which commands make what is missing."""
     name = {"lastfm": "lastfm", "movielens": "movielens", "quickstart": "movielens"}.get(
         experiment, "NAME"
@@ -201,7 +174,7 @@ def check_folders(config, experiment: str) -> None:
         raise InputError(f"nothing to train on yet: first run {' and '.join(missing)}")
 
 
-def check_batch(config, shards: int) -> None:
+def check_batch(config: RunConfig, shards: int) -> None:
     """The global batch is what is configured; how it is cut must come out even."""
     whole = config.microbatch * shards
     if config.batch_size % whole:
@@ -212,7 +185,7 @@ def check_batch(config, shards: int) -> None:
         )
 
 
-def check_length(config, decoder: DecoderConfig, answer: int) -> None:
+def check_length(config: RunConfig, decoder: DecoderConfig, answer: int) -> None:
     """A prompt with its answer must be within the positions that the model was made for.
 
     RoPE of kind `dynamic` changes with the longest text of a batch beyond the length that it
@@ -232,7 +205,7 @@ def check_length(config, decoder: DecoderConfig, answer: int) -> None:
         )
 
 
-def check_dataset(config, dataset) -> None:
+def check_dataset(config: RunConfig, dataset) -> None:
     """The data set has the split to validate on and enough candidates to draw from."""
     splits = [name for name in dataset.splits if name.startswith("val")]
     if config.validation_split not in splits:
@@ -248,20 +221,16 @@ def check_dataset(config, dataset) -> None:
         )
 
 
-def held(config) -> str:
-    return config.dtype if config.base_dtype == "same" else config.base_dtype
-
-
-def announce(config, run: Path, model, encoder: Encoder) -> None:
+def announce(config: RunConfig, run: Path, model, encoder: Encoder) -> None:
     """What is about to run: config, sizes, devices, and one example as the model reads it."""
     count = sum(x.size for x in jax.tree.leaves(model.lora))
-    targets = LoraConfig.of(config).on(model.config.projections).targets
+    targets = adapter_config(config).on(model.config.projections).targets
     trained = (
         "all trained)"
         if config.tune == "full"
-        else (f"frozen, {held(config)}), LoRA {count:,} on {', '.join(targets)}")
+        else (f"frozen, {config.base_stored}), LoRA {count:,} on {', '.join(targets)}")
     )
-    print(config)
+    print("\n".join(f"{name}: {value!r}" for name, _, value in keys(config)))
     print(
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s) in {jax.process_count()} "
         f"process(es), {jax.local_device_count()} of them in this; {model.meta['family']} base "
@@ -296,17 +265,20 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(
             f"--config={file}: cannot be loaded ({reason}), expected a config file, as in configs/"
         ) from error
-    at_home(args.config)
+    config = RunConfig.of(args.config.to_dict())
     experiment = Path(file).name.partition(".py")[0]
     run = Path(args.workdir or f"runs/{experiment}/run")
+    if args.help_config:
+        print(explained())
+        return
     if args.explain:
-        explain(args.config, experiment)
+        explain(config, experiment)
         return
     join_processes(
-        args.coordinator, args.processes, args.process, **args.config.distributed.to_dict()
+        args.coordinator, args.processes, args.process, **dataclasses.asdict(config.distributed)
     )
     try:
-        train(args.config, run, StopSignal(), experiment)
+        train(config, run, StopSignal(), experiment)
     except Interrupted:
         print(f"stopped and saved in {run}: the same command goes on from there")
         sys.exit(os.EX_TEMPFAIL)  # for schedulers: not finished, try again
@@ -322,5 +294,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("processes", None, "how many processes the run has", lower_bound=1)
     flags.DEFINE_integer("process", None, "the number of this one, from 0", lower_bound=0)
     flags.DEFINE_bool("explain", False, "only say what a step needs of a device's memory")
+    flags.DEFINE_bool("help_config", False, "only print every key with its default and meaning")
     flags.mark_flag_as_required("config")
     run_command(main)

@@ -10,7 +10,7 @@ shift 2
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} server=${SERVER:-.venv-chat/bin/python}
 
-model=$($python -c 'from sdpo_jax.wheels import SMOLLM2, PINNED, wheel_file
+model=$($python -c 'from sdpo_jax.system.wheels import SMOLLM2, PINNED, wheel_file
 print(wheel_file(*next(pinned for pinned in PINNED if pinned[0] == SMOLLM2[0])))')
 port=$($python -c 'import socket
 with socket.create_server(("127.0.0.1", 0)) as s: print(s.getsockname()[1])')

@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from sdpo_jax.errors import InputError
+from sdpo_jax.system.errors import InputError
 
 # Put into the JSON text afterwards: json.dumps itself cannot write them.
 DEEP = {

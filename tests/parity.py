@@ -23,9 +23,9 @@ from benchmarks.torch_sides import OfficialSide, padded_rows
 from sdpo_jax.convert import convert
 from sdpo_jax.data.loader import choose_shapes, collate
 from sdpo_jax.export import write_merged
-from sdpo_jax.model_folder import load_model
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.peft import adapted_modules, read_adapter, write_adapter
+from sdpo_jax.models.store import load_model
 from sdpo_jax.objectives.logprobs import shared_prefix_logp
 from sdpo_jax.objectives.losses import sdpo_loss
 

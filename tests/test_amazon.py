@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_jax.data.amazon import WINDOWS, read_amazon, usable_title
-from sdpo_jax.data.prepared import UserSequence, read_dataset
-from sdpo_jax.errors import InputError
+from sdpo_jax.data.dataset import UserSequence, read_dataset
+from sdpo_jax.data.readers.amazon import WINDOWS, read_amazon, usable_title
 from sdpo_jax.prepare import Options, prepare, report
+from sdpo_jax.system.errors import InputError
 
 INDUSTRIAL = Path(__file__).parents[1].parent / "shared" / "data" / "amazon-industrial"
 needs_industrial = pytest.mark.skipif(

@@ -36,14 +36,16 @@ from test_movielens import write_form
 from test_prepare import write_authors_lastfm, write_movielens
 
 from configs import movielens
-from sdpo_jax import errors
-from sdpo_jax.config import KINDS
-from sdpo_jax.data.lastfm import split_titles
-from sdpo_jax.data.prepared import read_dataset
+from sdpo_jax.data.dataset import read_dataset
 from sdpo_jax.data.prompts import read_templates
-from sdpo_jax.errors import InputError
+from sdpo_jax.data.readers.lastfm import split_titles
 from sdpo_jax.prepare import Options, prepare
-from sdpo_jax.train import check, check_folders
+from sdpo_jax.runs.config import RunConfig, keys
+from sdpo_jax.system import command
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.train import check_folders
+
+KEYS = sorted(name for name, _, _ in keys())
 
 ROOT = Path(__file__).parents[1]
 
@@ -223,7 +225,7 @@ def parsed(*arguments: str):
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     with mock.patch.object(flags, "FLAGS", values), contextlib.redirect_stderr(told):
         try:
-            errors._parse(argv)
+            command._parse(argv)
         except SystemExit as end:
             assert end.code == 2
             return told.getvalue()
@@ -239,19 +241,19 @@ TEXTS = st.sampled_from([
 
 @pytest.mark.filterwarnings("ignore:the load_module")
 @cases(80)
-@given(st.sampled_from(sorted(KINDS)), TEXTS)
+@given(st.sampled_from(KEYS), TEXTS)
 def test_a_wrong_value_on_the_command_line_is_one_line(case, key, text):
     config = parsed(f"--config.{key}={text}")
     if isinstance(config, str):
         assert config.startswith("error: ") and config.count("\n") == 1
         assert key in config or "nested too deeply on the command line" in config
         return
-    told_or_done(lambda: check(config), case, f"config.{key}")
-    told_or_done(lambda: check_folders(config, "movielens"), case, "nothing to train on yet")
+    if read := told_or_done(lambda: RunConfig.of(config.to_dict()), case, f"config.{key}"):
+        told_or_done(lambda: check_folders(read, "movielens"), case, "nothing to train on yet")
 
 
 @cases(60)
-@given(st.sampled_from(sorted(KINDS)), VALUES | st.just({1: 2}))
+@given(st.sampled_from(KEYS), VALUES | st.just({1: 2}))
 def test_a_wrong_value_in_a_config_file_is_one_line(case, key, value):
     content = movielens.get_config().to_dict()
     *folders, name = key.split(".")
@@ -260,17 +262,17 @@ def test_a_wrong_value_in_a_config_file_is_one_line(case, key, value):
         config = ConfigDict(content)
     except ValueError:  # a dot in a key
         return
-    told_or_done(lambda: check(config), case, f"config.{key}")
+    told_or_done(lambda: RunConfig.of(config.to_dict()), case, f"config.{key}")
 
 
-@pytest.mark.parametrize("key", KINDS)
+@pytest.mark.parametrize("key", KEYS)
 def test_a_key_that_a_config_lacks_is_named(key):
     config = movielens.get_config()
     *folders, name = key.split(".")
     with config.unlocked():
         del (config[folders[0]] if folders else config)[name]
-    with pytest.raises(InputError, match=f"config.{key} is None, expected"):
-        check(config)
+    with pytest.raises(InputError, match=f"config.{key}: found nothing, expected a value"):
+        RunConfig.of(config.to_dict())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -25,13 +25,14 @@ from tiny import hf_folder
 
 from sdpo_jax import convert as converting
 from sdpo_jax.convert import convert
-from sdpo_jax.errors import InputError
-from sdpo_jax.model_folder import load_tokenizer, read_meta
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.gguf import open_gguf
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.peft import read_adapter, write_adapter
-from sdpo_jax.models.weights import abstract_base, read_base, read_json
+from sdpo_jax.models.store import read_meta
+from sdpo_jax.models.tokenizer import load_tokenizer
+from sdpo_jax.models.weights import abstract_base, read_base
+from sdpo_jax.system.errors import InputError
 
 LORA = LoraConfig(rank=2, alpha=4.0)
 FILES = ("config.json", "model.json", "model.json", "tokenizer.json", "tokenizer_config.json")
@@ -76,7 +77,7 @@ def test_a_damaged_converted_model_is_one_line(model_folder, case, data):
     def check():
         read_meta(folder)
         load_tokenizer(folder)
-        config = DecoderConfig.from_hf(read_json(folder / "config.json"), str(folder))
+        config = DecoderConfig.read(folder)
         assert abstract_base(config)
 
     file = data.draw(st.sampled_from(FILES))
@@ -87,7 +88,7 @@ def test_a_damaged_converted_model_is_one_line(model_folder, case, data):
 
 def config_of(folder: Path) -> None:
     """As much of a model as its config.json alone decides."""
-    config = DecoderConfig.from_hf(read_json(folder / "config.json"), str(folder))
+    config = DecoderConfig.read(folder)
     hash(config)
     assert config.rotated % 2 == 0
 

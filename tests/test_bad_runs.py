@@ -11,14 +11,14 @@ from damage import NAMES, cases, damage, fresh, put, told_of_odd_values, told_or
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdpo_jax.errors import InputError
 from sdpo_jax.evaluate import evaluate
 from sdpo_jax.evaluation import results
-from sdpo_jax.evaluation.card import model_card
-from sdpo_jax.evaluation.stages import choose_step, last_finished
 from sdpo_jax.export import export
 from sdpo_jax.report import report
-from sdpo_jax.workdir import read_run, stage_result
+from sdpo_jax.reports.model_card import model_card
+from sdpo_jax.runs.steps import choose_step, last_finished
+from sdpo_jax.runs.workdir import read_run, stage_result
+from sdpo_jax.system.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,7 +85,7 @@ def test_any_name_of_a_run_that_is_not_there_is_one_line(name, tmp_path):
 
 
 def test_a_best_step_without_its_checkpoint_is_told(run, case, monkeypatch):
-    monkeypatch.setattr("sdpo_jax.evaluation.stages.steps", lambda run, stage: [1])
+    monkeypatch.setattr("sdpo_jax.runs.steps.steps", lambda run, stage: [1])
     with pytest.raises(InputError, match=r"sft\.json: found best_step 2, expected .*: 1: give one"):
         choose_step(read_run(fresh(run, case)), "sft", None)
 
@@ -96,7 +96,7 @@ def test_a_stage_of_a_run_names_no_path(run, case, stages):
     stored = json.loads((folder / "config.json").read_text())
     stored["config"]["stages"] = stages
     (folder / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(InputError, match=r"stages: found .*expected some of sft, sdpo"):
+    with pytest.raises(InputError, match=r"config.stages is .*expected some of sft, sdpo"):
         evaluate(folder)
 
 

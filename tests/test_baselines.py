@@ -15,18 +15,18 @@ from flax import nnx
 from tiny import dataset_of, window
 
 from sdpo_jax import leakcheck
-from sdpo_jax.baselines import fit, floor
+from sdpo_jax.baselines import trainer, trivial
 from sdpo_jax.baselines.__main__ import NETWORKS, run
-from sdpo_jax.baselines.arrays import arrays
+from sdpo_jax.baselines.windows import arrays
 from sdpo_jax.data import candidates
-from sdpo_jax.data.prepared import Dataset, Window, write_dataset
-from sdpo_jax.errors import InputError
-from sdpo_jax.workdir import open_run
+from sdpo_jax.data.dataset import Dataset, Window, write_dataset
+from sdpo_jax.runs.workdir import open_run
+from sdpo_jax.system.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 ITEMS, PLACES = 40, 10
 TITLES = {100 + i: f"title {i}" for i in range(ITEMS)}
-QUICK = fit.Settings(batch_size=64, l2=(1e-6,), epochs=5, learning_rate=1e-2)
+QUICK = trainer.Settings(batch_size=64, l2=(1e-6,), epochs=5, learning_rate=1e-2)
 
 
 def windows(n: int, seed: int) -> list[Window]:
@@ -65,7 +65,7 @@ def test_a_network_learns_what_comes_next_and_keeps_what_it_learned(name, folder
     again = run(name, folder, tmp_path, limit=20, candidates_only=True, settings=QUICK)
     assert again[0]["n"] == 20 and again[0]["validation_by_l2"] == first[0]["validation_by_l2"]
     with pytest.raises(InputError, match="another data set or other settings"):
-        run(name, folder, tmp_path, settings=fit.Settings(seed=1))
+        run(name, folder, tmp_path, settings=trainer.Settings(seed=1))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -91,15 +91,15 @@ def test_the_best_l2_and_epoch_of_validation_are_kept():
     data = dataset()
     train, validation = (arrays(data, data.splits[name]) for name in ("train", "val"))
     lines = []
-    settings = fit.Settings(1e-2, 64, l2=(10.0, 1e-6), epochs=30, patience=2)
-    recipe = fit.Recipe(lambda rngs: NETWORKS["gru4rec"](ITEMS, rngs=rngs))
-    found = fit.fit(recipe, train, validation, settings, lines.append)
+    settings = trainer.Settings(1e-2, 64, l2=(10.0, 1e-6), epochs=30, patience=2)
+    recipe = trainer.Recipe(lambda rngs: NETWORKS["gru4rec"](ITEMS, rngs=rngs))
+    found = trainer.fit(recipe, train, validation, settings, lines.append)
     assert found.l2 == 1e-6 and found.hit_ratio == max(found.tried.values())
     assert set(found.tried) == {"10", "1e-06"}
     strong = [line for line in lines if line.startswith("L2 10 ")]
     assert len(strong) < 30, "no early stop"
     graphdef, _ = nnx.split(NETWORKS["gru4rec"](ITEMS, rngs=nnx.Rngs(0)))
-    ranks = fit.ranks(fit.Scores(graphdef)(found.state, validation.history_NT), validation)
+    ranks = trainer.ranks(trainer.Scores(graphdef)(found.state, validation.history_NT), validation)
     assert np.mean(np.array(ranks) == 1) == found.hit_ratio
 
 
@@ -113,14 +113,16 @@ def test_l2_pulls_every_weight_by_its_share():
     def after(l2):
         copy = jax.tree.map(lambda x: x + 0, state)
         batch = (train.history_NT[None], train.target_N[None])
-        return fit.make_epoch(graphdef, sgd)(copy, sgd.init(copy), jax.random.key(0), l2, *batch)[0]
+        return trainer.make_epoch(graphdef, sgd)(
+            copy, sgd.init(copy), jax.random.key(0), l2, *batch
+        )[0]
 
     pulled = jax.tree.map(lambda a, b: a - b, after(0.0), after(0.5))
     jax.tree.map(lambda p, w: np.testing.assert_allclose(p, 0.5 * w, atol=1e-5), pulled, state)
 
 
 def test_popularity_counts_training_targets():
-    assert floor.popularity(np.array([2, 0, 2]), 4).tolist() == [1, 0, 2, 0]
+    assert trivial.popularity(np.array([2, 0, 2]), 4).tolist() == [1, 0, 2, 0]
 
 
 def test_the_floor_is_where_it_must_be(folder, tmp_path):
@@ -219,7 +221,7 @@ def test_the_catalogue_is_all_items_where_one_was_had_before(tmp_path):
 def test_wrong_splits_runs_and_networks_are_refused(folder, tmp_path):
     with pytest.raises(InputError, match=r"--split: found test_all, expected .* train, val, test"):
         run("random", folder, tmp_path, split="test_all")
-    config = tiny_run.CONFIG | {"dataset": "", "model": ""}
+    config = tiny_run.config_of(dataset="", model="")
     open_run(tmp_path / "run", config, {"dataset": "0"}, (), ())
     with pytest.raises(InputError, match="put back the dataset that the run was trained with"):
         run("random", folder, tmp_path / "run")
@@ -230,7 +232,7 @@ def test_wrong_splits_runs_and_networks_are_refused(folder, tmp_path):
 
 
 def test_a_workdir_that_cannot_be_written_is_refused_before_training(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "fit", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(trainer, "fit", lambda *_: pytest.fail("trained"))
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="Not a directory: choose another --workdir"):
         run("sasrec", folder, tmp_path / "file")
@@ -362,8 +364,8 @@ def test_a_target_whose_title_the_history_has_is_told(tmp_path):
 def test_the_look_up_counts_common_candidates_and_then_popularity():
     rows = [((1, 2, 3), 1), ((4, 5, 6), 1), ((1, 2, 4), 2), ((2, 3, 1), 2), ((3, 8, 9), 3)]
     shown = np.array([c for c, _ in rows])
-    train = fit.Arrays(np.zeros((5, 1), np.int32), shown, np.array([t for _, t in rows]))
-    lookup = leakcheck.Lookup(train, floor.popularity(train.target_N, 10))
+    train = trainer.Arrays(np.zeros((5, 1), np.int32), shown, np.array([t for _, t in rows]))
+    lookup = leakcheck.Lookup(train, trivial.popularity(train.target_N, 10))
     # Item 1 was shown with 2 and 3 (three in common), item 2 too, once more often; 7 never.
     scores = lookup.scores(np.array([1, 2, 3, 7]))
     assert np.floor(scores).tolist() == [3, 3, 1, 0] and scores[0] == scores[1] > scores[2]

@@ -24,7 +24,7 @@ from benchmarks import (
 from benchmarks.flops import matrix_flops
 from benchmarks.workload import equal_examples
 from sdpo_jax.data.loader import choose_shapes, collate
-from sdpo_jax.errors import InputError
+from sdpo_jax.system.errors import InputError
 from sdpo_jax.training.step import make_logp
 
 ROOT = Path(__file__).parents[1]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from sdpo_jax.data import candidates
-from sdpo_jax.data.lastfm import read_lastfm
-from sdpo_jax.data.prepared import Window
-from sdpo_jax.errors import InputError
+from sdpo_jax.data.dataset import Window
+from sdpo_jax.data.readers.lastfm import read_lastfm
+from sdpo_jax.system.errors import InputError
 
 LASTFM = Path(__file__).parents[1].parent / "shared" / "data" / "lastfm"
 RELEASED_BLOBS = {

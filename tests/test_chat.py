@@ -6,7 +6,7 @@ import json
 import pytest
 from chat_endpoint import completion, told, windows_of
 
-from sdpo_jax.errors import InputError
+from sdpo_jax.system.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import pytest
 import tiny_run
 from chat_endpoint import KEY, completion, told, windows_of
 
-from sdpo_jax.errors import InputError
-from sdpo_jax.evaluation import chat_answers
+from sdpo_jax.baselines import chat_answers
 from sdpo_jax.report import report
+from sdpo_jax.system.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 

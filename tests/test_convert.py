@@ -14,13 +14,13 @@ from safetensors.numpy import load_file, save_file
 from tiny import edit_config, hf_folder
 
 from sdpo_jax.convert import convert
-from sdpo_jax.errors import InputError
-from sdpo_jax.model_folder import load_model
+from sdpo_jax.models.base_weights import read_weights
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.gguf import NAMES, open_gguf, unpermute
 from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.models.store import load_model
 from sdpo_jax.models.weights import open_hf, read_base
-from sdpo_jax.training.checkpoint import read_weights
+from sdpo_jax.system.errors import InputError
 
 Q0, HEAD = "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"
 

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from sdpo_jax.data.prepared import read_dataset
-from sdpo_jax.data.table import Form, read_csv
-from sdpo_jax.errors import InputError
+from sdpo_jax.data.dataset import read_dataset
+from sdpo_jax.data.readers.csv_file import Form, read_csv
 from sdpo_jax.prepare import prepare, report
+from sdpo_jax.system.errors import InputError
 
 HEADER = "user,item,title,timestamp,rating"
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from sdpo_jax.errors import InputError
 from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.system.errors import InputError
 
 GOOD = {
     "model_type": "llama", "vocab_size": 97, "num_hidden_layers": 2, "hidden_size": 16,

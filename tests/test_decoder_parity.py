@@ -7,15 +7,16 @@ from flax import nnx
 from tiny import FAMILIES, GOLDEN, hf_folder
 
 from sdpo_jax.convert import DEFAULT_MODEL, convert
-from sdpo_jax.model_folder import load_model, load_tokenizer
 from sdpo_jax.models.attention import attend, causal_mask
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.gguf import open_gguf
 from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.models.store import load_model
+from sdpo_jax.models.tokenizer import load_tokenizer
 from sdpo_jax.models.weights import read_base
 from sdpo_jax.objectives.logprobs import prompt_positions
-from sdpo_jax.wheels import cache_folder
+from sdpo_jax.system.wheels import cache_folder
 
 TEXT = "This person has listened to Madonna"
 

@@ -9,10 +9,10 @@ from tiny_run import adapters, finish, make_run, model_of, save
 
 from sdpo_jax.data import candidates
 from sdpo_jax.data.tokens import NEW_TOKENS, new_tokens
-from sdpo_jax.errors import InputError
 from sdpo_jax.evaluate import evaluate
 from sdpo_jax.export import export
-from sdpo_jax.model_folder import ends_of, load_tokenizer
+from sdpo_jax.models.tokenizer import ends_of, load_tokenizer
+from sdpo_jax.system.errors import InputError
 
 EOS = 2  # of the tiny tokenizer
 

@@ -12,15 +12,15 @@ import pytest
 import tiny_run
 from flax import nnx
 
+from sdpo_jax.data.dataset import Window
 from sdpo_jax.data.loader import Shape, collate
-from sdpo_jax.data.prepared import Window
-from sdpo_jax.errors import InputError
 from sdpo_jax.evaluate import evaluate, follow
-from sdpo_jax.evaluation import stages
 from sdpo_jax.evaluation.evaluator import Evaluator
 from sdpo_jax.objectives.logprobs import padded_logp
-from sdpo_jax.training.checkpoint import Checkpoints
-from sdpo_jax.workdir import read_run
+from sdpo_jax.runs import steps
+from sdpo_jax.runs.checkpoints import Checkpoints
+from sdpo_jax.runs.workdir import read_run
+from sdpo_jax.system.errors import InputError
 
 ALL = ("greedy", "trie", "score")
 
@@ -111,10 +111,10 @@ def test_by_default_the_last_finished_stage_at_its_best_step(run):
     assert (summary["stage"], summary["step"]) == ("sdpo", 3)
     (run / "stages" / "sdpo.json").unlink()
     read = read_run(run)
-    assert stages.last_finished(read) == "sft" and stages.choose_step(read, "sft", None) == 2
-    assert stages.choose_step(read, "sft", 4) == 4 and stages.choose_step(read, "base", None) == 0
+    assert steps.last_finished(read) == "sft" and steps.choose_step(read, "sft", None) == 2
+    assert steps.choose_step(read, "sft", 4) == 4 and steps.choose_step(read, "base", None) == 0
     (run / "stages" / "sft.json").unlink()  # still training: by validation loss
-    assert stages.choose_step(read, "sft", None) == 2
+    assert steps.choose_step(read, "sft", None) == 2
 
 
 def test_following_sees_each_checkpoint_once_and_ends_with_the_run(model_and_run, run, capsys):
@@ -153,10 +153,10 @@ def test_a_step_that_vanishes_while_a_stage_is_listed_is_no_error(run, monkeypat
             raise error
         return Checkpoints(folder, read_only=read_only)
 
-    monkeypatch.setattr(stages, "Checkpoints", listing)
-    assert stages.steps(read_run(run), "sft") == [2, 4]
+    monkeypatch.setattr(steps, "Checkpoints", listing)
+    assert steps.steps(read_run(run), "sft") == [2, 4]
     with pytest.raises(InputError, match="vanish while they are listed"):
-        stages.steps(read_run(run), "sft")
+        steps.steps(read_run(run), "sft")
 
 
 def changed(run, key, value):

@@ -13,15 +13,15 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
-from tiny_run import CONFIG, LORA, adapters, finish, make_run, model_of, save
+from tiny_run import LORA, adapters, finish, make_run, model_of, save
 
 from sdpo_jax import export as exporting
-from sdpo_jax import sharding
 from sdpo_jax.convert import convert
-from sdpo_jax.errors import InputError
 from sdpo_jax.export import export
-from sdpo_jax.model_folder import load_model
 from sdpo_jax.models.peft import read_adapter
+from sdpo_jax.models.store import load_model
+from sdpo_jax.system import sharding
+from sdpo_jax.system.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 
@@ -149,4 +149,3 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_left(run, tmp_path):
         with pytest.raises(InputError, match=words):
             export(run, stage, "peft", tmp_path / output)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
-    assert CONFIG["stages"] == ["sft", "sdpo"] and jax.process_count() == 1

@@ -15,14 +15,14 @@ from flax import nnx
 from test_decoder_parity import traced_logits
 from tiny import FAMILIES, hf_folder
 
-from sdpo_jax import sharding
 from sdpo_jax.convert import convert
 from sdpo_jax.data.loader import choose_shapes, collate
 from sdpo_jax.evaluation import decode
-from sdpo_jax.model_folder import load_model
 from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.models.store import load_model
 from sdpo_jax.objectives.logprobs import padded_logp, shared_prefix_logp
-from sdpo_jax.training.checkpoint import Checkpoints
+from sdpo_jax.runs.checkpoints import Checkpoints
+from sdpo_jax.system import sharding
 from sdpo_jax.training.optimizer import make_optimizer
 from sdpo_jax.training.step import (
     init_state,
@@ -30,7 +30,7 @@ from sdpo_jax.training.step import (
     make_train_step,
     preference_objective,
     state_shardings,
-)  # fmt: skip
+)
 
 C, EOS = 4, 2
 LORA = LoraConfig(rank=2, alpha=4.0)

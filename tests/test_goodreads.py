@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from configs import goodreads as config
-from sdpo_jax.data import goodreads, raw
-from sdpo_jax.data.goodreads import STAND_IN, read_goodreads, short_title
-from sdpo_jax.data.prepared import read_dataset
+from sdpo_jax.data.dataset import read_dataset
 from sdpo_jax.data.protocol import Options, read_windows
+from sdpo_jax.data.readers import goodreads, raw
+from sdpo_jax.data.readers.goodreads import STAND_IN, read_goodreads, short_title
 from sdpo_jax.data.sequences import last_windows
-from sdpo_jax.errors import InputError
 from sdpo_jax.prepare import prepare, report
+from sdpo_jax.system.errors import InputError
 
 STAND_IN_FOLDER = Path(__file__).parents[1].parent / "shared" / "data" / "goodbooks"
 needs_stand_in = pytest.mark.skipif(

@@ -14,24 +14,24 @@ import trainers
 from conftest import tiny_config
 from flax import nnx
 from test_decoder_parity import all_logits
-from trainers import NEVER
+from trainers import NEVER, train
 
 from sdpo_jax.convert import convert
+from sdpo_jax.data.dataset import read_dataset
 from sdpo_jax.data.loader import choose_shapes, collate
-from sdpo_jax.data.prepared import read_dataset
-from sdpo_jax.errors import InputError
 from sdpo_jax.evaluate import evaluate
 from sdpo_jax.evaluation.evaluator import Evaluator
-from sdpo_jax.evaluation.stages import adapter, choose_step
 from sdpo_jax.export import export
-from sdpo_jax.model_folder import load_model
 from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.models.store import load_model
 from sdpo_jax.objectives.logprobs import padded_logp
-from sdpo_jax.runtime import Interrupted
-from sdpo_jax.train import train
-from sdpo_jax.training.metrics import read_metrics
+from sdpo_jax.runs.curves import read_metrics
+from sdpo_jax.runs.inputs import adapter_config
+from sdpo_jax.runs.steps import adapter, choose_step
+from sdpo_jax.runs.workdir import read_run, stage_result
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.processes import Interrupted
 from sdpo_jax.training.stage import Stage
-from sdpo_jax.workdir import read_run, stage_result
 
 pytestmark = pytest.mark.usefixtures("kept_compilations")
 STEPS = 12
@@ -167,7 +167,7 @@ def full(data, model_folder, tmp_path_factory) -> Path:
 def decoder_of(run: Path, stage: str, step: int | None = None) -> nnx.Module:
     """At a step, or at the stage's best."""
     read = read_run(run)
-    model = load_model(read.config.model, LoraConfig.of(read.config), dtype="float32")
+    model = load_model(read.config.model, adapter_config(read.config), dtype="float32")
     step = choose_step(read, stage, step)
     return nnx.merge(model.graphdef, adapter(read, stage, step, model.lora), model.base)
 

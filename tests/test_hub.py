@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tiny import hf_folder
 
-from sdpo_jax.errors import InputError
-from sdpo_jax.hub import hub_folder, is_hub_name
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.hub import hub_folder, is_hub_name
 
 ROOT = Path(__file__).parents[1]
 

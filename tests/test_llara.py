@@ -10,18 +10,17 @@ import pytest
 from conftest import TINY, random_batch, tiny_model
 from flax import nnx
 from tiny import tiny_dataset
-from trainers import NEVER
+from trainers import NEVER, train
 
-from sdpo_jax.baselines import fit
+from sdpo_jax.baselines import trainer
 from sdpo_jax.baselines.__main__ import run as run_baseline
 from sdpo_jax.data.tokens import MARK, Encoder
-from sdpo_jax.errors import InputError
 from sdpo_jax.evaluate import evaluate
 from sdpo_jax.export import export
-from sdpo_jax.model_folder import load_tokenizer
 from sdpo_jax.models.item_vectors import fill
+from sdpo_jax.models.tokenizer import load_tokenizer
 from sdpo_jax.objectives.logprobs import padded_logp, shared_prefix_logp
-from sdpo_jax.train import train
+from sdpo_jax.system.errors import InputError
 from sdpo_jax.training.order import curriculum
 
 ITEMS, SIZE = 12, 6
@@ -111,7 +110,7 @@ def test_training_goes_from_texts_to_hybrid_prompts():
 
 
 def test_a_run_with_item_vectors_trains_resumes_and_is_evaluated(config, tmp_path, capsys):
-    settings = fit.Settings(epochs=1, l2=(1e-6,))
+    settings = trainer.Settings(epochs=1, l2=(1e-6,))
     run_baseline("sasrec", config.dataset, tmp_path / "b", settings=settings)
     config.item_vectors = str(tmp_path / "b" / "baselines" / "sasrec.safetensors")
     config.stages, config.mesh.data = ("sft",), -1
@@ -127,7 +126,7 @@ def test_a_run_with_item_vectors_trains_resumes_and_is_evaluated(config, tmp_pat
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert set(stored["fingerprints"]) == {"dataset", "model", "item_vectors"}
     run_baseline("sasrec", config.dataset, tmp_path / "other",
-                 settings=fit.Settings(epochs=1, l2=(1e-3,)))  # fmt: skip
+                 settings=trainer.Settings(epochs=1, l2=(1e-3,)))  # fmt: skip
     config.item_vectors = str(tmp_path / "other" / "baselines" / "sasrec.safetensors")
     with pytest.raises(InputError, match="fingerprint of item_vectors was"):
         train(config, tmp_path / "run", NEVER)

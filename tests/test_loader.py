@@ -7,9 +7,10 @@ from tiny import tiny_dataset
 
 from sdpo_jax.data import loader
 from sdpo_jax.data.prompts import TEMPLATES
+from sdpo_jax.data.rows import evenly_spaced
 from sdpo_jax.data.tokens import Encoder
-from sdpo_jax.errors import InputError
-from sdpo_jax.model_folder import load_tokenizer
+from sdpo_jax.models.tokenizer import load_tokenizer
+from sdpo_jax.system.errors import InputError
 from sdpo_jax.training.stage import most_shapes
 
 
@@ -143,8 +144,8 @@ def test_no_room_for_a_prompt_is_an_error(encoder):
 
 
 def test_rows_spread_over_a_split_include_both_ends():
-    assert loader.spread(100, 5) == [0, 25, 50, 74, 99]
-    assert loader.spread(3, 5) == loader.spread(3) == [0, 1, 2]
+    assert evenly_spaced(100, 5) == [0, 25, 50, 74, 99]
+    assert evenly_spaced(3, 5) == evenly_spaced(3) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from conftest import TINY, random_batch, random_examples, tiny_model
 
-from sdpo_jax import sharding
-from sdpo_jax.errors import InputError
 from sdpo_jax.models.decoder import REMAT
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.objectives.logprobs import shared_prefix_logp
+from sdpo_jax.runs.config import RunConfig
+from sdpo_jax.system import sharding
+from sdpo_jax.system.errors import InputError
 from sdpo_jax.train import explain
-from sdpo_jax.training.memory import step_memory
+from sdpo_jax.training.step_memory import step_memory
 
 DEEP = dataclasses.replace(TINY, L=12)
 # Big enough for activations to outweigh what every program needs.
@@ -59,7 +60,7 @@ def test_a_mesh_divides_the_base():
 
 def test_explain_says_which_microbatch_fits_and_writes_nothing(config, capsys, tmp_path):
     config.batch_size = 16
-    explain(config)
+    explain(RunConfig.of(config.to_dict()))
     lines = capsys.readouterr().out.strip().splitlines()
     assert [line.split()[0] for line in lines[1:]] == [
         "--config.microbatch=1", "--config.microbatch=2"
@@ -71,13 +72,13 @@ def test_explain_says_which_microbatch_fits_and_writes_nothing(config, capsys, t
 def test_explain_refuses_more_negatives_than_are_shown(config):
     config.num_negatives = 25
     with pytest.raises(InputError, match="at most 19"):
-        explain(config)
+        explain(RunConfig.of(config.to_dict()))
 
 
 def test_explain_stops_at_the_first_microbatch_that_does_not_fit(config, capsys, monkeypatch):
-    monkeypatch.setattr("sdpo_jax.training.memory.limit_of", lambda device: 1000)
+    monkeypatch.setattr("sdpo_jax.training.step_memory.limit_of", lambda device: 1000)
     config.batch_size = 16
-    explain(config)
+    explain(RunConfig.of(config.to_dict()))
     assert capsys.readouterr().out.strip().splitlines()[-1].endswith("does not fit")
 
 

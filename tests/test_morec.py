@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from tiny import GOLDEN, dataset_of, edit_config, hf_folder, window
 
-from sdpo_jax.baselines import bert, fit, morec
+from sdpo_jax.baselines import bert, morec, trainer
 from sdpo_jax.baselines.__main__ import run
-from sdpo_jax.baselines.arrays import arrays
-from sdpo_jax.data.prepared import Window, write_dataset
-from sdpo_jax.errors import InputError
-from sdpo_jax.wheels import ENCODER, cache_folder
+from sdpo_jax.baselines.windows import arrays
+from sdpo_jax.data.dataset import Window, write_dataset
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.wheels import ENCODER, cache_folder
 
 GENRES, EACH, OLD = "abcdefgh", 8, 6  # items of a genre, and how many of them training sees
 TITLES = {i: f"{GENRES[i // EACH] * 5} {i % EACH}" for i in range(len(GENRES) * EACH)}
-QUICK = fit.Settings(batch_size=64, l2=(1e-6,), epochs=3, learning_rate=1e-2)
+QUICK = trainer.Settings(batch_size=64, l2=(1e-6,), epochs=3, learning_rate=1e-2)
 
 
 def windows(n: int, seed: int, *, new: bool) -> list[Window]:
@@ -120,7 +120,7 @@ def test_frozen_vectors_are_neither_trained_nor_under_l2(dataset, encoder):
     assert vectors.shape == (len(TITLES), 32)
     assert vectors.shape not in [leaf.shape for leaf in jax.tree.leaves(trained)]
     train = arrays(dataset[1], dataset[1].splits["train"][:8])
-    epoch = fit.make_epoch(graphdef, recipe.optimizer, frozen)
+    epoch = trainer.make_epoch(graphdef, recipe.optimizer, frozen)
     start = jax.tree.map(jnp.copy, trained)
     batch = (train.history_NT[None], train.target_N[None])
     moved, _, _ = epoch(start, recipe.optimizer.init(start), jax.random.key(0), 1e-3, *batch)
@@ -129,7 +129,7 @@ def test_frozen_vectors_are_neither_trained_nor_under_l2(dataset, encoder):
 
 
 def test_an_encoder_can_be_trained_too_more_slowly(dataset, encoder, tmp_path):
-    text, once = morec.Text(str(encoder), trained=True), fit.Settings(epochs=1, l2=(0.0,))
+    text, once = morec.Text(str(encoder), trained=True), trainer.Settings(epochs=1, l2=(0.0,))
     (summary,) = run("morec", dataset[0], tmp_path, settings=once, candidates_only=True, text=text)
     assert summary["encoder_trained"]
     kept = load_file(tmp_path / "baselines" / "morec.safetensors")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from test_prepare import write_movielens
 
-from sdpo_jax.data.movielens import plain_title, read_movielens
-from sdpo_jax.data.prepared import read_dataset
-from sdpo_jax.errors import InputError
+from sdpo_jax.data.dataset import read_dataset
+from sdpo_jax.data.readers.movielens import plain_title, read_movielens
 from sdpo_jax.prepare import prepare, report
+from sdpo_jax.system.errors import InputError
 
 MOVIES = [
     (1, "Toy Story (1995)", "Adventure|Animation|Children's"),
@@ -173,7 +173,7 @@ def test_a_folder_that_may_not_be_read_beside_the_data_is_passed_over(tmp_path):
 
 
 def test_a_line_that_never_ends_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("sdpo_jax.data.raw.LONGEST", 64)
+    monkeypatch.setattr("sdpo_jax.data.readers.raw.LONGEST", 64)
     path = write_form(tmp_path / "ml-1m", "ml-1m")
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("movies.dat", (path / "movies.dat").read_bytes())

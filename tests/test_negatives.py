@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from tiny import history_dataset
 
+from sdpo_jax.data.dataset import Dataset
 from sdpo_jax.data.negatives import NEGATIVES, Negatives
-from sdpo_jax.data.prepared import Dataset
 from sdpo_jax.data.prompts import HISTORY_TEMPLATES, templates_of
 from sdpo_jax.data.segments import units
 from sdpo_jax.data.sequences import leave_one_out
 from sdpo_jax.data.tokens import Encoder
-from sdpo_jax.errors import InputError
-from sdpo_jax.model_folder import load_tokenizer
+from sdpo_jax.models.tokenizer import load_tokenizer
+from sdpo_jax.system.errors import InputError
 from sdpo_jax.training.order import Key, chosen_in_band, encode, redrawn
 
 ANY = [kind for kind in NEGATIVES if kind != "shown"]

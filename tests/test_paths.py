@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from configs import common
-from sdpo_jax import config, errors
-from sdpo_jax.errors import InputError
+from sdpo_jax.runs import config
+from sdpo_jax.runs.config import RunConfig
+from sdpo_jax.system import command
+from sdpo_jax.system.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,21 +36,20 @@ def home(monkeypatch):
     ],
 )
 def test_the_home_folder_stands_for_a_tilde_in_every_option(argument, read):
-    assert errors._at_home(argument) == read
+    assert command._at_home(argument) == read
 
 
 def test_the_home_of_nobody_is_refused():
     with pytest.raises(InputError, match="--output: found '~no-such-user/x', expected the home"):
-        errors._at_home("--output=~no-such-user/x")
+        command._at_home("--output=~no-such-user/x")
 
 
 def test_the_home_folder_stands_for_a_tilde_in_every_path_of_a_config_file():
     found = common.get_config()
     for key in config.PATHS:
         found.update_from_flattened_dict({key: f"~/{key}"})
-    config.at_home(found)
-    flat = found.to_dict() | {"lora.init_from": found.lora.init_from}
-    assert [flat[key] for key in config.PATHS] == [f"/home/ann/{key}" for key in config.PATHS]
+    read = dict((name, value) for name, _, value in config.keys(RunConfig.of(found.to_dict())))
+    assert [read[key] for key in config.PATHS] == [f"/home/ann/{key}" for key in config.PATHS]
 
 
 def test_a_config_without_a_path_is_left_to_the_check_of_its_keys():
@@ -56,9 +57,8 @@ def test_a_config_without_a_path_is_left_to_the_check_of_its_keys():
     del found.item_vectors
     with found.unlocked(), found.ignore_type():
         found.lora, found.model = None, 7
-    config.at_home(found)
     with pytest.raises(InputError):
-        config.check(found)
+        RunConfig.of(found.to_dict())
 
 
 def test_a_config_file_is_read_in_any_folder(tmp_path):

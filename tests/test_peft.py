@@ -12,10 +12,10 @@ from safetensors.numpy import load_file, save_file
 from tiny import FAMILIES, hf_folder
 
 from sdpo_jax.convert import convert
-from sdpo_jax.errors import InputError
-from sdpo_jax.model_folder import load_model
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.peft import CONFIG, TENSORS, read_adapter, write_adapter
+from sdpo_jax.models.store import load_model
+from sdpo_jax.system.errors import InputError
 from sdpo_jax.train import first_adapter
 
 LORA = LoraConfig(rank=2, alpha=4.0)
@@ -123,7 +123,7 @@ def test_every_family_writes_and_reads_its_adapter(name, tmp_path):
 def test_training_starts_from_the_adapter_that_is_named(config, adapter, tmp_path):
     convert(str(hf_folder(tmp_path / "hf")), str(tmp_path / "model"))
     config.lora.rank, config.lora.alpha = 2, 4.0
-    model = load_model(tmp_path / "model", LoraConfig.of(config), dtype=jnp.float32)
+    model = load_model(tmp_path / "model", LORA, dtype=jnp.float32)
     (tmp_path / "peft").mkdir()
     tree = {name: {part: x + 1 for part, x in parts.items()}
             for name, parts in nnx.to_pure_dict(model.lora)["layers"].items()}  # fmt: skip

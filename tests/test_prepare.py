@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdpo_jax.data.lastfm import read_lastfm
-from sdpo_jax.data.movielens import plain_title, read_movielens
-from sdpo_jax.data.prepared import UserSequence, fingerprint, read_dataset
+from sdpo_jax.data.dataset import UserSequence, fingerprint, read_dataset
+from sdpo_jax.data.readers.lastfm import read_lastfm
+from sdpo_jax.data.readers.movielens import plain_title, read_movielens
 from sdpo_jax.data.sequences import all_windows, windows
-from sdpo_jax.errors import InputError
 from sdpo_jax.prepare import prepare, report
+from sdpo_jax.system.errors import InputError
 
 LASTFM = Path(__file__).parents[1].parent / "shared" / "data" / "lastfm"
 needs_lastfm = pytest.mark.skipif(not LASTFM.is_dir(), reason=f"needs the files in {LASTFM}")

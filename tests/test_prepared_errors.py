@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from sdpo_jax.data.prepared import (
+from sdpo_jax.data.dataset import (
     Dataset,
     UserSequence,
     Window,
     fingerprint,
     read_dataset,
     write_dataset,
-)  # fmt: skip
-from sdpo_jax.errors import InputError
+)
+from sdpo_jax.system.errors import InputError
 
 TITLES = {item: f"title {item}" for item in range(30)}
 GOOD = {"user": "b", "place": 1, "history": [3], "candidates": [4, 5, 6], "target": 5}

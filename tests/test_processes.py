@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import trainers
 
-from sdpo_jax import runtime
-from sdpo_jax.errors import InputError
+from sdpo_jax.system import processes
+from sdpo_jax.system.errors import InputError
 
 STEPS = {"sft": 8, "sdpo": 16}  # one shape and two
 
@@ -108,7 +108,7 @@ def test_a_process_takes_its_share_of_the_gpus_that_it_sees(shown, tasks, local,
         "SLURM_STEP_TASKS_PER_NODE": f"{tasks}(x2)",
         "SLURM_LOCALID": str(local),
     }
-    assert runtime.own_gpus(environment) == expected
+    assert processes.own_gpus(environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,6 @@ def test_a_process_takes_its_share_of_the_gpus_that_it_sees(shown, tasks, local,
 )
 def test_half_of_the_processes_flags_is_refused(coordinator, processes, process):
     with pytest.raises(InputError, match="expected all three"):
-        runtime.join_processes(
+        processes.join_processes(
             coordinator, processes, process, start_seconds=1, heartbeat_seconds=1
         )

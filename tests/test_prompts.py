@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from sdpo_jax.data import prompts, thoughts
-from sdpo_jax.errors import InputError
-from sdpo_jax.model_folder import load_tokenizer
+from sdpo_jax.models.tokenizer import load_tokenizer
+from sdpo_jax.system.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 

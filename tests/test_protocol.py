@@ -10,9 +10,9 @@ from test_csv import write_csv
 from test_goodreads import write_stand_in
 from test_prepare import write_authors_lastfm
 
-from sdpo_jax.data.prepared import UserSequence, read_dataset
-from sdpo_jax.errors import InputError
+from sdpo_jax.data.dataset import UserSequence, read_dataset
 from sdpo_jax.prepare import Options, prepare, report
+from sdpo_jax.system.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,10 +10,10 @@ from conftest import TINY, random_batch, tiny_model
 from flax import nnx
 
 from configs import common
-from sdpo_jax import sharding
-from sdpo_jax.errors import InputError
 from sdpo_jax.models.quantize import BLOCK, NF4, Quantised, dense, quantise
 from sdpo_jax.objectives.logprobs import shared_prefix_logp
+from sdpo_jax.system import sharding
+from sdpo_jax.system.errors import InputError
 
 WIDE = dataclasses.replace(TINY, D=64, H=16, F=128)
 

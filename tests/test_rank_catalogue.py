@@ -9,13 +9,13 @@ import tiny_run
 from tiny import history_dataset
 
 from sdpo_jax.baselines.__main__ import run as run_baseline
-from sdpo_jax.data.prepared import Dataset, read_dataset
-from sdpo_jax.errors import InputError
+from sdpo_jax.data.dataset import Dataset, read_dataset
 from sdpo_jax.evaluate import evaluate
 from sdpo_jax.evaluation.evaluator import Evaluator
 from sdpo_jax.evaluation.ranked_items import RankedItems
 from sdpo_jax.report import report
-from sdpo_jax.workdir import read_run
+from sdpo_jax.runs.workdir import read_run
+from sdpo_jax.system.errors import InputError
 
 KEYS = {
     *(f"hit_ratio_at_{k}" for k in (1, 5, 10, 20)), *(f"ndcg_at_{k}" for k in (5, 10, 20)),
@@ -100,7 +100,7 @@ def test_where_users_repeat_items_nothing_is_left_out(tmp_path):
 def test_a_prompt_does_not_depend_on_the_length_of_its_target(run):
     """Where not all of a history fits, else a short target would leave it more titles."""
     read = read_run(run)
-    read.config.max_length = 80
+    read = dataclasses.replace(read, config=dataclasses.replace(read.config, max_length=80))
     evaluator = Evaluator(read, "test", rank="catalogue")
     room = 80 - max(map(len, tiny_run.TITLES)) - 1
     for row, example in enumerate(evaluator.examples):

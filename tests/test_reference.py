@@ -9,8 +9,8 @@ from conftest import random_segments
 from jax.sharding import Mesh
 
 from sdpo_jax.data.tokens import Example
-from sdpo_jax.runtime import Interrupted, StopSignal
-from sdpo_jax.sharding import AXES
+from sdpo_jax.system.processes import Interrupted, StopSignal
+from sdpo_jax.system.sharding import AXES
 from sdpo_jax.training import reference
 from sdpo_jax.training.inference import Inference
 

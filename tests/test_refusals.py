@@ -8,10 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from trainers import train
 
-from sdpo_jax.errors import InputError
 from sdpo_jax.models.config import DecoderConfig
-from sdpo_jax.train import check_length, train
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.train import check_length
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import tiny_run
 
-from sdpo_jax.errors import InputError
-from sdpo_jax.evaluation import plots, results
-from sdpo_jax.evaluation import report as tables
+from sdpo_jax.evaluation import results
 from sdpo_jax.report import report
-from sdpo_jax.workdir import open_run, read_run
+from sdpo_jax.reports import curves_plot, tables
+from sdpo_jax.runs.workdir import open_run, read_run
+from sdpo_jax.system.errors import InputError
 
 N = 40
 
@@ -65,7 +65,7 @@ def curves(steps=30):
 def run(tmp_path):
     """A finished run: of 40 windows the base hits 2, SFT 8, S-DPO those and 6 more."""
     path = tmp_path / "run"
-    config = tiny_run.CONFIG | {"dataset": "data", "model": "model"}
+    config = tiny_run.config_of(dataset="data", model="model")
     open_run(path, config, {"dataset": "0", "model": "1"}, (), ())
     hits = np.arange(N)
     for decoder in ("greedy", "score"):
@@ -281,5 +281,5 @@ def test_without_matplotlib_there_is_no_picture(run, monkeypatch, capsys):
 
 
 def test_the_running_mean_keeps_ends():
-    assert plots.smoothed([0, 3, 6, 9], 3) == [1.5, 3, 6, 7.5]
-    assert plots.smoothed([1, 2], 1) == [1, 2]
+    assert curves_plot.smoothed([0, 3, 6, 9], 3) == [1.5, 3, 6, 7.5]
+    assert curves_plot.smoothed([1, 2], 1) == [1, 2]

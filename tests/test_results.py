@@ -5,9 +5,9 @@ import json
 import pytest
 import tiny_run
 
-from sdpo_jax.errors import InputError
 from sdpo_jax.evaluation import results
-from sdpo_jax.training.selection import hit_ratios
+from sdpo_jax.runs.best_step import hit_ratios
+from sdpo_jax.system.errors import InputError
 
 RANKS = [1, 3, 12, None]  # of the target; None: a beam did not find it
 TOPS = [[0, 1], [0, 2], [0, 1], []]

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from sdpo_jax.runtime import set_up_jax
+from sdpo_jax.system.processes import set_up_jax
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ from test_prepare import write_movielens
 from tiny import hf_folder
 
 from sdpo_jax.convert import convert
-from sdpo_jax.data.prepared import read_dataset
-from sdpo_jax.data.raw import read_files
-from sdpo_jax.errors import InputError
-from sdpo_jax.evaluation.card import model_card
-from sdpo_jax.evaluation.markdown import fenced, plain
+from sdpo_jax.data.dataset import read_dataset
+from sdpo_jax.data.readers.raw import read_files
 from sdpo_jax.prepare import prepare
 from sdpo_jax.report import report
-from sdpo_jax.workdir import read_run
+from sdpo_jax.reports.markdown import fenced, plain
+from sdpo_jax.reports.model_card import model_card
+from sdpo_jax.runs.workdir import read_run
+from sdpo_jax.system.errors import InputError
 
 PACKAGE = Path(__file__).parents[1] / "sdpo_jax"
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch"}

@@ -7,13 +7,14 @@ import pytest
 from configs import quickstart
 from sdpo_jax.convert import DEFAULT_MODEL
 from sdpo_jax.data import loader, prompts
-from sdpo_jax.data.prepared import read_dataset
+from sdpo_jax.data.dataset import read_dataset
 from sdpo_jax.data.tokens import Encoder
-from sdpo_jax.model_folder import load_tokenizer
 from sdpo_jax.models.gguf import open_gguf
+from sdpo_jax.models.tokenizer import load_tokenizer
 from sdpo_jax.prepare import prepare
+from sdpo_jax.runs.config import RunConfig
+from sdpo_jax.system.wheels import RECBOLE, cache_folder
 from sdpo_jax.training.stage import Stage
-from sdpo_jax.wheels import RECBOLE, cache_folder
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,11 @@ def encoder(tmp_path_factory) -> Encoder:
     prepare("movielens", None, str(folder / "data"))
     dataset = read_dataset(folder / "data")
     templates = prompts.templates_of("movie", prompt="history")
-    return Encoder.of(quickstart.get_config(), dataset, load_tokenizer(folder / "model"), templates)
+    config = quickstart.get_config()
+    return Encoder(
+        dataset, load_tokenizer(folder / "model"), templates, config.seed, config.max_length,
+        prompt=config.prompt, history=config.history,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("stage", "most"), [("sft", 7), ("sdpo", 6.5 * (3 + 1))])
@@ -39,7 +44,7 @@ def test_a_target_takes_few_tokens_of_which_nearly_all_are_real(encoder, stage, 
     config.batch_size, config.microbatch = 32, 4
     config[stage].epochs, config[stage].max_steps = 1, 0
     rows = SimpleNamespace(batch_size=config.microbatch, rows=1)
-    made = Stage(stage, config, tmp_path, None, encoder, None, rows, None)
+    made = Stage(stage, RunConfig.of(config.to_dict()), tmp_path, None, encoder, None, rows, None)
     count = config.batch_size // config.microbatch
     examples = [[made.train_examples[key] for key in part] for part in made.cut]
     shapes = loader.choose_shapes(examples, count)

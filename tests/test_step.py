@@ -12,9 +12,9 @@ from conftest import TINY, random_batch, random_examples, random_segments, tiny_
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-from sdpo_jax import sharding
 from sdpo_jax.data.loader import choose_shapes, collate
-from sdpo_jax.errors import InputError
+from sdpo_jax.system import sharding
+from sdpo_jax.system.errors import InputError
 from sdpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from sdpo_jax.training.step import (
     init_state,
@@ -23,7 +23,7 @@ from sdpo_jax.training.step import (
     preference_objective,
     sft_objective,
     state_shardings,
-)  # fmt: skip
+)
 
 OPTIMIZER = make_optimizer(1e-2, 10, warmup=0.1, clip=1.0, weight_decay=0.0)
 SDPO = functools.partial(preference_objective, beta=1.0)

@@ -17,11 +17,10 @@ import pytest
 import stress
 import trainers
 from conftest import tiny_config
-from trainers import NEVER
+from trainers import NEVER, train
 
-from sdpo_jax.errors import InputError
-from sdpo_jax.train import train
-from sdpo_jax.training.checkpoint import Checkpoints
+from sdpo_jax.runs.checkpoints import Checkpoints
+from sdpo_jax.system.errors import InputError
 
 STEPS = 6
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from sdpo_jax.data.times import Clock
-from sdpo_jax.errors import InputError
+from sdpo_jax.data.readers.times import Clock
+from sdpo_jax.system.errors import InputError
 
 
 def read(texts):

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from sdpo_jax.data import prompts
 from sdpo_jax.data.tokens import Encoder, check_titles
-from sdpo_jax.errors import InputError
-from sdpo_jax.model_folder import load_tokenizer
+from sdpo_jax.models.tokenizer import load_tokenizer
+from sdpo_jax.system.errors import InputError
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 TITLES = {0: "Heat", 1: "Amélie", 2: "10,000 Maniacs", 3: "Léon: The Professional"}

@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trainers
-from trainers import NEVER
+from trainers import NEVER, train
 
-from sdpo_jax.errors import InputError
-from sdpo_jax.runtime import Interrupted
-from sdpo_jax.train import train
-from sdpo_jax.training.checkpoint import Checkpoints
-from sdpo_jax.training.metrics import read_metrics
+from sdpo_jax.runs.checkpoints import Checkpoints
+from sdpo_jax.runs.curves import read_metrics
+from sdpo_jax.runs.workdir import read_run
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.processes import Interrupted
 from sdpo_jax.training.stage import Stage
-from sdpo_jax.workdir import read_run
 
 pytestmark = pytest.mark.usefixtures("kept_compilations")
 STEPS = 12
@@ -134,9 +133,11 @@ def test_a_run_keeps_the_prompts_that_it_was_started_with(config, tmp_path, monk
     (tmp_path / "prompts.txt").write_text("\n".join(texts))
     config.prompt_file = str(tmp_path / "prompts.txt")
     day = "today is the 26th. "
-    monkeypatch.setattr("sdpo_jax.train.in_chat", lambda _, found: tuple(day + t for t in found))
+    monkeypatch.setattr(
+        "sdpo_jax.runs.inputs._in_chat", lambda _, found: tuple(day + t for t in found)
+    )
     train(config, tmp_path / "run", NEVER)
-    monkeypatch.setattr("sdpo_jax.train.in_chat", lambda *_: pytest.fail("rendered again"))
+    monkeypatch.setattr("sdpo_jax.runs.inputs._in_chat", lambda *_: pytest.fail("rendered again"))
     train(config, tmp_path / "run", NEVER)
     assert read_run(tmp_path / "run").templates == tuple(f"{day}{text} " for text in texts)
     (tmp_path / "prompts.txt").write_text("\n".join([texts[0], texts[1].replace("after", "to")]))

@@ -11,8 +11,8 @@ from tiny import edit_config, hf_folder
 from transformers.utils import is_sentencepiece_available
 
 from sdpo_jax.convert import convert
-from sdpo_jax.errors import InputError
-from sdpo_jax.model_folder import load_tokenizer
+from sdpo_jax.models.tokenizer import load_tokenizer
+from sdpo_jax.system.errors import InputError
 
 
 @pytest.fixture

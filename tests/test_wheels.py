@@ -5,8 +5,8 @@ import zipfile
 
 import pytest
 
-from sdpo_jax.errors import InputError
-from sdpo_jax.wheels import sha256_of, wheel_file
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.wheels import sha256_of, wheel_file
 
 
 @pytest.fixture

@@ -10,25 +10,24 @@ from tiny import hf_folder
 
 from sdpo_jax.convert import convert
 from sdpo_jax.data import prompts
-from sdpo_jax.data.prepared import Dataset, UserSequence, read_dataset, write_dataset
-from sdpo_jax.model_folder import load_model
+from sdpo_jax.data.dataset import Dataset, UserSequence, read_dataset, write_dataset
 from sdpo_jax.models.lora import LoraConfig
-from sdpo_jax.training.checkpoint import Checkpoints
+from sdpo_jax.models.store import load_model
+from sdpo_jax.runs.checkpoints import Checkpoints
+from sdpo_jax.runs.config import RunConfig
+from sdpo_jax.runs.workdir import open_run, write_stage_result
 from sdpo_jax.training.step import TrainState
-from sdpo_jax.workdir import open_run, write_stage_result
 
 TITLES = ("heat", "alien", "aliens", "the thing", "jaws", "big", "fargo", "babe", "speed", "up")
-CONFIG = {
-    "seed": 0, "stages": ["sft", "sdpo"], "prompt": "candidates", "history": 10,
-    "prompt_file": "", "max_length": 512, "negatives": "shown", "redraw": False, "tune": "lora",
-    "item_vectors": "", "chat_template": False,
-    "num_negatives": 3, "objective": "sdpo", "beta": 1.0, "batch_size": 8,
-    "validation_split": "val", "dtype": "float32", "base_dtype": "same", "best_by": "loss",
-    "lora": {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["q", "v"],
-             "init_from": ""},
-    "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-}  # fmt: skip
+ADAPTER = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ("q", "v")}
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("q", "v"))
+
+
+def config_of(**changes) -> RunConfig:
+    """That of a tiny run."""
+    content = RunConfig().to_dict() | {"dtype": "float32", "batch_size": 8} | changes
+    content["lora"] |= ADAPTER
+    return RunConfig.of(content)
 
 
 def dataset(windows: int = 11) -> Dataset:
@@ -77,9 +76,7 @@ def make_run(folder: Path, prompt: str = "candidates", data: Dataset | None = No
     """Prepared data, converted model and a started run without checkpoints; returns the run."""
     write_dataset(folder / "data", data or dataset())
     convert(hf_folder(folder / "hf"), folder / "model")
-    config = CONFIG | {
-        "dataset": str(folder / "data"), "model": str(folder / "model"), "prompt": prompt,
-    }  # fmt: skip
+    config = config_of(dataset=str(folder / "data"), model=str(folder / "model"), prompt=prompt)
     meta = json.loads((folder / "model" / "model.json").read_text())
     fingerprint = read_dataset(folder / "data").meta["fingerprint"]
     templates = prompts.templates_of("movie", prompt=prompt)

@@ -11,9 +11,12 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from sdpo_jax.training.checkpoint import Checkpoints
-from sdpo_jax.training.metrics import read_metrics
+from sdpo_jax import train as command
+from sdpo_jax.runs.checkpoints import Checkpoints
+from sdpo_jax.runs.config import RunConfig
+from sdpo_jax.runs.curves import read_metrics
 
 ROOT = Path(__file__).parents[1]
 NEVER = SimpleNamespace(ask=lambda: False, check=lambda: None)  # a StopSignal
@@ -23,6 +26,11 @@ XLA_FLAGS = (
     "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_multi_thread_eigen=false"
 )
 TIMEOUT = 300  # seconds after which a process that should have ended fails its test
+
+
+def train(config: ConfigDict, run: Path, stop=NEVER, experiment: str = "") -> None:
+    """The command's on a config as a file builds it."""
+    command.train(RunConfig.of(config.to_dict()), run, stop, experiment)
 
 
 def environment(devices: int = 1, **changes: str) -> dict[str, str]:

@@ -30,27 +30,28 @@ from absl import flags
 from flax import nnx
 from tqdm import tqdm
 
-from sdpo_jax.baselines import fit, floor, kept, morec
-from sdpo_jax.baselines.arrays import Arrays, arrays, place
+from sdpo_jax.baselines import morec, trained, trainer, trivial
 from sdpo_jax.baselines.caser import Caser
 from sdpo_jax.baselines.gru4rec import GRU4Rec
 from sdpo_jax.baselines.sasrec import SASRec
-from sdpo_jax.data import loader
+from sdpo_jax.baselines.windows import Arrays, arrays, place
+from sdpo_jax.data.dataset import SPLITS, Dataset, read_dataset
 from sdpo_jax.data.negatives import against_disliked
-from sdpo_jax.data.prepared import SPLITS, Dataset, read_dataset
-from sdpo_jax.errors import InputError, run_command
+from sdpo_jax.data.rows import evenly_spaced
 from sdpo_jax.evaluation import metrics, results
-from sdpo_jax.runtime import set_up_jax
-from sdpo_jax.workdir import same_dataset
+from sdpo_jax.evaluation.systems import TRADITIONAL
+from sdpo_jax.runs.workdir import same_dataset
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.processes import set_up_jax
 
 NETWORKS = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}
-MODELS = ("random", "popularity", *NETWORKS, "morec")
 SHOWN = results.CUTOFF  # items of a ranking that a prediction holds
 
 
 def run(
     model: str, dataset: str, workdir: str, split: str = "test", limit: int = 0,
-    candidates_only: bool = False, settings: fit.Settings | None = None,
+    candidates_only: bool = False, settings: trainer.Settings | None = None,
     text: morec.Text | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Evaluates `model`, after training where it is a network; returns the summaries written.
@@ -58,7 +59,7 @@ def run(
     `text` is MoRec's. Raises InputError for a data set, split, workdir or encoder that is not there
     or does not fit.
     """
-    settings, text = settings or fit.Settings(), text or morec.Text()
+    settings, text = settings or trainer.Settings(), text or morec.Text()
     if model != "morec" and text != morec.Text():
         raise InputError(
             f"--encoder, --train_encoder: found with --model={model}, which reads no titles: "
@@ -70,7 +71,7 @@ def run(
             f"--split: found {split}, expected one that {dataset} has: {', '.join(data.splits)}"
         )
     same_dataset(Path(workdir), dataset, data.meta["fingerprint"])
-    rows = loader.spread(len(data.splits[split]), limit)
+    rows = evenly_spaced(len(data.splits[split]), limit)
     found = arrays(data, [data.splits[split][row] for row in rows])
     start = time.monotonic()
     scores_NI, about = _scores(model, data, Path(workdir), split, rows, found, settings, text)
@@ -94,29 +95,31 @@ def run(
 
 def _scores(
     model: str, data: Dataset, workdir: Path, split: str, rows: Sequence[int], found: Arrays,
-    settings: fit.Settings, text: morec.Text,
+    settings: trainer.Settings, text: morec.Text,
 ) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
     """Scores of every item for each window, [N, I], and what there is to tell of the model."""
     items = len(data.titles)
     if model == "random":
-        return floor.random_scores(settings.seed, split, rows, items), {"step": 0}
+        return trivial.random_scores(settings.seed, split, rows, items), {"step": 0}
     if model == "popularity":
-        popularity_I = floor.popularity(arrays(data, data.splits["train"]).target_N, items)
+        popularity_I = trivial.popularity(arrays(data, data.splits["train"]).target_N, items)
         return np.broadcast_to(popularity_I, (len(rows), items)), {"step": 0}
     set_up_jax("float32")
     graphdef, state, frozen, about = _network(model, data, workdir, settings, text)
-    return fit.Scores(graphdef, frozen)(state, found.history_NT), about
+    return trainer.Scores(graphdef, frozen)(state, found.history_NT), about
 
 
-def _network(model: str, data: Dataset, workdir: Path, settings: fit.Settings, text: morec.Text):
+def _network(
+    model: str, data: Dataset, workdir: Path, settings: trainer.Settings, text: morec.Text
+):
     """(graphdef, state, frozen, about): as an earlier call with the same kept it, or new."""
     recipe = _recipe(model, data, settings, text)
     graphdef, fresh, frozen = nnx.split(recipe.make(nnx.Rngs(settings.seed)), nnx.Param, ...)
     path = workdir / "baselines" / f"{model}.safetensors"
-    key = kept.key(data.meta["fingerprint"], settings, *recipe.depends)
-    if (found := kept.read(path, key, fresh)) is not None:
+    key = trained.key(data.meta["fingerprint"], settings, *recipe.depends)
+    if (found := trained.read(path, key, fresh)) is not None:
         return graphdef, found[0], frozen, found[1]
-    kept.check_writable(path.parent)
+    trained.check_writable(path.parent)
     train, validation = (arrays(data, data.splits[name]) for name in ("train", _validation(data)))
     with tqdm(desc=model, unit="epoch") as bar:
 
@@ -124,24 +127,26 @@ def _network(model: str, data: Dataset, workdir: Path, settings: fit.Settings, t
             bar.set_description_str(f"{model}, {line}", refresh=False)
             bar.update()
 
-        fitted = fit.fit(recipe, train, validation, settings, report)
+        fitted = trainer.fit(recipe, train, validation, settings, report)
     about = {
         "step": fitted.epoch, "l2": fitted.l2, "validation_split": _validation(data),
         "validation_hit_ratio_at_1": fitted.hit_ratio, "validation_by_l2": fitted.tried,
         **recipe.about,
     }  # fmt: skip
-    kept.write(path, key, data.meta["fingerprint"], fitted.state, about)
+    trained.write(path, key, data.meta["fingerprint"], fitted.state, about)
     return graphdef, fitted.state, frozen, about
 
 
-def _recipe(model: str, data: Dataset, settings: fit.Settings, text: morec.Text) -> fit.Recipe:
+def _recipe(
+    model: str, data: Dataset, settings: trainer.Settings, text: morec.Text
+) -> trainer.Recipe:
     if model == "morec":
         return morec.recipe(
             list(data.titles.values()), text, settings.learning_rate, data.meta["history"]
         )
     # The other networks have weights for each place of a history.
     places = {} if model == "gru4rec" else {"T": data.meta["history"]}
-    return fit.Recipe(lambda rngs: NETWORKS[model](len(data.titles), **places, rngs=rngs))
+    return trainer.Recipe(lambda rngs: NETWORKS[model](len(data.titles), **places, rngs=rngs))
 
 
 def _validation(data: Dataset) -> str:
@@ -185,7 +190,7 @@ def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     if wrong := [value for value in args.l2 if not math.isfinite(value)]:
         raise InputError(f"--l2: found {wrong[0]}, expected a number: give one, as 1e-6")
-    settings = fit.Settings(epochs=args.epochs, l2=tuple(args.l2), seed=args.seed)
+    settings = trainer.Settings(epochs=args.epochs, l2=tuple(args.l2), seed=args.seed)
     run(args.model, args.dataset, args.workdir, args.split, args.limit or 0, args.candidates_only,
         settings, morec.Text(args.encoder, args.train_encoder))  # fmt: skip
     if (Path(args.workdir) / "config.json").exists():
@@ -193,16 +198,18 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("model", None, MODELS, "which recommender", required=True)
+    flags.DEFINE_enum("model", None, [*TRADITIONAL], "which recommender", required=True)
     flags.DEFINE_string("dataset", None, "prepared folder", required=True)
     flags.DEFINE_string("workdir", None, "folder of a run, or any other", required=True)
     flags.DEFINE_enum("split", "test", SPLITS[1:], "windows to evaluate on")
     flags.DEFINE_integer("limit", None, "this many windows, evenly spread over the split; "
                          "default: all", lower_bound=1)  # fmt: skip
     flags.DEFINE_bool("candidates_only", False, "leave out the ranking of the whole catalogue")
-    flags.DEFINE_multi_float("l2", fit.Settings.l2, "weights of the L2 regularisation, each with a "
-                             "--l2 of its own; validation chooses", lower_bound=0)  # fmt: skip
-    flags.DEFINE_integer("epochs", fit.Settings.epochs, "at most", lower_bound=1)
+    flags.DEFINE_multi_float(
+        "l2", trainer.Settings.l2, "weights of the L2 regularisation, each with a --l2 of its own; "
+        "validation chooses", lower_bound=0,
+    )  # fmt: skip
+    flags.DEFINE_integer("epochs", trainer.Settings.epochs, "at most", lower_bound=1)
     flags.DEFINE_string("encoder", None, "of the titles, for morec: BERT folder or name on the Hub")
     flags.DEFINE_bool("train_encoder", False, "train it too, for morec")
     flags.DEFINE_integer("seed", 0, "of initial weights, order and dropout", lower_bound=0)

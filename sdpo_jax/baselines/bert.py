@@ -16,11 +16,11 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sdpo_jax.baselines.networks import looked_up
-from sdpo_jax.errors import InputError, shown
-from sdpo_jax.files import SHARE, Kind, check_keys, one_of
-from sdpo_jax.model_folder import check_vocabulary, load_tokenizer
 from sdpo_jax.models.config import GELU, MOST, MOST_LAYERS
+from sdpo_jax.models.tokenizer import check_vocabulary, load_tokenizer
 from sdpo_jax.models.weights import Source, open_hf, read_arrays, slots_of
+from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.files import SHARE, Kind, check_keys, one_of
 
 BATCH = 64  # titles that are encoded at once
 LONGEST = 128  # tokens of a title that are read

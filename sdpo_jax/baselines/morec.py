@@ -13,15 +13,15 @@ import optax
 from flax import nnx
 
 from sdpo_jax.baselines.bert import Bert, encoded, read_bert, title_tokens
-from sdpo_jax.baselines.fit import Recipe
 from sdpo_jax.baselines.networks import SIZE
 from sdpo_jax.baselines.sasrec import SASRec
-from sdpo_jax.convert import source_digest
+from sdpo_jax.baselines.trainer import Recipe
 from sdpo_jax.data.sequences import MAX_HISTORY
-from sdpo_jax.errors import InputError
-from sdpo_jax.hub import hub_folder, is_hub_name
 from sdpo_jax.models.lora import Frozen
-from sdpo_jax.wheels import ENCODER, MINILM, wheel_file
+from sdpo_jax.models.weights import source_digest
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.hub import hub_folder, is_hub_name
+from sdpo_jax.system.wheels import ENCODER, MINILM, wheel_file
 
 ENCODER_LEARNING_RATE = 5e-5  # the authors search 1e-4, 5e-5 and 1e-5
 

@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from sdpo_jax.data.amazon import read_amazon
-from sdpo_jax.data.goodreads import read_goodreads
 from sdpo_jax.data.interactions import Interactions
-from sdpo_jax.data.lastfm import read_lastfm
-from sdpo_jax.data.movielens import read_movielens
+from sdpo_jax.data.readers.amazon import read_amazon
+from sdpo_jax.data.readers.csv_file import read_csv
+from sdpo_jax.data.readers.goodreads import read_goodreads
+from sdpo_jax.data.readers.lastfm import read_lastfm
+from sdpo_jax.data.readers.movielens import read_movielens
+from sdpo_jax.data.readers.sources import Sequences, Sessions
 from sdpo_jax.data.sequences import MIN_HISTORY
-from sdpo_jax.data.sources import Sequences, Sessions
-from sdpo_jax.data.table import read_csv
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from sdpo_jax.data.draws import generator
+from sdpo_jax.data.randomness import generator
 from sdpo_jax.data.tokens import Example
 
 MAX_SHAPES = 4  # compiled shapes a stage may have
@@ -176,13 +176,6 @@ def grouped_batches(
         draw = generator(seed, "batches", "train", start).permutation(len(cut))
         batches += [cut[i] for i in draw]
     return batches
-
-
-def spread(n: int, limit: int = 0) -> list[int]:
-    """`limit` row numbers evenly spread over n rows, the ends included; all when limit is 0."""
-    if not 0 < limit < n:
-        return list(range(n))
-    return [int(i) for i in np.linspace(0, n - 1, limit).round()]
 
 
 def batches(

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from sdpo_jax.data.draws import generator
-from sdpo_jax.data.prepared import Dataset, User, Window
-from sdpo_jax.errors import InputError
+from sdpo_jax.data.dataset import Dataset, User, Window
+from sdpo_jax.data.randomness import generator
+from sdpo_jax.system.errors import InputError
 
 TRIES = 512  # draws with replacement before all items are looked through
 NEGATIVES = ("shown", "uniform", "popularity", "hard", "disliked")

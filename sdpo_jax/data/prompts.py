@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdpo_jax.data.draws import generator
-from sdpo_jax.errors import InputError
-from sdpo_jax.files import read_text
+from sdpo_jax.data.randomness import generator
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.files import read_text
 
 PROMPTS = ("candidates", "history")
 # What a template of each kind of prompt holds.

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from absl import logging
 
-from sdpo_jax.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, shown
 
 # With its semicolon: without one "R&amp" is an entity, but so is "Sense &not".
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from sdpo_jax.data import prompts
-from sdpo_jax.data.prepared import Dataset, Window
+from sdpo_jax.data.dataset import Dataset, Window
 from sdpo_jax.data.text import plain
-from sdpo_jax.errors import InputError
+from sdpo_jax.system.errors import InputError
 
 NEW_TOKENS = 20  # the authors' evaluate_batch.py
 MARK = "\ue000"  # around an item's number in the text of a prompt; for private use in Unicode
@@ -133,13 +133,6 @@ class Encoder:
         self._place = {item: n for n, item in enumerate(dataset.titles)}
         if any(MARK in text for text in (*templates, *dataset.titles.values())):
             raise InputError(f"found the character {MARK!r} in a title or prompt: remove it")
-
-    @classmethod
-    def of(cls, config, dataset: Dataset, tokenizer, templates: Sequence[str],
-           first_vector: int | None = None) -> "Encoder":  # fmt: skip
-        """That of a run's config."""
-        return cls(dataset, tokenizer, templates, config.seed, config.max_length, first_vector,
-                   config.prompt, config.history)  # fmt: skip
 
     def truncation(self) -> str:
         """What is to be told of prompts that were too long, or ""."""

@@ -2,8 +2,8 @@
 
 `prefill` runs the prompt once and keeps its keys and values; `score`, `greedy` and `trie` read
 them. All take a batch as `sdpo_jax.objectives.logprobs` describes it and are pure, so whoever
-calls them jits them. Shape letters are declared in `sdpo_jax.sharding`; N in `tokens_BN` counts
-new tokens.
+calls them jits them. Shape letters are declared in `sdpo_jax.system.sharding`; N in
+`tokens_BN` counts new tokens.
 """
 
 import dataclasses
@@ -16,8 +16,6 @@ import jax.numpy as jnp
 from sdpo_jax.models.attention import attend, attend_causal, near
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.objectives.logprobs import Batch, PackedAnswers, answers_logp, prompt_positions
-
-DECODERS = ("greedy", "trie", "score", "beam")
 
 
 @jax.tree_util.register_dataclass

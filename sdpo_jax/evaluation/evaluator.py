@@ -2,33 +2,32 @@
 
 import collections
 import functools
-import hashlib
 import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from sdpo_jax import sharding
-from sdpo_jax.baselines import kept
 from sdpo_jax.data import loader
+from sdpo_jax.data.dataset import read_split
 from sdpo_jax.data.negatives import against_disliked
-from sdpo_jax.data.prepared import Dataset, read_split
-from sdpo_jax.data.tokens import Encoder, new_tokens
-from sdpo_jax.errors import InputError
+from sdpo_jax.data.rows import evenly_spaced
+from sdpo_jax.data.tokens import new_tokens
 from sdpo_jax.evaluation import catalogue, decode, metrics, title_trie
 from sdpo_jax.evaluation.ranked_items import RankedItems
 from sdpo_jax.evaluation.results import Prediction, exposure_of
-from sdpo_jax.model_folder import load_model, read_meta
-from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.models.store import load_model
 from sdpo_jax.objectives.logprobs import Batch
-from sdpo_jax.runtime import set_up_jax
-from sdpo_jax.workdir import same
+from sdpo_jax.runs.config import MeshConfig
+from sdpo_jax.runs.inputs import adapter_config, open_inputs
+from sdpo_jax.runs.workdir import Run
+from sdpo_jax.system import sharding
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.processes import set_up_jax
 
 BATCHES_PER_SHAPE = 8  # fewer batches than this do not repay the compilation of a closer shape
 
@@ -51,32 +50,30 @@ class Evaluator:
       InputError: a missing or changed data set or model, a split that the data set has not.
     """
 
-    def __init__(self, run: SimpleNamespace, split: str, limit: int = 0, batch_size: int = 0,
+    def __init__(self, run: Run, split: str, limit: int = 0, batch_size: int = 0,
                  rank: str = "candidates", beams: int = 20):  # fmt: skip
         c = run.config
         set_up_jax(c.dtype)
-        self.split, self.dataset = split, read_split(Path(c.dataset), split)
+        inputs = open_inputs(c, run.templates, split)
+        inputs.verify(run)  # before gigabytes are read
+        self.split, self.dataset = split, inputs.dataset
         self.rank, self.beams = rank, beams
         # How often each item was a target in training.
         self.exposure = (
             exposure_of(read_split(Path(c.dataset), "train")) if rank == "catalogue" else None
         )
-        same(run, "dataset", c.dataset, self.dataset.meta["fingerprint"])
-        # Checked before gigabytes are read.
-        same(run, "model", c.model, read_meta(Path(c.model))["sha256"])
         mesh = _mesh(c.mesh)
-        vectors_IE = _vectors(run, self.dataset)
         self.model = load_model(
             c.model,
-            LoraConfig.of(c),
+            adapter_config(c),
             dtype=c.dtype,
             base_dtype=c.base_dtype,
             seed=c.seed,
             shardings=sharding.placement(mesh),
-            vectors_IE=vectors_IE,
+            vectors_IE=inputs.vectors_IE,
         )
         self.windows = dict(enumerate(self.dataset.splits[split]))
-        self.rows = loader.spread(len(self.windows), limit)
+        self.rows = evenly_spaced(len(self.windows), limit)
         if rank == "disliked":
             self.windows = against_disliked(self.dataset, split)
             self.rows = [row for row in self.rows if row in self.windows]
@@ -85,10 +82,7 @@ class Evaluator:
                     f"--rank: found disliked for {split}, where no user rates an item low after a "
                     "window's history, expected ratings: leave the flag out"
                 )
-        first_vector = None if vectors_IE is None else self.model.config.V
-        self.encoder = Encoder.of(
-            c, self.dataset, self.model.tokenizer, run.templates, first_vector
-        )
+        self.encoder = inputs.encoder(self.model.tokenizer, self.model.config.V)
         self.ends = (self.encoder.end, *self.model.ends)
         answers = [self.windows[row].candidates for row in self.rows]
         if rank == "catalogue":  # its longest title: no prompt depends on its target's length
@@ -227,17 +221,7 @@ def only(batch: Batch) -> jax.Array:
     return batch["answers_BMCA"][:, 0]
 
 
-def _vectors(run: SimpleNamespace, dataset: Dataset) -> np.ndarray | None:
-    """The item vectors of the run's prompts, [I, E], if it has any."""
-    path = run.config.item_vectors
-    found = kept.item_vectors(path, dataset)
-    if found is not None:
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        same(run, "item_vectors", path, digest)
-    return found
-
-
-def _mesh(mesh: SimpleNamespace):
+def _mesh(mesh: MeshConfig):
     """All devices here, the model cut as in training where their number allows it."""
     fsdp, tensor = max(mesh.fsdp, 1), max(mesh.tensor, 1)
     if jax.device_count() % (fsdp * tensor):

@@ -18,20 +18,27 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdpo_jax import files
-from sdpo_jax.config import STAGES
-from sdpo_jax.data.prepared import SPLITS, Dataset
-from sdpo_jax.errors import InputError
+from sdpo_jax.data.dataset import SPLITS, Dataset
 from sdpo_jax.evaluation import metrics
-from sdpo_jax.evaluation.decode import DECODERS
-from sdpo_jax.files import COUNT, NUMBER, POSITIVE, SHARE, check_keys, one_of
-from sdpo_jax.workdir import write_json
+from sdpo_jax.evaluation.systems import SYSTEMS
+from sdpo_jax.runs.config import STAGES
+from sdpo_jax.system import files
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.files import (
+    COUNT,
+    NUMBER,
+    POSITIVE,
+    SHARE,
+    check_keys,
+    one_of,
+    whole_file,
+    write_json,
+)
 
-# Systems that are no stage of a run: they stand in `stage`.
-SYSTEMS = ("random", "popularity", "gru4rec", "caser", "sasrec", "morec", "chatrec")
 # What is ranked: a window's candidates; all items but those of its history; or the target against
 # an item that the same user rated low, among which HR@1 is the AUC of liked against disliked.
 RANKS = ("candidates", "catalogue", "disliked")
+DECODERS = ("greedy", "trie", "score", "beam")
 RANKING_DECODERS = ("score", "beam")  # their predictions have a rank
 CUTOFF = 10  # of the lists whose coverage, Gini index and popularity are measured
 Metric = Callable[[int | None], float]
@@ -160,13 +167,13 @@ def write_result(folder: Path, summary: dict[str, Any], predictions: Iterable[Pr
     """
     path = result_path(folder, *(summary[key] for key in ("stage", "step", "decoder", "rank")))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         _make_room(path, summary["split"])
-        partial = folder / f".{path.name}.{os.getpid()}.partial"
         encode = json.JSONEncoder(ensure_ascii=False).encode
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+        with (
+            whole_file(path.with_suffix(".jsonl")) as partial,
+            open(partial, "w", encoding="utf-8", newline="\n") as file,
+        ):
             file.writelines(encode(prediction) + "\n" for prediction in predictions)
-        os.replace(partial, path.with_suffix(".jsonl"))
         write_json(path, summary)
     except OSError as error:
         raise InputError(
@@ -219,17 +226,9 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 def read_predictions(summary: dict[str, Any]) -> list[Prediction]:
     """The predictions beside a summary of `read_results`, in order of rows."""
     path = summary["path"].with_suffix(".jsonl")
-    lines = files.read_text(path, f"expected the predictions of an evaluation: {AGAIN}")
-    found = []
-    for number, line in enumerate(lines.removesuffix("\n").split("\n"), 1):
-        try:
-            prediction = files.parse_json(line)
-        except ValueError as error:
-            raise InputError(
-                f"{path}:{number}: found no valid JSON ({error}), expected a prediction: {AGAIN}"
-            ) from error
-        check_keys(f"{path}:{number}", prediction, PREDICTION, AGAIN)
-        found.append(prediction)
+    found = files.read_json_lines(
+        path, PREDICTION, "expected the predictions of an evaluation", AGAIN
+    )
     return sorted(found, key=lambda prediction: prediction["row"])
 
 

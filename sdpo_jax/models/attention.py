@@ -1,7 +1,7 @@
 """Softmax attention over blocks of keys, with a vjp that keeps no weights.
 
-Shape letters are declared in `sdpo_jax.sharding`; here X is T * N/G: the queries that share a
-key/value head, and S the keys of a block.
+Shape letters are declared in `sdpo_jax.system.sharding`; here X is T * N/G: the queries that share
+a key/value head, and S the keys of a block.
 """
 
 import functools

@@ -1,15 +1,17 @@
 """A model's config.json, read into the sizes and switches of a decoder.
 
 The family is config.json's `model_type`; keys may be spelt as today or as before transformers 5.
-Shape letters are declared in `sdpo_jax.sharding`.
+Shape letters are declared in `sdpo_jax.system.sharding`.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from sdpo_jax.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.files import read_object
 
 # More than any model has; a damaged file must not make tables of names or shapes beyond memory.
 MOST_LAYERS, MOST = 2**10, 2**20
@@ -79,6 +81,12 @@ class DecoderConfig:
         if self.family == "gpt_neox":
             return ("qkv", "o", "up", "down")
         return ("q", "k", "v", "o", "gate", "up", "down")
+
+    @classmethod
+    def read(cls, folder: Path) -> "DecoderConfig":
+        """That of a model folder's config.json. Raises InputError."""
+        path = folder / "config.json"
+        return cls.from_hf(read_object(path, "expected that of a whole model"), str(path))
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], where: str) -> "DecoderConfig":

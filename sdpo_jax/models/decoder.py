@@ -2,7 +2,7 @@
 
 The decoder does not know how its tokens are laid out: whoever calls it gives each token's
 position and the attention, a function of queries, keys and values. Shape letters are declared in
-`sdpo_jax.sharding`.
+`sdpo_jax.system.sharding`.
 """
 
 import functools

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from sdpo_jax.errors import InputError
 from sdpo_jax.models.weights import Source
+from sdpo_jax.system.errors import InputError
 
 NAMES = {
     "token_embd": "model.embed_tokens",

@@ -10,10 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError, safe_open
 
+from sdpo_jax.data.dataset import Dataset
 from sdpo_jax.models.lora import Frozen
 from sdpo_jax.models.product import product
-from sdpo_jax.sharding import fetch, put_whole
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.sharding import fetch, put_whole
+
+ITEMS = "items/table/value"  # the tensor of a kept network that has a vector per item
 
 
 class ItemVectors(nnx.Module):
@@ -63,3 +68,28 @@ def fill(base: nnx.State, vectors_IE: np.ndarray, place: Callable) -> None:
 @jax.jit
 def _rms(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+
+
+def read_item_vectors(path: str, dataset: Dataset) -> np.ndarray | None:
+    """The vectors [I, D] of a kept network's items; None for the path "".
+
+    Raises InputError where there are none, or of another data set.
+    """
+    if not path:
+        return None
+    items, fingerprint = len(dataset.titles), dataset.meta["fingerprint"]
+    expected = "expected a network that sdpo_jax.baselines kept for this data set"
+    try:
+        with safe_open(path, "numpy") as file:
+            if (file.metadata() or {}).get("dataset") != fingerprint:
+                raise InputError(f"{path}: found one of another data set, {expected}: train it")
+            vectors_ID = file.get_tensor(ITEMS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: found {error}, {expected}: train --model=sasrec") from error
+    if vectors_ID.ndim != 2 or len(vectors_ID) != items or vectors_ID.dtype != np.float32:
+        raise InputError(f"{path}: found vectors {vectors_ID.shape}, expected {items} of float32")
+    if not np.isfinite(vectors_ID).all() or not vectors_ID.any():
+        raise InputError(
+            f"{path}: found vectors that are zeros or no numbers, {expected}: train it again"
+        )
+    return vectors_ID

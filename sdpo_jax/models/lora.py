@@ -1,6 +1,6 @@
 """Frozen linear maps, and LoRA on them (Hu et al. 2021, arXiv 2106.09685), scaled as PEFT does.
 
-Shape letters are declared in `sdpo_jax.sharding`.
+Shape letters are declared in `sdpo_jax.system.sharding`.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from sdpo_jax.errors import InputError
 from sdpo_jax.models.product import contract, product, turned
 from sdpo_jax.models.quantize import QUANTISED, Quantised, dense, quantise
+from sdpo_jax.system.errors import InputError
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down", "qkv")
 APART = ("q", "k", "v")
@@ -39,14 +39,6 @@ class LoraConfig:
     dropout: float = 0.0
     targets: tuple[str, ...] = PROJECTIONS[:7]
     full: bool = False
-
-    @classmethod
-    def of(cls, config: Any) -> "LoraConfig":
-        """From a run's config: its keys `tune` and `lora.*`."""
-        if config.tune == "full":
-            return cls(targets=(), full=True)
-        lora = config.lora
-        return cls(lora.rank, lora.alpha, lora.dropout, tuple(lora.targets))
 
     @property
     def trained(self) -> type[nnx.Variable]:

@@ -16,11 +16,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from sdpo_jax.errors import InputError, shown
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
-from sdpo_jax.models.weights import modules, read_json
+from sdpo_jax.models.weights import modules
+from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.files import read_object
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -134,7 +135,7 @@ def _check_plain(folder: Path, lora: LoraConfig) -> None:
             f"config.lora.init_from: found no {CONFIG} in {folder}, expected the folder of a PEFT "
             "adapter"
         )
-    content = read_json(folder / CONFIG)
+    content = read_object(folder / CONFIG, "expected that of a PEFT adapter")
     for key, plain in PLAIN.items():
         if content.get(key, plain[0]) not in plain:
             raise InputError(

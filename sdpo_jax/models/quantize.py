@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax.errors import InputError
+from sdpo_jax.system.errors import InputError
 
 BASE_DTYPES = ("same", "f32", "bf16", "int8", "nf4")  # "same": that of products
 QUANTISED = ("int8", "nf4")

@@ -2,11 +2,12 @@
 
 Our tree is the pure dict of a decoder's frozen variables: linear maps as [L, in, out] with the
 layers stacked, where Hugging Face has one [out, in] tensor a layer. Shape letters are declared in
-`sdpo_jax.sharding`.
+`sdpo_jax.system.sharding`.
 """
 
 import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,11 +20,11 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
-from sdpo_jax import errors, files
-from sdpo_jax.errors import InputError
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.system import errors, files
+from sdpo_jax.system.errors import InputError
 
 # (Hugging Face's module, ours); {} is the layer. A module's `.weight` is our kernel, turned, or a
 # norm's scale; a model has the rows that its config switches on.
@@ -56,6 +57,8 @@ GPT_NEOX = (
 )
 # (path of a tensor below ours, suffix of Hugging Face's name, turned)
 PARTS = (("/kernel", ".weight", True), ("/scale", ".weight", False), ("/bias", ".bias", False))
+WHOLE = "expected JSON: give the folder of a whole model"
+LAYOUT = "1"  # of weights/: a folder written under another number is not the same output
 TOLD = 20  # tensors that a message lists
 # Buffers of old checkpoints that hold nothing learnt.
 IGNORED_SUFFIXES = (
@@ -206,14 +209,6 @@ def tied_head(config: DecoderConfig) -> str | None:
     return f"{modules(config)[-1][0]}.weight" if config.tied else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError where it cannot be read or is no object."""
-    content = files.read_json(path, "expected JSON: give the folder of a whole model")
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: found a {type(content).__name__}, expected a JSON object")
-    return content
-
-
 def safetensors_files(folder: Path) -> list[Path]:
     """The weight files of a Hugging Face folder: one, or the shards its index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -221,7 +216,7 @@ def safetensors_files(folder: Path) -> list[Path]:
         return [single]
     if not os.path.lexists(index):
         raise _no_weights(folder)
-    weight_map = read_json(index).get("weight_map")
+    weight_map = files.read_object(index, WHOLE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
         for name in weight_map.values()
@@ -255,7 +250,7 @@ def _no_weights(folder: Path) -> InputError:
 
 def open_hf(folder: Path) -> Source:
     """A Hugging Face folder: config.json, safetensors (one file or shards), tokenizer files."""
-    config = read_json(folder / "config.json")
+    config = files.read_object(folder / "config.json", WHOLE)
     owner: dict[str, Path] = {}
     tensors = {}
     for path in safetensors_files(folder):
@@ -312,3 +307,19 @@ def _copy_tokenizer(folder: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (folder / name).exists():
             (target / name).write_bytes((folder / name).read_bytes())
+
+
+def source_digest(model: Path) -> str:
+    """SHA-256 over the names and bytes of every file that is read."""
+    files = [model] if model.is_file() else [
+        model / "config.json", *safetensors_files(model),
+        *(model / name for name in TOKENIZER_FILES if os.path.lexists(model / name)),
+    ]  # fmt: skip
+    digest = hashlib.sha256(LAYOUT.encode())
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}: give a whole model") from error
+    return digest.hexdigest()

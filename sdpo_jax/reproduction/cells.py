@@ -9,9 +9,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from sdpo_jax.baselines.__main__ import MODELS
-from sdpo_jax.evaluation.report import NAMES
-from sdpo_jax.evaluation.results import SYSTEMS
+from sdpo_jax.evaluation.systems import NAMES, SYSTEMS, TRADITIONAL
 
 DATASETS = {"movielens": "MovieLens-100K", "lastfm": "LastFM", "goodreads": "Goodreads"}
 DOMAIN = {"movielens": "movie", "lastfm": "music", "goodreads": "book"}
@@ -245,7 +243,7 @@ LABELS = {"morec": "MoRec, frozen encoder"}
 ROWS: dict[str, tuple[str, str, Callable[[Place], Cell]]] = {
     **{
         name: (LABELS.get(name, NAMES[name]), name, lambda place, name=name: network(place, name))
-        for name in MODELS
+        for name in TRADITIONAL
     },
     "base": ("base model, zero-shot", "base", sft),
     "chatrec": ("ChatRec", "chatrec", chatrec),

@@ -5,17 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdpo_jax.data.goodreads import STAND_IN
-from sdpo_jax.data.prepared import read_meta
-from sdpo_jax.evaluation import metrics, plots
-from sdpo_jax.evaluation.report import paired
+from sdpo_jax.data.dataset import read_meta
+from sdpo_jax.data.paper import HIT_RATIO, SIZES
+from sdpo_jax.data.readers.goodreads import STAND_IN
+from sdpo_jax.evaluation import metrics
 from sdpo_jax.evaluation.results import read_results
-from sdpo_jax.paper import HIT_RATIO, SIZES
-from sdpo_jax.reproduction import cells, pictures
+from sdpo_jax.reports import curves_plot, figures
+from sdpo_jax.reports.document import Commands, Heading, Notes, Part, Picture, Table, Text
+from sdpo_jax.reports.tables import paired
+from sdpo_jax.reproduction import cells
 from sdpo_jax.reproduction.cells import BACKBONES, DATASETS, TARGETS, Cell, Place, Row, Study
-from sdpo_jax.reproduction.document import Commands, Heading, Notes, Part, Picture, Table, Text
 from sdpo_jax.reproduction.running import pasted
-from sdpo_jax.training.metrics import read_metrics
+from sdpo_jax.runs.curves import read_metrics
 
 TITLE = "The tables and figures of S-DPO"
 TITLES = {
@@ -120,7 +121,7 @@ def _difference(d: metrics.Difference) -> tuple[str, str]:
     return f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]", p
 
 
-def interval(summary: Summary, key: str) -> pictures.Interval:
+def interval(summary: Summary, key: str) -> figures.Interval:
     """A ratio of the summary with its interval."""
     value, n = summary[key], summary["n"]
     return value, *(summary.get(f"{key}_ci95") or metrics.wilson(value * n, n))
@@ -245,21 +246,21 @@ def _bars(place: Place, rows: Sequence[Row]) -> Picture | None:
     if not found:
         return None
     values = [interval(one.said, "hit_ratio_at_1") for one in found]
-    svg = pictures.bars(f"{place.dataset} 2a", [one.row.label for one in found], values, "HR@1")
+    svg = figures.bars(f"{place.dataset} 2a", [one.row.label for one in found], values, "HR@1")
     return Picture(svg, f"{DATASETS[place.dataset]}: (a) HR@1")
 
 
 def _curves(place: Place, rows: Sequence[Row], key: str, caption: str) -> Picture | None:
     """Of the systems that are trained on preferences: SFT has another loss and no rewards."""
     lines = [
-        (row.label, plots.series(read_metrics(row.cell.folder / "metrics"), "sdpo", key))
+        (row.label, curves_plot.series(read_metrics(row.cell.folder / "metrics"), "sdpo", key))
         for row in rows
         if row.cell and row.stage == "sdpo"
     ]
     lines = [(label, points) for label, points in lines if points[0]]
     if not lines:
         return None
-    svg = pictures.curves(f"{place.dataset} {key}", lines, "nats")
+    svg = figures.curves(f"{place.dataset} {key}", lines, "nats")
     return Picture(svg, f"{DATASETS[place.dataset]}: {caption}")
 
 
@@ -268,7 +269,7 @@ def _over(place: Place, rows: Sequence[Row], part: str, axis: str, key: str) -> 
     if not found:
         return None
     unit = "HR@1" if key == "hit_ratio_at_1" else "valid ratio"
-    svg = pictures.over(f"{place.dataset} 3{part}", [one.row.at for one in found],
+    svg = figures.over(f"{place.dataset} 3{part}", [one.row.at for one in found],
                         [interval(one.said, key) for one in found], axis, unit)  # fmt: skip
     return Picture(svg, f"{DATASETS[place.dataset]}: ({part}) {unit} over {axis}")
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from sdpo_jax import sharding
 from sdpo_jax.data import loader
 from sdpo_jax.data.tokens import Example
-from sdpo_jax.runtime import StopSignal
+from sdpo_jax.system import sharding
+from sdpo_jax.system.processes import StopSignal
 from sdpo_jax.training.order import dealt
 from sdpo_jax.training.progress import progress_bar
 from sdpo_jax.training.step import make_logp

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdpo_jax.data import loader
-from sdpo_jax.data.draws import generator
 from sdpo_jax.data.negatives import Negatives
+from sdpo_jax.data.randomness import generator
 from sdpo_jax.data.segments import Unit
 from sdpo_jax.data.tokens import Encoder, Example
-from sdpo_jax.errors import InputError
+from sdpo_jax.runs.config import RunConfig, StageConfig
+from sdpo_jax.system.errors import InputError
 
 
 class Key(NamedTuple):
@@ -22,12 +23,12 @@ class Key(NamedTuple):
     draw: int = 0
 
 
-def plan(config, stage: str, units: int) -> list[int]:
+def plan(config: RunConfig, stage: str, units: int) -> list[int]:
     """The examples of `train` in the order the stage takes them; a multiple of the batch size.
 
     Raises InputError when the stage would have no step.
     """
-    of_stage = config[stage]
+    of_stage: StageConfig = getattr(config, stage)
     steps = units * of_stage.epochs // config.batch_size
     if of_stage.max_steps:
         steps = min(steps, of_stage.max_steps)

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sdpo_jax.training import throughput
-from sdpo_jax.training.metrics import MetricsWriter
+from sdpo_jax.runs.curves import MetricsWriter
+from sdpo_jax.training import device_stats
 
 
 class NotANumber(Exception):
@@ -75,7 +75,7 @@ class Progress:
         self._stage, self._done, self._steps = stage, first, steps
         self._batch_size, self._log_every, self._schedule = batch_size, log_every, schedule
         self._full = full
-        self._parameters, self._peak = parameters, throughput.peak_flops(jax.devices()[0], dtype)
+        self._parameters, self._peak = parameters, device_stats.peak_flops(jax.devices()[0], dtype)
         self._pending: list[dict[str, Any]] = []
         self._tokens, self._waited, self._since = 0, 0.0, time.perf_counter()
         self._writer = MetricsWriter(folder, stage, first) if jax.process_index() == 0 else None
@@ -129,10 +129,10 @@ class Progress:
         values = {
             "tokens_per_second_per_device": self._tokens / seconds / devices,
             "input_wait_seconds": self._waited,
-            "peak_memory_gib": throughput.peak_bytes(jax.local_devices()[0]) / 2**30,
+            "peak_memory_gib": device_stats.peak_bytes(jax.local_devices()[0]) / 2**30,
         }
         if self._peak:
-            flops = throughput.model_flops(self._parameters, self._tokens, self._full)
+            flops = device_stats.model_flops(self._parameters, self._tokens, self._full)
             values["mfu"] = flops / seconds / devices / self._peak
         self._tokens, self._waited, self._since = 0, 0.0, time.perf_counter()
         return values

@@ -6,7 +6,6 @@ and no reference pass is in the step.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import jax
 import numpy as np
 
 from sdpo_jax.data.tokens import Example
-from sdpo_jax.sharding import fetch
+from sdpo_jax.system.files import whole_file
+from sdpo_jax.system.sharding import fetch
 
 
 def fingerprint(base: str, lora: Any, examples: Sequence[Example], settings: Mapping) -> str:
@@ -44,8 +44,5 @@ def write_reference(path: Path, key: str, logp_NC: np.ndarray) -> None:
     """Writes float32 log-probs with their fingerprint, whole or not at all; process 0 only."""
     if jax.process_index() > 0:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
+    with whole_file(path) as partial, open(partial, "wb") as file:
         np.savez(file, logp_NC=logp_NC.astype(np.float32), fingerprint=np.array(key))
-    os.replace(partial, path)

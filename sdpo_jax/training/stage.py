@@ -15,26 +15,24 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sdpo_jax import sharding
 from sdpo_jax.data import loader
 from sdpo_jax.data.negatives import Negatives
+from sdpo_jax.data.rows import evenly_spaced
 from sdpo_jax.data.segments import Unit, units
 from sdpo_jax.data.tokens import Encoder, Example
-from sdpo_jax.errors import InputError
-from sdpo_jax.runtime import Interrupted, StopSignal, first_process
-from sdpo_jax.training import reference, selection
-from sdpo_jax.training.checkpoint import Checkpoints
+from sdpo_jax.runs import best_step
+from sdpo_jax.runs.checkpoints import Checkpoints
+from sdpo_jax.runs.config import RunConfig
+from sdpo_jax.runs.workdir import stage_result, write_stage_result
+from sdpo_jax.system import sharding
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.files import write_json
+from sdpo_jax.system.processes import Interrupted, StopSignal, first_process
+from sdpo_jax.training import reference
+from sdpo_jax.training.device_stats import traced
 from sdpo_jax.training.inference import Inference, by_example
 from sdpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from sdpo_jax.training.order import (
-    Key,
-    chosen_in_band,
-    curriculum,
-    dealt,
-    encode,
-    plan,
-    redrawn,
-)  # fmt: skip
+from sdpo_jax.training.order import Key, chosen_in_band, curriculum, dealt, encode, plan, redrawn
 from sdpo_jax.training.progress import NotANumber, Progress
 from sdpo_jax.training.step import (
     Objective,
@@ -47,9 +45,7 @@ from sdpo_jax.training.step import (
     sft_objective,
     state_shardings,
     sums,
-)  # fmt: skip
-from sdpo_jax.training.throughput import traced
-from sdpo_jax.workdir import stage_result, write_json, write_stage_result
+)
 
 
 def most_shapes(steps: int, platform: str) -> int:
@@ -63,7 +59,7 @@ def most_shapes(steps: int, platform: str) -> int:
 class Stage:
     """What one stage works on. `train` runs it to its end or to an interruption."""
 
-    def __init__(self, name: str, config, workdir: Path, model, encoder: Encoder, mesh,
+    def __init__(self, name: str, config: RunConfig, workdir: Path, model, encoder: Encoder, mesh,
                  inference: Inference, stop: StopSignal):  # fmt: skip
         self.name, self.config, self.workdir = name, config, workdir
         self.model, self.mesh, self.inference, self.stop = model, mesh, inference, stop
@@ -82,7 +78,7 @@ class Stage:
         # About so many windows: an example has one of them, or the targets of a segment.
         windows = len(encoder.dataset.splits[split])
         limit = -(-config.validation_windows * len(val_units) // windows)
-        val_keys = [Key(unit, vectors) for unit in loader.spread(len(val_units), limit)]
+        val_keys = [Key(unit, vectors) for unit in evenly_spaced(len(val_units), limit)]
         self.validation_examples = list(self.encode(split, val_units, val_keys).values())
 
     def encode(self, split: str, of: Sequence[Unit], keys: Iterable[Key]) -> dict[Key, Example]:
@@ -217,7 +213,7 @@ class Stage:
         """
         c, started = self.config, time.monotonic()
         train_references, validation_references = self.references(lora)
-        learning_rate = c[self.name].learning_rate
+        learning_rate = getattr(c, self.name).learning_rate
         optimizer = make_optimizer(
             learning_rate, self.steps, warmup=c.warmup, clip=c.clip, weight_decay=c.weight_decay
         )
@@ -298,7 +294,7 @@ class Stage:
         if by == "loss":
             return None
         split = self.config.validation_split
-        return functools.partial(selection.hit_ratios, self.workdir, self.name, by, split)
+        return functools.partial(best_step.hit_ratios, self.workdir, self.name, by, split)
 
     def best_step(self, checkpoints: Checkpoints) -> int:
         """The step to go on from; waits for the judge where there is one."""
@@ -316,8 +312,8 @@ class Stage:
                 self.stop.ask()
                 self.stop.check()
 
-        first_process(lambda: selection.wait_for_judge(judged, list(losses), ask))
-        return selection.best_of({step: judged()[step] for step in losses})
+        first_process(lambda: best_step.wait_for_judge(judged, list(losses), ask))
+        return best_step.best_of({step: judged()[step] for step in losses})
 
     def tokens(self, step: int) -> int:
         """How many real tokens `step` takes, the first being 1."""

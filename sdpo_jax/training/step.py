@@ -15,9 +15,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from sdpo_jax import sharding
 from sdpo_jax.objectives import losses
 from sdpo_jax.objectives.logprobs import LAYOUTS, Batch
+from sdpo_jax.system import sharding
 
 # (logp_BMC, batch) -> (loss_BM, metrics of shape [B, M])
 Objective = Callable[[jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]

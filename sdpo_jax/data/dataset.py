@@ -1,0 +1,387 @@
+"""The prepared folder: items.jsonl, sequences.jsonl, one JSONL file per split, dataset.json.
+
+items.jsonl: {"id", "title"} and the item's attributes under further keys.
+sequences.jsonl: {"user", "items", "disliked"}, one line per user over all splits.
+train.jsonl and the other splits: {"user", "place", "history", "candidates", "target"}. The target
+is the user's items[place], the history items[max(0, place - N):place], where N is "history" of
+dataset.json.
+
+Windows of one's own need neither sequences.jsonl nor "place", and {"domain"} is enough for
+dataset.json. N is then their longest history.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from absl import logging
+
+from sdpo_jax.data.text import plain
+from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.files import parse_json, read_json, read_text, whole_folder
+
+DOMAINS = ("movie", "music", "book", "product")
+# Every split a folder can hold, in the order of the fingerprint; the first three must be there.
+SPLITS = ("train", "val", "test", "val_all", "test_all")
+_SEQUENCE_KEYS = ("user", "items", "disliked")
+_OWN_KEYS = ("user", "history", "candidates", "target")
+_WINDOW_KEYS = ("user", "place", "history", "candidates", "target")
+_PREPARE = "python -m sdpo_jax.prepare --dataset=movielens|lastfm|goodreads|amazon|csv --output={}"
+
+
+User = int | str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Window:
+    """A target and the items before it.
+
+    `place`: of the target in the user's sequence; `history`: up to N item ids, oldest first;
+    `candidates`: item ids in display order, the target among them.
+    """
+
+    user: User
+    place: int
+    history: tuple[int, ...]
+    candidates: tuple[int, ...]
+    target: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UserSequence:
+    """All items of a user, oldest first, over all splits.
+
+    `disliked`: (place, item) of each item rated below the protocol's minimum, oldest first. It came
+    after `place` of the items, so it is known to every target at `place` or later.
+    """
+
+    user: User
+    items: tuple[int, ...]
+    disliked: tuple[tuple[int, int], ...] = ()
+
+    def window(self, place: int, history: int, candidates: tuple[int, ...] = ()) -> Window:
+        """The window whose target is items[place]; `history`: the most items it shows."""
+        before = self.items[max(0, place - history) : place]
+        return Window(self.user, place, before, candidates, self.items[place])
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """`titles`, `attributes`: of every item id, in file order; `sequences`: of every user.
+
+    `meta`: dataset.json, with "fingerprint"; its "history" is the most items a window shows.
+    """
+
+    domain: str
+    titles: dict[int, str]
+    splits: dict[str, list[Window]]
+    meta: dict
+    sequences: dict[User, UserSequence]
+    attributes: dict[int, dict]
+
+    def repeats(self, split: str) -> bool:
+        """Whether users have items repeatedly: some window's history holds its target."""
+        return any(window.target in window.history for window in self.splits[split])
+
+
+def write_dataset(path: str | Path, dataset: Dataset) -> None:
+    """Writes the whole folder, or nothing: a folder beside it is filled and then renamed.
+
+    Raises InputError when `path` is a file or a folder with something in it, and when the disk
+    is full or not writable.
+    """
+    path = Path(path).absolute()
+    try:
+        with whole_folder(path) as partial:
+            _write_files(partial, dataset)
+    except OSError as error:
+        raise InputError(
+            f"{path}: found {error.strerror or error}, expected to write a new folder: "
+            "choose another --output or free space"
+        ) from error
+
+
+def read_dataset(path: str | Path, splits: Sequence[str] | None = None) -> Dataset:
+    """Reads and checks a prepared folder; `splits` (default: all there are) limits the windows.
+
+    `meta["fingerprint"]` is the SHA-256 of items, sequences and all splits as they lie on disk,
+    whichever splits are read. Raises InputError naming the file and the malformed line.
+    """
+    path = Path(path)
+    meta = read_meta(path)
+    titles, attributes = _read_items(path / "items.jsonl")
+    there = [s for s in SPLITS if s in SPLITS[:3] or os.path.lexists(path / f"{s}.jsonl")]
+    if _is_own(path):
+        sequences, rows, meta["history"] = _read_own(path, there, titles)
+    else:
+        sequences = _read_sequences(path / "sequences.jsonl", titles)
+        rows = {name: _rows(path / f"{name}.jsonl", _WINDOW_KEYS) for name in there}
+    N = _history(path / "dataset.json", meta)
+    size: int | None = None
+    windows: dict[str, list[Window]] = {}
+    for name in splits or there:
+        windows[name] = _read_windows(rows[name], titles, sequences, N, size)
+        size = len(windows[name][0].candidates)
+    found = fingerprint(path)
+    if meta.get("fingerprint", found) != found:
+        logging.warning("%s: files were changed after they were prepared", path)
+    meta["fingerprint"] = found
+    return Dataset(meta["domain"], titles, windows, meta, sequences, attributes)
+
+
+def read_split(path: Path, split: str) -> Dataset:
+    """`read_dataset` of one split. Raises InputError that names --split where it is not there."""
+    known = [name for name in SPLITS if os.path.lexists(path / f"{name}.jsonl")]
+    if known and split not in known:
+        raise InputError(
+            f"--split: found {split}, expected one that {path} has: {', '.join(known)}"
+        )
+    return read_dataset(path, [split])
+
+
+def fingerprint(path: Path) -> str:
+    """Hexadecimal SHA-256 of all that windows follow from.
+
+    That is "history" of dataset.json, and names and bytes of items.jsonl, sequences.jsonl and the
+    splits that are there.
+    """
+    meta = read_meta(path)
+    return _digest(path, 0 if _is_own(path) else _history(path / "dataset.json", meta))
+
+
+def _digest(path: Path, history: int) -> str:
+    digest = hashlib.sha256(f"history {history}\n".encode())
+    for name in ("items", "sequences", *SPLITS):
+        file = path / f"{name}.jsonl"
+        if file.is_file():
+            data = file.read_bytes()
+            digest.update(f"{name} {len(data)}\n".encode() + data)
+    return digest.hexdigest()
+
+
+def _write_files(folder: Path, dataset: Dataset) -> None:
+    rows = ({"id": item, "title": title} | dataset.attributes[item]
+            for item, title in dataset.titles.items())  # fmt: skip
+    _write_lines(folder / "items.jsonl", rows)
+    rows = ({key: getattr(s, key) for key in _SEQUENCE_KEYS} for s in dataset.sequences.values())
+    _write_lines(folder / "sequences.jsonl", rows)
+    for name, windows in dataset.splits.items():
+        rows = ({key: getattr(w, key) for key in _WINDOW_KEYS} for w in windows)
+        _write_lines(folder / f"{name}.jsonl", rows)
+    digest = _digest(folder, dataset.meta["history"])
+    meta = dataset.meta | {"domain": dataset.domain, "fingerprint": digest}
+    text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
+    (folder / "dataset.json").write_text(text, encoding="utf-8")
+
+
+def _write_lines(path: Path, rows: Iterable[dict]) -> None:
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(encode(row) + "\n" for row in rows)
+
+
+def _expected(path: Path) -> str:
+    return f"expected a prepared folder: run {_PREPARE.format(path.parent)}"
+
+
+def read_meta(path: Path) -> dict:
+    """The content of a prepared folder's dataset.json."""
+    file = path / "dataset.json"
+    meta = read_json(file, _expected(file))
+    domain = meta.get("domain") if isinstance(meta, dict) else None
+    if domain not in DOMAINS:
+        raise InputError(
+            f"{file}: found domain {shown(domain)}, expected one of {', '.join(DOMAINS)}: "
+            "correct the key or prepare the data again"
+        )
+    return meta
+
+
+def _history(file: Path, meta: dict) -> int:
+    value = meta.get("history")
+    if type(value) is not int or value < 1:
+        raise InputError(
+            f"{file}: found history {shown(value)}, expected how many items a window shows, 1 or "
+            "more: prepare the data again"
+        )
+    return value
+
+
+def _rows(path: Path, keys: Sequence[str]):
+    """(file:line, record) for every line; each record is a dict with `keys`."""
+    lines = read_text(path, _expected(path)).removesuffix("\n").split("\n")
+    if lines == [""]:
+        raise InputError(f"{path}: found no lines, expected at least one: prepare the data again")
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        try:
+            record = parse_json(line)
+        except ValueError as error:
+            raise _bad(where, f"no valid JSON ({error})", f"an object with {keys}") from error
+        if not isinstance(record, dict):
+            raise _bad(where, f"a {type(record).__name__}", f"an object with {keys}")
+        for key in keys:
+            if key not in record:
+                raise _bad(where, f"no key {key!r}", f"an object with {keys}")
+        yield where, record
+
+
+def _bad(where: str, found: str, expected: str) -> InputError:
+    return InputError(f"{where}: found {found}, expected {expected}: correct this line")
+
+
+def _read_items(path: Path) -> tuple[dict[int, str], dict[int, dict]]:
+    """Titles, and attributes: whatever else a line holds."""
+    titles: dict[int, str] = {}
+    attributes: dict[int, dict] = {}
+    for where, record in _rows(path, ("id", "title")):
+        item, title = record.pop("id"), record.pop("title")
+        if type(item) is not int:
+            raise _bad(where, f"id {shown(item)}", "an integer")
+        if item in titles:
+            raise _bad(where, f"id {item} a second time", "each id once")
+        if not is_title(title) or not plain(title):
+            raise _bad(where, f"title {shown(title)}", "one line of text that is not empty")
+        titles[item], attributes[item] = plain(title), record
+    return titles, attributes
+
+
+def read_titles(path: Path) -> dict[int, str]:
+    """Item -> title of a prepared folder. Raises InputError naming the malformed line."""
+    return _read_items(path / "items.jsonl")[0]
+
+
+def is_title(title: object) -> bool:
+    """One line of text. An empty one is a substring of every answer and encodes to no tokens."""
+    return type(title) is str and title.strip() != "" and not {"\n", "\r"} & set(title)
+
+
+def _read_sequences(path: Path, titles: dict[int, str]) -> dict[User, UserSequence]:
+    sequences: dict[User, UserSequence] = {}
+    for where, record in _rows(path, _SEQUENCE_KEYS):
+        user = record["user"]
+        if type(user) not in (int, str):
+            raise _bad(where, f"user {shown(user)}", "an integer or a string")
+        if user in sequences:
+            raise _bad(where, f"user {shown(user)} a second time", "each user once")
+        items = _ids(where, "items", record["items"], titles, 2)
+        disliked = _disliked(where, record["disliked"], items, titles)
+        sequences[user] = UserSequence(user, items, disliked)
+    return sequences
+
+
+def _disliked(
+    where: str, pairs: object, items: tuple[int, ...], titles: dict[int, str]
+) -> tuple[tuple[int, int], ...]:
+    if type(pairs) is not list:
+        raise _bad(where, f"disliked {shown(pairs)}", "a list of [place, item]")
+    last = 0
+    for pair in pairs:
+        if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not int:
+            raise _bad(where, f"{shown(pair)} in disliked", "a list of [place, item]")
+        place, item = pair
+        if not last <= place <= len(items):
+            raise _bad(where, f"place {shown(place)} in disliked", f"{last} to {len(items)}")
+        _ids(where, "disliked", [item], titles, 1)
+        if item in items:
+            raise _bad(where, f"item {item} in items and disliked", "it in one of them")
+        last = place
+    return tuple((place, item) for place, item in pairs)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether windows of one's own lie there: without places, and there are no sequences."""
+    if os.path.lexists(path / "sequences.jsonl") or not os.path.lexists(path / "train.jsonl"):
+        return False
+    _, first = next(_rows(path / "train.jsonl", ("user", "candidates")))
+    return "place" not in first
+
+
+def _read_own(
+    path: Path, splits: Sequence[str], titles: dict[int, str]
+) -> tuple[dict[User, UserSequence], dict[str, list[tuple[str, dict]]], int]:
+    """Sequences, (file:line, window by its place) per split, and the longest history.
+
+    A user's windows follow each other: each shows the latest of what those before it have.
+    """
+    own: dict[User, list[int]] = {}
+    rows: dict[str, list[tuple[str, dict]]] = {}
+    for name in splits:
+        rows[name] = []
+        for where, record in _rows(path / f"{name}.jsonl", _OWN_KEYS):
+            user = record["user"]
+            if type(user) not in (int, str):
+                raise _bad(where, f"user {shown(user)}", "an integer or a string")
+            history = _ids(where, "history", record["history"], titles, 1)
+            (target,) = _ids(where, "target", [record["target"]], titles, 1)
+            before = own.setdefault(user, [*history])
+            if tuple(before[-len(history) :]) != history:
+                found = f"history {shown(list(history))} of user {shown(user)}"
+                raise _bad(where, found, f"the latest of {shown(before)}, as in those before")
+            rows[name].append((where, record | {"place": len(before)}))
+            before.append(target)
+    N = max(len(record["history"]) for of_split in rows.values() for _, record in of_split)
+    for where, record in (row for of_split in rows.values() for row in of_split):
+        count, expected = len(record["history"]), min(N, record["place"])
+        if count != expected:
+            found = f"a history of {count} items"
+            raise _bad(where, found, f"the {expected} latest of user {shown(record['user'])}")
+    sequences = {user: UserSequence(user, tuple(items)) for user, items in own.items()}
+    return sequences, rows, N
+
+
+def _read_windows(
+    rows: Iterable[tuple[str, dict]], titles: dict[int, str],
+    sequences: dict[User, UserSequence], history: int, size: int | None,
+) -> list[Window]:  # fmt: skip
+    windows = []
+    for where, record in rows:
+        window = _window(where, record, titles, sequences, history)
+        size = size or len(window.candidates)
+        if len(window.candidates) != size:
+            raise _bad(where, f"{len(window.candidates)} candidates", f"{size} as in other rows")
+        windows.append(window)
+    return windows
+
+
+def _window(
+    where: str, record: dict, titles: dict[int, str], sequences: dict[User, UserSequence],
+    history: int,
+) -> Window:  # fmt: skip
+    user, place = record["user"], record["place"]
+    if type(user) not in (int, str) or user not in sequences:
+        raise _bad(where, f"user {shown(user)}", "a user of sequences.jsonl")
+    sequence = sequences[user]
+    if type(place) is not int or not 1 <= place < len(sequence.items):
+        last = len(sequence.items) - 1
+        raise _bad(where, f"place {shown(place)}", f"1 to {last}, a place in the user's items")
+    candidates = _ids(where, "candidates", record["candidates"], titles, 2)
+    target = sequence.items[place]
+    if target not in candidates:
+        raise _bad(where, f"target {target} outside the candidates", "the target among them")
+    if len(set(candidates)) < len(candidates):
+        raise _bad(
+            where, f"candidates {shown(list(candidates))} with a repeated id", "distinct ids"
+        )
+    if len({titles[item] for item in candidates}) < len(candidates):
+        raise _bad(where, "two candidates with the same title", "distinct titles")
+    window = sequence.window(place, history, candidates)
+    for key, expected in (("history", list(window.history)), ("target", target)):
+        if record[key] != expected:
+            found = f"{key} {shown(record[key])}"
+            raise _bad(where, found, f"{shown(expected)}, as in the user's sequence")
+    return window
+
+
+def _ids(where: str, key: str, value: object, titles: dict[int, str], least: int):
+    if type(value) is not list or len(value) < least:
+        raise _bad(where, f"{key} {shown(value)}", f"a list of {least} or more item ids")
+    for item in value:
+        if type(item) is not int:
+            raise _bad(where, f"{shown(item)} in {key}", "integer item ids")
+        if item not in titles:
+            raise _bad(where, f"item {item} in {key}", "an id of items.jsonl")
+    return tuple(value)

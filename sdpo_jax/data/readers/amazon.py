@@ -1,0 +1,166 @@
+"""Amazon: UCSD's reviews and metadata of 2018 or 2023, or windows that somebody published."""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from sdpo_jax.data.dataset import User, UserSequence, is_title
+from sdpo_jax.data.interactions import Interactions, Rows
+from sdpo_jax.data.readers import raw
+from sdpo_jax.data.readers.sources import Sessions
+from sdpo_jax.data.readers.times import Clock
+from sdpo_jax.data.sequences import MAX_HISTORY
+from sdpo_jax.data.text import plain
+from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.files import NUMBER, TEXT, UTF8, Kind, list_of
+
+WINDOWS = ("items.jsonl", "train_sequences.jsonl", "valid.jsonl", "test.jsonl")
+MAX_WORDS = 20  # of a title; D3 and MiniOneRec drop longer ones
+_ENDINGS = (".json.gz", ".jsonl.gz", ".json", ".jsonl")
+_EXPECTED = (
+    "expected a folder with one file of reviews (*_5.json.gz) and one meta_*.json.gz, or with "
+    f"{', '.join(WINDOWS)}: correct --source"
+)
+# The keys of user, item and time, and what a second is in the last.
+_KEYS_2018 = ("reviewerID", "asin", "unixReviewTime", 1)
+_KEYS_2023 = ("user_id", "parent_asin", "timestamp", 1000)
+_USER: Kind = ("a text or an integer", lambda value: UTF8[1](value) or type(value) is int)
+_ID: Kind = ("an integer", lambda value: type(value) is int)
+_TAG = re.compile(r"<[A-Za-z/!]")
+_PRICE = re.compile(r"\$(\d[\d,]*(?:\.\d+)?)")
+
+
+def read_amazon(path: Path) -> Interactions | Sessions:
+    """A folder of UCSD's reviews and metadata, or of the four files of `WINDOWS`.
+
+    Items without a usable title are left out: it has 2 letters or more, at most 20 words and no
+    HTML. Attributes: asin, and category, brand and price where the metadata has them. Raises
+    InputError naming file and line.
+    """
+    names = raw.names_in(path, _EXPECTED)
+    if WINDOWS[1] in names:
+        return _read_windows(path)
+    files = [name for name in names if name.endswith(_ENDINGS)]
+    meta = [name for name in files if name.startswith("meta_")]
+    reviews = [name for name in files if not name.startswith("meta_")]
+    reviews = [name for name in reviews if name.partition(".")[0].endswith("_5")] or reviews
+    for found, what in ((reviews, "reviews"), (meta, "meta_*.json.gz")):
+        if len(found) != 1:
+            raise InputError(f"{path}: found {', '.join(found) or f'no {what}'}, {_EXPECTED}")
+    return _read_reviews(path / reviews[0], path / meta[0])
+
+
+def usable_title(text: object) -> str:
+    """A title without HTML entities and with single spaces; "" where it is none to show."""
+    title = _clean(text)
+    words = title.split(" ")
+    short = len(title) > 1 and len(words) <= MAX_WORDS
+    return title if short and not _TAG.search(title) else ""
+
+
+def _read_reviews(reviews: Path, meta: Path) -> Interactions:
+    with contextlib.closing(raw.records(reviews, {})) as records:
+        _, first = next(records, ("", {}))
+    user, item, time, second = _KEYS_2018 if _KEYS_2023[0] not in first else _KEYS_2023
+    kinds, rows, clock = {user: UTF8, item: UTF8, time: NUMBER}, Rows(), Clock()
+    for where, record in raw.records(reviews, kinds):
+        clock.number(where, str(record[time]), record[time])
+        rows.add(record[user], record[item], 0.0, record[time] / second)
+    clock.checked()
+    titles, attributes = _read_meta(meta, item, rows.items)
+    found = rows.done({}, {}, len(rows), raw.file_digests(reviews, meta), rated=False)
+    # An item's number in the file -> its id: items with a title, by their first review.
+    id_I = np.full(len(rows.items), -1, np.int32)
+    titled = [number for asin, number in rows.items.items() if asin in titles]
+    id_I[titled] = range(len(titled))
+    kept_N = id_I[found.item_N] >= 0
+    asins = [found.items[number] for number in titled]
+    return dataclasses.replace(
+        found,
+        titles={id: titles[asin] for id, asin in enumerate(asins)},
+        attributes={id: {"asin": asin} | attributes[asin] for id, asin in enumerate(asins)},
+        items=[*range(len(titled))],
+        user_N=found.user_N[kept_N],
+        item_N=id_I[found.item_N][kept_N],
+        time_N=found.time_N[kept_N],
+        untitled=(len(rows.items) - len(titled), int((~kept_N).sum())),
+    )
+
+
+def _read_meta(meta: Path, key: str, wanted: Collection[str]) -> tuple[dict, dict]:
+    """asin -> title, asin -> attributes; the first line of an item that has a title counts."""
+    titles: dict[str, str] = {}
+    attributes: dict[str, dict] = {}
+    for _, record in raw.records(meta, {key: UTF8}):
+        asin = record[key]
+        if asin in wanted and asin not in titles and (title := usable_title(record.get("title"))):
+            titles[asin], attributes[asin] = title, _attributes(record)
+    return titles, attributes
+
+
+def _attributes(record: dict) -> dict:
+    category = record.get("category", record.get("categories"))
+    found = {
+        "category": [*filter(None, map(_clean, category))] if type(category) is list else [],
+        "brand": _clean(record.get("brand", record.get("store"))),
+        "price": _price(record.get("price")),
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def _clean(text: object) -> str:
+    return plain(text) if UTF8[1](text) else ""
+
+
+def _price(value: object) -> float | None:
+    if type(value) is str and (match := _PRICE.fullmatch(value.strip())):
+        value = float(match[1].replace(",", ""))
+    return float(value) if type(value) in (int, float) and 0 < value < 1e9 else None
+
+
+def _read_windows(path: Path) -> Sessions:
+    """Windows as published; a user's sequence is what its windows show one after the other."""
+    items, train, *others = (path / name for name in WINDOWS)
+    titles: dict[int, str] = {}
+    for where, record in raw.records(items, {"id": _ID, "title": TEXT}):
+        if record["id"] in titles:
+            raise raw.bad(where, f"id {record['id']} a second time", "each id once")
+        if not is_title(record["title"]):
+            raise raw.bad(where, f"title {shown(record['title'])}", "one line of text")
+        titles[record["id"]] = record["title"]
+    own: dict[User, list[int]] = {}
+    placed: dict[str, list[tuple[User, int]]] = {"train": [], "val": [], "test": []}
+    for where, record in raw.records(train, {"user": _USER, "items": list_of(_ID)}):
+        user = record["user"]
+        if user in own:
+            raise raw.bad(where, f"user {shown(user)} a second time", "each user once")
+        own[user] = _known(where, record["items"], titles)
+        placed["train"] += [(user, place) for place in range(1, len(own[user]))]
+    kinds = {"user": _USER, "history": list_of(_ID), "target": _ID}
+    for split, file in zip(("val", "test"), others, strict=True):
+        for where, record in raw.records(file, kinds):
+            user, history = record["user"], _known(where, record["history"], titles)
+            if not 1 <= len(history) <= MAX_HISTORY:
+                raise raw.bad(where, f"a history of {len(history)} items", f"1 to {MAX_HISTORY}")
+            before = own.setdefault(user, history)
+            if before[-MAX_HISTORY:] != history:
+                found = f"history {shown(history)} of user {shown(user)}"
+                raise raw.bad(where, found, f"{before[-MAX_HISTORY:]}, what it had until here")
+            own[user] = [*before, *_known(where, [record["target"]], titles)]
+            placed[split].append((user, len(before)))
+    sequences = {user: UserSequence(user, tuple(found)) for user, found in own.items()}
+    windows = {
+        split: [sequences[user].window(place, MAX_HISTORY) for user, place in rows]
+        for split, rows in placed.items()
+    }
+    return Sessions(titles, sequences, windows, raw.file_digests(*(path / n for n in WINDOWS)))
+
+
+def _known(where: str, items: list[int], titles: dict[int, str]) -> list[int]:
+    if unknown := [item for item in items if item not in titles]:
+        raise raw.bad(where, f"item {unknown[0]}", f"an id of {WINDOWS[0]}")
+    return items

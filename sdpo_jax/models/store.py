@@ -1,0 +1,192 @@
+"""A converted model folder read back: decoder, fresh adapter, tokenizer."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sdpo_jax.models import item_vectors, weights
+from sdpo_jax.models.base_weights import read_weights
+from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.decoder import Decoder
+from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.models.quantize import quantise
+from sdpo_jax.models.tokenizer import ends_of, load_tokenizer
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.files import COUNT, OBJECT, TEXT, check_keys, one_of, read_object
+
+META = {
+    "source": TEXT, "family": TEXT, "parameters": COUNT, "sha256": TEXT, "files": OBJECT,
+    "dtype": one_of(*weights.DTYPES.values()),
+}  # fmt: skip
+Placement = Callable[[nnx.Variable], jax.sharding.Sharding]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """`nnx.merge(graphdef, lora, base)` is the decoder; `lora` is trained, `base` is frozen.
+
+    `lora` is the adapter or, where every weight is trained, all of them; then `base` is empty.
+    `ends`: see `ends_of`.
+    """
+
+    graphdef: nnx.GraphDef
+    lora: nnx.State
+    base: nnx.State
+    config: DecoderConfig
+    tokenizer: Any
+    ends: tuple[int, ...]
+    meta: dict[str, Any]
+
+
+def load_model(
+    path: str | Path,
+    lora: LoraConfig,
+    *,
+    dtype: Any,
+    base_dtype: str = "same",
+    remat: str = "none",
+    seed: int = 0,
+    shardings: Placement | None = None,
+    vectors_IE: np.ndarray | None = None,
+) -> Model:
+    """Reads what `python -m sdpo_jax.convert` wrote.
+
+    Args:
+      path: the model folder.
+      lora: rank, scale and targets of the adapter, which starts from `seed`: A uniform, B zeros.
+      dtype: of products, and of the base unless `base_dtype` names another.
+      base_dtype: key of `quantize.BASE_DTYPES`; the base is read in its stored dtype and cast or
+        quantised on its devices, one array after the other.
+      remat: key of `decoder.REMAT`.
+      seed: of the adapter.
+      shardings: abstract variable (its `.shape` and `.letters`; under `layers` the shape has L
+        before the letters) -> its sharding; None puts everything on this process's first device.
+      vectors_IE: item vectors that prompts may hold, see `models.item_vectors`.
+
+    Raises:
+      InputError: no model folder, a broken one, or one whose arrays do not fit its config.json.
+    """
+    path = Path(path)
+    meta = read_meta(path)
+    config = DecoderConfig.read(path)
+
+    def make(key: jax.Array) -> Decoder:
+        return Decoder(
+            config, lora, dtype=dtype, base_dtype=base_dtype, remat=remat,
+            vectors=None if vectors_IE is None else vectors_IE.shape, rngs=nnx.Rngs(key),
+        )  # fmt: skip
+
+    key = jax.random.key(seed)
+    graphdef, abstract_lora, abstract_base = nnx.split(nnx.eval_shape(make, key), lora.trained, ...)
+    place = shardings or (lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    stored = abstract_lora if lora.full else abstract_base
+    base = _read_base(path / "weights", stored, config, meta["dtype"], place)
+    tokenizer = load_tokenizer(path)
+    ends = ends_of(path, tokenizer)
+    if lora.full:
+        return Model(graphdef, base, abstract_base, config, tokenizer, ends, meta)
+    if vectors_IE is not None:
+        item_vectors.fill(base, vectors_IE, place)
+    # Under jit the unused draws of the base are removed, so only the adapter is ever made.
+    init = jax.jit(
+        lambda key: nnx.split(make(key), nnx.LoRAParam, ...)[1],
+        out_shardings=_placed(abstract_lora, place),
+    )
+    return Model(graphdef, init(key), base, config, tokenizer, ends, meta)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The content of model.json: source, family, parameters, dtype, sha256, files.
+
+    Raises InputError where it or a weight file that it lists is missing or cut.
+    """
+    if not os.path.isfile(path / "model.json"):
+        found = "found no model.json" if os.path.exists(path) else "no such folder"
+        raise InputError(
+            f"{path}: {found}, expected a converted model: run "
+            f"`python -m sdpo_jax.convert --model=PATH --output={path}`"
+        )
+    meta = read_object(path / "model.json", "expected what convert wrote: convert the model again")
+    check_keys(path / "model.json", meta, META, "convert the model again")
+    found = file_sizes(path / "weights")
+    for name, size in meta["files"].items():
+        if found.get(name) != size:
+            raise InputError(
+                f"{path}/weights/{name}: found {found.get(name, 'no such file')}, expected "
+                f"{size} bytes: convert the model again into a new folder"
+            )
+    return meta
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Relative name -> bytes of every file below `folder`."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _placed(abstract: nnx.State, place: Placement) -> nnx.State:
+    """The shardings of an abstract state, as a state."""
+    return jax.tree.map(
+        lambda variable: variable.replace(place(variable)),
+        abstract,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+
+
+def _read_base(path: Path, abstract: nnx.State, config: DecoderConfig, stored: str, place):
+    """Reads every array in the stored dtype onto its devices, then makes of it what is wanted.
+
+    Args:
+      path: the folder of weights.
+      abstract: the base to make, in which a quantised kernel is its codes and their scale.
+      config: of the decoder.
+      stored: dtype on disk.
+      place: function from an abstract variable to its sharding.
+    """
+    placed = flatten_dict(nnx.to_pure_dict(_placed(abstract, place)), sep="/")
+    shapes = flatten_dict(nnx.to_pure_dict(abstract), sep="/")
+    target = {
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, stored, sharding=placed.get(name) or placed[_part(name, "codes")]
+        )
+        for name, leaf in weights.abstract_base(config).items()
+    }
+    made = {}
+    for name, array in read_weights(path, unflatten_dict(target, sep="/")):
+        if name in shapes:
+            made[name] = array.astype(shapes[name].dtype)
+        else:
+            names = [_part(name, "codes"), _part(name, "scale")]
+            codes, scale = _quantised(array, shapes[names[0]], [placed[n] for n in names])
+            made |= {names[0]: codes, names[1]: scale}
+        del array  # before the next is read
+    base = jax.tree.map(lambda leaf: leaf, abstract)
+    nnx.replace_by_pure_dict(base, unflatten_dict(made, sep="/"))
+    return base
+
+
+def _part(kernel: str, name: str) -> str:
+    """`layers/q/kernel` -> `layers/q/codes`."""
+    return kernel.removesuffix("kernel") + name
+
+
+def _quantised(kernel: jax.Array, codes: jax.ShapeDtypeStruct, shardings):
+    """Codes and scales of a stack of kernels, layer by layer, so that no float32 copy is whole."""
+    kind = "int8" if codes.dtype == jnp.int8 else "nf4"
+
+    def one(kernel_IO):
+        made = quantise(kernel_IO, kind)
+        return made.codes, made.scale
+
+    return jax.jit(lambda stack: jax.lax.map(one, stack), out_shardings=tuple(shardings))(kernel)

@@ -1,0 +1,140 @@
+"""The model card that goes with an exported model: what it was trained on and how it scored."""
+
+import math
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from sdpo_jax.data.dataset import fingerprint
+from sdpo_jax.data.dataset import read_meta as read_dataset_meta
+from sdpo_jax.evaluation.results import read_results
+from sdpo_jax.models.store import read_meta
+from sdpo_jax.reports.markdown import fenced, plain
+from sdpo_jax.runs.config import RunConfig
+from sdpo_jax.runs.workdir import Run, same, stage_result
+from sdpo_jax.system.hub import is_hub_name, name_and_revision
+
+# What the model does with a prompt of each kind, and how the prompt is filled in.
+_ANSWERS = {
+    "candidates": "answers with one of the titles it is shown",
+    "history": "continues a history of titles with the next one",
+}
+_PLACES = {
+    "candidates": "History and candidates take the places in brackets, one title per line; the "
+    "answer is a title and EOS.",
+    "history": "The titles of the history take the place in brackets, oldest first, one per line, "
+    "and the last line is ended too. The answer is a title; a line break ends it. Each title and "
+    "each line break is tokenised apart, without special tokens. Give token ids where a tokenizer "
+    "joins a line break with what stands before it, as those of Llama 3 and Qwen join `)` with it.",
+}
+
+
+def model_card(run: Run, stage: str, step: int, form: str) -> str:
+    """Markdown with the Hub's header; `form` is "peft" or "merged"."""
+    c, meta = run.config, read_meta(Path(run.config.model))
+    trained = _trained(stage, c.method)
+    data = read_dataset_meta(Path(c.dataset))
+    base, _ = name_and_revision(meta["source"])
+    header = ModelCardData(
+        base_model=base if is_hub_name(base) else None,
+        library_name="peft" if form == "peft" else "transformers",
+        pipeline_tag="text-generation",
+        tags=["recommendation", "S-DPO", "lora"],
+    )
+    same(run, "dataset", c.dataset, fingerprint(Path(c.dataset)))
+    lines = [
+        f"---\n{header.to_yaml()}\n---",
+        f"# {plain(data.get('dataset', data['domain']))}: {trained}",
+        f"A {plain(meta['family'])} model of {meta['parameters']:,} parameters that "
+        f"{_ANSWERS[c.prompt]}. Its base: {plain(meta['source'])}.",
+        "## Training",
+        _table(
+            ("stage", f"{trained}, step {step}{_examples(run, stage)}"),
+            ("negatives, beta", _negatives(c) if stage == "sdpo" else "–"),
+            ("started from", _start(c)),
+            ("trained", _trained_weights(c)),
+            ("global batch", c.batch_size),
+            ("dtype of products, base", f"{c.dtype}, {c.base_dtype}"),
+            ("seed", c.seed),
+        ),
+        "## Prompt",
+        f"{_PLACES[c.prompt]}{_one_of(len(run.templates))}",
+        fenced(run.templates[0]),
+        "## Data",
+        _table(
+            ("domain", data["domain"]),
+            ("protocol", data.get("protocol", "–")),
+            ("candidates", data.get("candidates", "–")),
+            ("fingerprint", run.fingerprints["dataset"]),
+        ),
+        "## Evaluation",
+        _results(run, stage, step),
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _negatives(config: RunConfig) -> str:
+    redrawn = ", redrawn in each epoch" if config.redraw else ""
+    return f"{config.num_negatives} {config.negatives}{redrawn}, {config.beta}"
+
+
+def _start(config: RunConfig) -> str:
+    if config.tune == "full":
+        return "the base's weights"
+    return config.lora.init_from or "a fresh adapter"
+
+
+def _trained_weights(config: RunConfig) -> str:
+    lora = config.lora
+    if config.tune == "full":
+        return "all weights"
+    return f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(lora.targets)}"
+
+
+def _trained(stage: str, method: str) -> str:
+    if stage == "base":
+        return "the base model, not trained here"
+    name = "S-DPO (softmax DPO, arXiv 2406.09215)" if method == "S-DPO" else method
+    return f"{'SFT' if stage == 'sft' else name} with sdpo_jax"
+
+
+def _one_of(count: int) -> str:
+    return f" This is the first of {count} wordings, drawn by example." if count > 1 else ""
+
+
+def _table(*rows: tuple[str, object]) -> str:
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {name} | {plain(value)} |" for name, value in rows)]
+    )
+
+
+def _examples(run: Run, stage: str) -> str:
+    result = stage_result(run.path, stage)
+    return f" of {result['steps']}, {result['examples']:,} examples" if result else ""
+
+
+def _results(run: Run, stage: str, step: int) -> str:
+    found = [
+        summary
+        for summary in read_results(run.path / "eval")
+        if (summary["stage"], summary["step"]) == (stage, step)
+    ]
+    if not found:
+        return "Not evaluated."
+    lines = [
+        "| split | ranked | decoder | HR@1 [95%] | HR@10 | NDCG@10 | valid | n |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for summary in found:
+        low, high = summary.get("hit_ratio_at_1_ci95", (math.nan, math.nan))
+        ranking = (f"{summary[key]:.4f}" if key in summary else "–"
+                   for key in ("hit_ratio_at_10", "ndcg_at_10"))  # fmt: skip
+        lines.append(
+            f"| {summary['split']} | {summary['rank']} | {summary['decoder']} | "
+            f"{summary['hit_ratio_at_1']:.4f} [{low:.4f}, {high:.4f}] | {' | '.join(ranking)} | "
+            f"{summary.get('valid_ratio', math.nan):.4f} | {summary['n']} |"
+        )
+    if any(summary["rank"] == "disliked" for summary in found):
+        told = "Of `disliked`, the target against an item rated low by its user, HR@1 is the AUC."
+        lines += ["", told]
+    return "\n".join(lines)

@@ -1,0 +1,226 @@
+"""The checkpoints of a stage, by Orbax."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sdpo_jax.runs.best_step import KeepForJudge
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.files import check_room
+from sdpo_jax.system.processes import first_process
+
+ROOM = 2**20  # bytes left on the disk beside a checkpoint
+
+
+class CheckpointGone(Exception):
+    """The step was there when it was listed and could not be read: deleted, or broken."""
+
+
+@jax.jit
+def bit_sum(tree: Any) -> jax.Array:
+    """A uint32 that changes with any bit of any one number of a tree of 32-bit arrays.
+
+    Bits times odd weights, summed modulo 2^32. However the arrays are sharded the sum is the same,
+    and nothing but it need be moved.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        place, step = jax.numpy.zeros(x.shape, jax.numpy.uint32), 1
+        for axis in reversed(range(x.ndim)):
+            place += step * jax.lax.broadcasted_iota(jax.numpy.uint32, x.shape, axis)
+            step *= x.shape[axis]
+        return (jax.lax.bitcast_convert_type(x, jax.numpy.uint32) * (2 * place + 1)).sum()
+
+    return sum(map(one, jax.tree.leaves(tree)), start=jax.numpy.uint32(0))
+
+
+def drop_broken_losses(directory: Path) -> None:
+    """Removes losses that cannot be read, without which such steps are validated again."""
+    for file in directory.glob("*/metrics/metrics"):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            print(f"warning: {file}: cannot be read: deleted, this step is validated again")
+            shutil.rmtree(file.parent)
+
+
+class Checkpoints:
+    """The checkpoints of one stage: the two latest and the best by validation loss are kept.
+
+    Args:
+      directory: workdir/<stage>.
+      read_only: for a reader beside the trainer: nothing is written, created or cleaned up.
+      judged: step -> score of another judge than the loss; what it has not seen is kept too.
+    """
+
+    def __init__(self, directory: Path, read_only: bool = False,
+                 judged: Callable[[], Mapping[int, float]] | None = None):  # fmt: skip
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: -metrics["loss"], n=1,
+            keep_checkpoints_without_metrics=False,
+        )  # fmt: skip
+        keep = [policies.LatestN(2), KeepForJudge(judged) if judged else best]
+        # Without a best_fn Orbax neither writes nor reads metrics, whatever the policy says.
+        options = ocp.CheckpointManagerOptions(
+            best_fn=lambda metrics: metrics["loss"],
+            best_mode="min",
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+        )
+        directory = Path(directory).absolute()
+        if not read_only:
+            first_process(lambda: drop_broken_losses(directory))
+        try:
+            self._manager = ocp.CheckpointManager(
+                directory,
+                options=options,
+                item_handlers={
+                    "lora": ocp.StandardCheckpointHandler(),
+                    "optimizer": ocp.StandardCheckpointHandler(),
+                    "position": ocp.JsonCheckpointHandler(),
+                },
+            )
+        except ValueError as error:  # of JSON
+            raise InputError(
+                f"{directory}: found a loss that is no JSON ({error}), expected what training "
+                "wrote: the training command, started again, mends it"
+            ) from error
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def losses(self) -> dict[int, float]:
+        """Validation loss of the steps that were saved with one."""
+        return {
+            step: metrics["loss"]
+            for step in self.steps()
+            if (metrics := self._manager.metrics(step)) is not None
+        }
+
+    def best_step(self) -> int | None:
+        """The step with the lowest validation loss, else the latest; None if there is none."""
+        losses, steps = self.losses(), self.steps()
+        return min(losses, key=losses.__getitem__) if losses else steps[-1] if steps else None
+
+    def save(self, state: Any, position: dict[str, Any], loss: float | None = None) -> None:
+        """Starts writing a step in the background.
+
+        A step that is there already is left alone, unless it lacks the loss that is given now.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            if loss is None or step in self.losses():
+                return
+            self._manager.delete(step)
+        # Twice, since Orbax writes what it merges again; the rest is for metrics and its own files.
+        needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + ROOM
+        first_process(lambda: check_room(Path(self._manager.directory), needed))
+        bits = {"lora": int(bit_sum(state.lora)), "optimizer": int(bit_sum(state.opt_state))}
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    lora=ocp.args.StandardSave(state.lora),
+                    optimizer=ocp.args.StandardSave(state.opt_state),
+                    position=ocp.args.JsonSave(position | {"step": step, "bits": bits}),
+                ),
+                metrics=None if loss is None else {"loss": loss},
+            )
+
+    def restore_newest(self, state: Any) -> tuple[Any, dict[str, Any]]:
+        """The state of the newest step that is whole, and what was saved beside it.
+
+        It is shaped and placed as `state`, whatever devices and processes wrote it. A newer step
+        that is broken is told and deleted. Raises InputError where none is whole.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return self.restore(step, state)
+            except CheckpointGone as error:
+                print(f"warning: {error}: deleted, going on from the checkpoint before")
+                self._manager.delete(step)
+        raise InputError(
+            f"{self._manager.directory}: found no checkpoint that can be read, expected one: "
+            "delete this folder to start the stage anew"
+        )
+
+    def restore(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        items = self._restore(
+            step,
+            lora=ocp.args.StandardRestore(abstract.lora),
+            optimizer=ocp.args.StandardRestore(abstract.opt_state),
+        )
+        count = np.asarray(items.position["step"], np.int32)
+        count = jax.make_array_from_callback((), state.step.sharding, count.__getitem__)
+        return type(state)(count, items.lora, items.optimizer), items.position
+
+    def restore_lora(self, step: int, lora: Any) -> Any:
+        """Only the adapter of `step`. Raises CheckpointGone if it vanished or is broken."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, lora)
+        return self._restore(step, lora=ocp.args.StandardRestore(abstract)).lora
+
+    def restore_raw(self, step: int) -> Any:
+        """The adapter of `step` as host arrays in nested dicts, for a reader without the model.
+
+        It need not have the devices that wrote it. Raises CheckpointGone if it vanished or is
+        broken.
+        """
+        # With a place named, or Orbax would look for the devices of training.
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        with self._reading(step):
+            shapes = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host),
+                self._manager.item_metadata(step).lora.tree,
+            )
+        stored = flatten_dict(self._restore(step, lora=ocp.args.StandardRestore(shapes)).lora)
+        # A variable is stored as {"value": array}.
+        return unflatten_dict({path[:-1]: np.asarray(array) for path, array in stored.items()})
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        """Items of a step and its position; raises CheckpointGone unless they are as saved."""
+        with self._reading(step):
+            args = ocp.args.Composite(position=ocp.args.JsonRestore(), **items)
+            found = self._manager.restore(step, args=args)
+            saved = found.position.get("bits", {})  # steps of an earlier version have none
+            for name in items:
+                if name in saved and saved[name] != int(bit_sum(found[name])):
+                    raise ValueError(f"{name} is not what was saved")
+        return found
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax, tensorstore and JSON raise what they like here
+            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            raise CheckpointGone(f"{self._manager.directory}/{step}: {reason}") from error
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:  # tensorstore tells a full disk as a ValueError
+            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            raise InputError(
+                f"{self._manager.directory}: a checkpoint cannot be written ({reason}): free space "
+                "or mend permissions; the same command goes on from the checkpoint before"
+            ) from error
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk. Raises InputError where the disk refuses."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()

@@ -1,0 +1,341 @@
+"""Every key of a run: its default, what it means, what it may be, and whether it may change.
+
+A config file builds `default_config()` and changes what differs; commands turn that into a
+`RunConfig`, which is all that the rest of the package reads. [paper] marks the values of the paper
+and its code.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sdpo_jax.data.negatives import NEGATIVES
+from sdpo_jax.data.prompts import PROMPTS
+from sdpo_jax.system import errors
+from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.files import (
+    ABOVE_ZERO,
+    COUNT,
+    NUMBER,
+    POSITIVE,
+    TEXT,
+    Kind,
+    one_of,
+    parse_json,
+)
+
+STAGES = ("sft", "sdpo")
+DTYPES = ("float32", "bfloat16")
+# What JAX's modules offer under these names; here, so that a run is read without loading JAX.
+LAYOUTS = ("shared_prefix", "padded")
+REMAT = ("none", "cheap", "full", "least")
+BASE_DTYPES = ("same", "f32", "bf16", "int8", "nf4")
+OBJECTIVES = ("sdpo", "dpo_pairwise")
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down", "qkv")
+
+
+def _some_of(known: Sequence[str]) -> Kind:
+    def right(value: Any) -> bool:
+        found = list(value) if type(value) in (list, tuple) else []
+        return found != [] and found == [name for name in known if name in found]
+
+    return f"some of {', '.join(known)}, in this order", right
+
+
+def _is_object(value: Any) -> bool:
+    try:
+        return type(value) is str and type(parse_json(value)) is dict
+    except ValueError:
+        return False
+
+
+def _below_one(value: Any) -> bool:
+    return NUMBER[1](value) and 0 <= value < 1
+
+
+def _band(value: Any) -> bool:
+    shares = list(value) if type(value) in (list, tuple) else []
+    return len(shares) == 2 and all(map(NUMBER[1], shares)) and 0 <= shares[0] < shares[1] <= 1
+
+
+def _axis(value: Any) -> bool:
+    return type(value) is int and -1 <= value < 2**31
+
+
+BOOLEAN: Kind = ("True or False", lambda value: type(value) is bool)
+NOT_NEGATIVE: Kind = ("a finite number, 0 or more", lambda v: NUMBER[1](v) and v >= 0)
+SEED: Kind = (
+    "a whole number, 0 or more, below 2**32",
+    lambda value: COUNT[1](value) and value < 2**32,
+)
+BELOW_ONE: Kind = ("a number, 0 <= it < 1", _below_one)
+AXIS: Kind = ("a whole number or -1", _axis)
+
+
+def key(default: Any, kind: Kind, about: str, *, free: bool = False, path: bool = False) -> Any:
+    """A field of a config.
+
+    `free`: it may change when a run goes on, since the numbers that are computed do not depend on
+    it. `path`: it names a file or folder.
+    """
+    metadata = {"kind": kind, "about": about, "free": free, "path": path}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of training."""
+
+    epochs: int = key(3, POSITIVE, "times through the training data; [paper] 5 in SFT, 3 in S-DPO")
+    max_steps: int = key(0, COUNT, "steps after which the stage ends; 0: those of all epochs")
+    learning_rate: float = key(
+        1e-5, ABOVE_ZERO, "at its peak; [paper] 1e-5 in S-DPO, which names none for SFT"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraKeys:
+    """The adapter."""
+
+    rank: int = key(8, POSITIVE, "[paper] of the adapter's two matrices")
+    alpha: float = key(32.0, ABOVE_ZERO, "[paper] the adapter's product is scaled by alpha / rank")
+    dropout: float = key(0.1, BELOW_ONE, "[paper] of the adapter's input")
+    targets: tuple[str, ...] = key(
+        ("q", "k", "v", "o", "gate", "up", "down"),
+        _some_of(PROJECTIONS),
+        "linear maps with an adapter. GPT-NeoX has q, k and v as one, adapted where all three are "
+        "named, and no gate",
+    )
+    init_from: str = key("", TEXT, "a PEFT folder to start from; empty: a fresh adapter", path=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are arranged; one axis may be -1, which is the rest of them."""
+
+    data: int = key(-1, AXIS, "parts of the examples", free=True)
+    fsdp: int = key(1, AXIS, "parts of the examples, and of the base's arrays", free=True)
+    tensor: int = key(1, AXIS, "parts of the base within heads and MLP", free=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Of a run of several processes."""
+
+    start_seconds: int = key(300, POSITIVE, "how long each process waits for the others", free=True)
+    heartbeat_seconds: int = key(
+        100, POSITIVE, "without a sign of life from one process, all end after so long", free=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """All that a run is told. Build it with `RunConfig.of`, which checks every key."""
+
+    dataset: str = key("runs/data", TEXT, "folder written by sdpo_jax.prepare", path=True)
+    model: str = key("runs/llama2-7b", TEXT, "folder written by sdpo_jax.convert", path=True)
+    seed: int = key(0, SEED, "of templates, negatives, the order of examples, adapter and dropout")
+    stages: tuple[str, ...] = key(STAGES, _some_of(STAGES), "what is trained")
+    prompt: str = key(
+        "candidates",
+        one_of(*PROMPTS),
+        "candidates: the last titles and those to choose among [paper]; history: the titles alone, "
+        "each a target of its own in training",
+    )
+    history: int = key(
+        10, POSITIVE, "titles that a history's prompt shows, and before a segment's first target"
+    )
+    segment: int = key(60, POSITIVE, "most targets of a history that are one example")
+    prompt_file: str = key(
+        "", TEXT, "templates in the authors' format; empty: the built-in ones", path=True
+    )
+    chat_template: bool = key(False, BOOLEAN, "prompts in the model's own chat format")
+    chat_options: str = key(
+        '{"enable_thinking": false}', ("a JSON object as text", _is_object), "of the chat format"
+    )
+    item_vectors: str = key(
+        "",
+        TEXT,
+        "a network that sdpo_jax.baselines kept: its item vectors stand behind the titles (LLaRA)",
+        path=True,
+    )
+    max_length: int = key(
+        512, POSITIVE, "[paper] tokens of prompt and answer; a longer prompt keeps its end"
+    )
+
+    batch_size: int = key(
+        128,
+        POSITIVE,
+        "[paper] examples per step over all devices. An example of a history is a segment; the "
+        "loss is the mean over the targets",
+    )
+    microbatch: int = key(4, POSITIVE, "examples that a device takes at once")
+    num_negatives: int = key(3, POSITIVE, "[paper] K; 1 is DPO")
+    negatives: str = key(
+        "shown",
+        one_of(*NEGATIVES),
+        "shown: the candidates of the prompt's window [paper]; uniform: all titles; popularity: "
+        "all, by their share of the training targets to a power; hard: of a uniform pool those in "
+        "a band of the reference's log-probs; disliked: what the user rated lowest. Except for "
+        "shown, none is a title that the user has up to the last target of the split",
+    )
+    redraw: bool = key(False, BOOLEAN, "other negatives in each epoch")
+    popularity_power: float = key(1.0, NOT_NEGATIVE, "of negatives=popularity")
+    hard_pool: int = key(32, POSITIVE, "titles that hard negatives are chosen from")
+    hard_band: tuple[float, float] = key(
+        (0.05, 0.3),
+        ("two shares, the lower first", _band),
+        "shares of the pool, the most likely first, between which hard negatives lie",
+    )
+    objective: str = key(
+        "sdpo", one_of(*OBJECTIVES), "or dpo_pairwise: DPO's loss, the mean over the K pairs"
+    )
+    beta: float = key(1.0, ABOVE_ZERO, "[paper] of the rewards")
+    batch_layout: str = key(
+        "shared_prefix", one_of(*LAYOUTS), "or padded: K+1 full rows per prompt, the oracle"
+    )
+    dtype: str = key("bfloat16", one_of(*DTYPES), "of the base and of matrix products")
+    base_dtype: str = key(
+        "same", one_of(*BASE_DTYPES), "in which the frozen base is stored; same: dtype"
+    )
+    remat: str = key(
+        "full",
+        one_of(*REMAT),
+        "what the backward pass computes again, to save memory. none; cheap: what is element-wise; "
+        "full: each layer; least: each layer, its MLP in eight pieces",
+    )
+
+    sft: StageConfig = StageConfig(5, 0, 1e-4)
+    sdpo: StageConfig = StageConfig(3, 0, 1e-5)
+    warmup: float = key(0.05, BELOW_ONE, "[paper] share of the steps")
+    clip: float = key(0.3, ABOVE_ZERO, "[paper] largest global norm of a gradient")
+    weight_decay: float = key(0.0, NOT_NEGATIVE, "of AdamW")
+
+    tune: str = key(
+        "lora", one_of("lora", "full"), "full: every weight is trained, in float32, without lora.*"
+    )
+    lora: LoraKeys = LoraKeys()
+    mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
+
+    validation_split: str = key("val", TEXT, "on which the best step is chosen")
+    best_by: str = key(
+        "loss",
+        one_of("loss", "greedy", "trie", "score"),
+        "or a decoder: its HR@1 in `evaluate --follow --split=<validation_split>`, a job beside "
+        "this one, for which each stage waits at its end",
+    )
+    validation_windows: int = key(0, COUNT, "evenly spaced over the split; 0: all")
+    log_every: int = key(1, POSITIVE, "steps")
+    eval_every: int = key(50, POSITIVE, "steps between validations, each with a checkpoint")
+    checkpoint_every: int = key(50, POSITIVE, "steps")
+    profile_steps: int = key(
+        0, COUNT, "steps of each stage traced by jax.profiler into workdir/profile", free=True
+    )
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any], where: str = "config.", advice: str = "") -> "RunConfig":
+        """From nested keys and values, as of a config file or of a run's config.json.
+
+        Raises InputError, which names the key after `where`, for one that is missing, unknown or
+        wrong, and for keys that do not go together.
+        """
+        made = _build(cls, tree, where, advice)
+        _check_together(made)
+        return made
+
+    @property
+    def method(self) -> str:
+        """What the second stage is called."""
+        if self.num_negatives == 1:
+            return "DPO"
+        return "S-DPO" if self.objective == "sdpo" else f"DPO, {self.num_negatives} pairs"
+
+    @property
+    def base_stored(self) -> str:
+        """The dtype of the frozen base."""
+        return self.dtype if self.base_dtype == "same" else self.base_dtype
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested keys and values, as JSON holds them."""
+        return _as_json(dataclasses.asdict(self))
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_json(of_name) for name, of_name in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _build(cls: type, tree: Any, where: str, advice: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise InputError(
+            f"{where.rstrip('.')}: found {shown(tree)}, expected keys and values{advice}"
+        )
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := [name for name in tree if name not in fields]:
+        raise InputError(f"{where}{unknown[0]}: found an unknown key{advice}")
+    values = {}
+    for name, field in fields.items():
+        if name not in tree:
+            raise InputError(f"{where}{name}: found nothing, expected a value{advice}")
+        value = tree[name]
+        if dataclasses.is_dataclass(field.default):
+            values[name] = _build(type(field.default), value, f"{where}{name}.", advice)
+            continue
+        expected, right = field.metadata["kind"]
+        if not right(value):
+            raise InputError(f"{where}{name} is {shown(value)}, expected {expected}{advice}")
+        if field.metadata["path"] and value.startswith("~"):
+            value = errors.at_home(f"{where}{name}", value)
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
+
+
+def _check_together(config: RunConfig) -> None:
+    if config.prompt == "history":
+        for name in ("chat_template", "item_vectors"):
+            if getattr(config, name):
+                raise InputError(
+                    f"config.{name} is {shown(getattr(config, name))} beside "
+                    "config.prompt='history', whose prompt is lines of titles: leave it out, or "
+                    "set --config.prompt=candidates"
+                )
+    if config.tune == "full":
+        found = {"base_dtype": config.base_dtype, "item_vectors": config.item_vectors,
+                 "lora.init_from": config.lora.init_from}  # fmt: skip
+        able = {"base_dtype": ("same", "f32")}
+        for name, value in found.items():
+            if value not in able.get(name, ("",)):
+                raise InputError(
+                    f"config.{name} is {shown(value)} beside config.tune='full', which trains all "
+                    f"weights in float32: set --config.{name}={able.get(name, ('',))[0]}"
+                )
+    if config.negatives == "hard" and config.hard_pool < config.num_negatives:
+        raise InputError(
+            f"config.hard_pool is {config.hard_pool}, expected at least config.num_negatives="
+            f"{config.num_negatives}, which are chosen from it: raise --config.hard_pool"
+        )
+
+
+def keys(
+    config: Any = RunConfig(), prefix: str = ""
+) -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """("lora.rank", its field, its value) of every key of a config."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from keys(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field, value
+
+
+PATHS = tuple(name for name, field, _ in keys() if field.metadata["path"])
+
+
+def explained() -> str:
+    """Every key with its default and what it means, for a terminal."""
+    lines = []
+    for name, field, value in keys():
+        lines += [f"{name} = {value!r}", f"    {field.metadata['about']}"]
+    return "\n".join(lines)

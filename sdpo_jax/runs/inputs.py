@@ -1,0 +1,103 @@
+"""What a run reads beside its config, and what its numbers depend on."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdpo_jax.data import prompts
+from sdpo_jax.data.dataset import Dataset, read_dataset, read_split
+from sdpo_jax.data.tokens import Encoder
+from sdpo_jax.models.item_vectors import read_item_vectors
+from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.models.peft import TENSORS
+from sdpo_jax.models.store import read_meta
+from sdpo_jax.models.tokenizer import load_tokenizer
+from sdpo_jax.runs.config import RunConfig
+from sdpo_jax.runs.workdir import Run, same
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Opened by `open_inputs`. `wordings`: the templates before the chat format, `templates` after
+    it; `vectors_IE`: item vectors that prompts may hold, if any."""
+
+    config: RunConfig
+    dataset: Dataset
+    wordings: tuple[str, ...]
+    templates: tuple[str, ...]
+    vectors_IE: np.ndarray | None
+
+    def encoder(self, tokenizer: Any, V: int) -> Encoder:
+        """`V`: size of the model's vocabulary, after which item vectors are numbered."""
+        c = self.config
+        first_vector = None if self.vectors_IE is None else V
+        return Encoder(
+            self.dataset, tokenizer, self.templates, c.seed, c.max_length, first_vector,
+            c.prompt, c.history,
+        )  # fmt: skip
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of everything but the config, by kind."""
+        c = self.config
+        found = {
+            "dataset": self.dataset.meta["fingerprint"],
+            "model": read_meta(Path(c.model))["sha256"],
+        }
+        adapter = c.lora.init_from and Path(c.lora.init_from, TENSORS)
+        for kind, file in (("adapter", adapter), ("item_vectors", c.item_vectors)):
+            if file:
+                found[kind] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        return found
+
+    def verify(self, run: Run) -> None:
+        """Raises InputError where data, model or item vectors are not those of `run`.
+
+        The adapter that its first stage started from is no longer needed.
+        """
+        paths = {"dataset": self.config.dataset, "model": self.config.model,
+                 "item_vectors": self.config.item_vectors}  # fmt: skip
+        without = dataclasses.replace(self.config.lora, init_from="")
+        inputs = dataclasses.replace(self, config=dataclasses.replace(self.config, lora=without))
+        for kind, found in inputs.fingerprints().items():
+            same(run, kind, paths[kind], found)
+
+
+def open_inputs(
+    config: RunConfig, templates: Sequence[str] | None = None, split: str | None = None
+) -> Inputs:
+    """Reads what `config` names.
+
+    Args:
+      config: of a run.
+      templates: those that the run was started with; None: they are rendered now.
+      split: the only split whose windows are read; None: all of training and validation.
+
+    Raises InputError for what is missing or broken.
+    """
+    path = Path(config.dataset)
+    dataset = read_split(path, split) if split else read_dataset(path)
+    wordings = tuple(prompts.templates_of(dataset.domain, config.prompt_file, config.prompt))
+    if templates is None:
+        templates = _in_chat(config, wordings)
+    vectors_IE = read_item_vectors(config.item_vectors, dataset)
+    return Inputs(config, dataset, wordings, tuple(templates), vectors_IE)
+
+
+def _in_chat(config: RunConfig, wordings: Sequence[str]) -> tuple[str, ...]:
+    """The templates in the model's chat format, where `config.chat_template` asks for it."""
+    if not config.chat_template:
+        return tuple(wordings)
+    tokenizer = load_tokenizer(Path(config.model))
+    return tuple(prompts.in_chat(text, tokenizer, config.chat_options) for text in wordings)
+
+
+def adapter_config(config: RunConfig) -> LoraConfig:
+    """What is trained beside, or instead of, the base."""
+    if config.tune == "full":
+        return LoraConfig(targets=(), full=True)
+    lora = config.lora
+    return LoraConfig(lora.rank, lora.alpha, lora.dropout, tuple(lora.targets))

@@ -1,0 +1,204 @@
+"""One workdir is one run: its config, what it was made from, and which stages are finished."""
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sdpo_jax.runs.config import RunConfig, keys
+from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.files import (
+    COUNT,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    check_keys,
+    list_of,
+    read_json,
+    write_json,
+)
+
+LOCK = ".lock"
+RESULT = {
+    "stage": TEXT, "steps": COUNT, "best_step": COUNT, "seconds": NUMBER, "examples": COUNT,
+    "validation_loss": NUMBER,
+}  # fmt: skip
+RESTORE = "restore it or choose another --workdir"
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A workdir's config.json: what the run was told, made from, and its prompts' templates."""
+
+    path: Path
+    config: RunConfig
+    fingerprints: dict[str, str]
+    wordings: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+def open_run(workdir: Path, config: RunConfig, fingerprints: dict[str, str],
+             wordings: Sequence[str], templates: Sequence[str]) -> None:  # fmt: skip
+    """Starts a run in `workdir`, or checks that what is there is this very run.
+
+    `wordings`: its templates before the model's chat format; `templates`: after it. A chat format
+    may write the day's date, so what the run was started with is kept, and read ever after.
+
+    Raises:
+      InputError: what `check_run` raises, or the folder cannot be written.
+    """
+    check_run(workdir, config, fingerprints, wordings)
+    path = workdir / "config.json"
+    if not os.path.lexists(path):
+        versions = {name: version(name) for name in PACKAGES}
+        content = {
+            "config": config.to_dict(), "fingerprints": fingerprints, "versions": versions,
+            "wordings": [*wordings], "templates": [*templates],
+        }  # fmt: skip
+        try:
+            write_json(path, content)
+        except OSError as error:
+            raise _not_writable(workdir, error) from error
+
+
+def check_run(workdir: Path, config: RunConfig, fingerprints: dict[str, str],
+              wordings: Sequence[str]) -> None:  # fmt: skip
+    """Raises InputError where `workdir` holds anything but this run, naming the keys."""
+    path = workdir / "config.json"
+    if not os.path.lexists(path):
+        try:
+            strange = set(os.listdir(workdir)) - {LOCK} if os.path.lexists(workdir) else ()
+        except OSError as error:  # no folder, or one that cannot be read
+            raise _not_writable(workdir, error) from error
+        if strange:
+            raise InputError(
+                f"{workdir}: not empty and without config.json, so not a run: choose another "
+                "--workdir"
+            )
+        return
+    stored = read_run(workdir)
+    old = stored.fingerprints
+    before = {name: value for name, _, value in keys(stored.config)}
+    changed = [
+        f"{name} was {before[name]!r}, now {value!r}"
+        for name, field, value in keys(config)
+        if before[name] != value and not field.metadata["free"]
+    ]
+    changed += [
+        f"fingerprint of {kind} was {old.get(kind)!r}, now {fingerprints.get(kind)!r}"
+        for kind in sorted(old | fingerprints)
+        if old.get(kind) != fingerprints.get(kind)
+    ]
+    changed += _changed_wordings(stored.wordings, wordings)
+    if changed:
+        raise InputError(
+            f"{workdir}: holds a run with another config ({'; '.join(changed)}): give the old "
+            "values to go on, or another --workdir to start anew"
+        )
+
+
+def _changed_wordings(before: Sequence[str], now: Sequence[str]) -> Iterator[str]:
+    """Which templates are others, from the first character that is."""
+    if len(before) != len(now):
+        yield f"{len(before)} prompt templates, now {len(now)}"
+        return
+    for number, (old, new) in enumerate(zip(before, now, strict=True), 1):
+        if old != new:
+            start = max(0, _first_difference(old, new) - 10)
+            yield (
+                f"prompt template {number} was …{shown(old[start : start + 40])}, now "
+                f"…{shown(new[start : start + 40])}"
+            )
+
+
+def _first_difference(a: str, b: str) -> int:
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((place for place, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other trainers out of `workdir`; the system ends the lock with the process.
+
+    Raises InputError where another holds it, or the folder cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / LOCK, "w", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise _not_writable(workdir, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{workdir}: another process is training in it: wait for its end, or choose "
+                "another --workdir"
+            ) from error
+        yield
+
+
+def _not_writable(workdir: Path, error: OSError) -> InputError:
+    return InputError(f"{workdir}: {error.strerror}: choose another --workdir")
+
+
+def read_run(workdir: Path) -> Run:
+    """The run in `workdir`. Raises InputError when it holds none, or a broken one."""
+    path = Path(workdir) / "config.json"
+    if not os.path.lexists(path):
+        raise InputError(
+            f"{workdir}: found no config.json, expected a run: start one with python -m "
+            "sdpo_jax.train --config=configs/quickstart.py --workdir=DIR"
+        )
+    stored = read_json(path, f"expected that of a run: {RESTORE}")
+    kinds = {"config": OBJECT, "fingerprints": OBJECT,
+             "wordings": list_of(TEXT), "templates": list_of(TEXT)}  # fmt: skip
+    check_keys(path, stored, kinds, RESTORE)
+    check_keys(path, stored["fingerprints"], dict.fromkeys(stored["fingerprints"], TEXT), RESTORE)
+    return Run(
+        Path(workdir),
+        RunConfig.of(stored["config"], f"{path}: config.", f": {RESTORE}"),
+        stored["fingerprints"],
+        tuple(stored["wordings"]),
+        tuple(stored["templates"]),
+    )
+
+
+def kept_templates(workdir: Path) -> tuple[str, ...] | None:
+    """The templates of the run in `workdir`, as they were when it was started; None: none is."""
+    return read_run(workdir).templates if os.path.lexists(workdir / "config.json") else None
+
+
+def same(run: Run, kind: str, path: Path | str, found: str) -> None:
+    """Raises InputError unless `found` is the run's fingerprint of a dataset or model."""
+    expected = run.fingerprints.get(kind, "none")
+    if found != expected:
+        raise InputError(
+            f"{path}: found fingerprint {found[:12]}…, expected {expected[:12]}… as in "
+            f"{run.path}/config.json: put back the {kind} that the run was trained with"
+        )
+
+
+def same_dataset(workdir: Path, dataset: Path | str, found: str) -> None:
+    """Raises InputError where `workdir` is a run of another data set than `dataset`."""
+    if os.path.lexists(workdir / "config.json"):
+        same(read_run(workdir), "dataset", dataset, found)
+
+
+def stage_result(workdir: Path, stage: str) -> dict[str, Any] | None:
+    """What a finished stage left (steps, best_step, validation_loss, seconds …), else None."""
+    path = Path(workdir) / "stages" / f"{stage}.json"
+    if not os.path.lexists(path):
+        return None
+    result = read_json(path, f"expected what a finished stage left: {RESTORE}")
+    check_keys(path, result, RESULT, RESTORE)
+    return result
+
+
+def write_stage_result(workdir: Path, stage: str, result: dict[str, Any]) -> None:
+    write_json(workdir / "stages" / f"{stage}.json", result)

@@ -1,0 +1,150 @@
+"""JAX as every command that computes wants it, and the processes of one run.
+
+One process drives all devices of its host. Several, on one host or many, are one program: each runs
+the same command, and `jax.distributed` makes all their devices one mesh. Process 0 alone speaks and
+writes the run's small files; all take part in checkpoints.
+"""
+
+import glob
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.wheels import cache_folder
+
+# Each says how many processes a launcher started together, in a variable of its own.
+LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
+
+
+def set_up_jax(dtype: str) -> None:
+    """Persistent compilation cache, and honest float32 products.
+
+    The cache is in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    if dtype == "float32":
+        # GPUs and TPUs else round the operands of float32 products.
+        jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def join_processes(coordinator: str, processes: int | None, process: int | None, *,
+                   start_seconds: int, heartbeat_seconds: int) -> None:  # fmt: skip
+    """Makes this process one of its run's; to be called before JAX is asked for devices.
+
+    Args:
+      coordinator: "host:port" on the host of process 0, with the two numbers below; "auto": JAX
+        asks the cluster (TPU slices); "": the steps of Slurm and Open MPI are recognised, and
+        anything else is a run of one process.
+      processes: how many there are.
+      process: the number of this one.
+      start_seconds: how long the others are waited for.
+      heartbeat_seconds: after so long without a sign of life from one, all end.
+
+    Raises InputError when the numbers are not all there or the others do not come.
+    """
+    timeouts = {
+        "initialization_timeout": start_seconds,
+        "heartbeat_timeout_seconds": heartbeat_seconds,
+        "shutdown_timeout_seconds": heartbeat_seconds,
+    }
+    explicit = coordinator not in ("", "auto")
+    if explicit != (processes is not None) or explicit != (process is not None):
+        raise InputError(
+            f"--coordinator={coordinator} --processes={processes} --process={process}: expected "
+            "all three, --coordinator=auto, or none of them"
+        )
+    # It would take SIGTERM for itself, and its agreed step can pass by while it is agreed on.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        if explicit:
+            jax.distributed.initialize(
+                coordinator, processes, process, cluster_detection_method="deactivate", **timeouts
+            )
+        elif coordinator == "auto" or any(int(os.environ.get(k, 1)) > 1 for k in LAUNCHERS):
+            jax.distributed.initialize(local_device_ids=own_gpus(os.environ), **timeouts)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"the processes of this run did not come together ({reason}): is the coordinator's "
+            "address the same for all, its port free and reachable, and the number of processes "
+            f"right? each waits {start_seconds} s (config.distributed.start_seconds)"
+        ) from error
+    if jax.process_index() > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def own_gpus(environment: Mapping[str, str]) -> list[int] | None:
+    """The GPUs of this process, as numbers among those it can see; None where there are none.
+
+    JAX gives each process of Slurm and Open MPI the one GPU of its local number. That leaves GPUs
+    idle where a process should have several, and names one that is not there where the launcher
+    shows every process its own GPU only.
+    """
+    shown = environment.get("CUDA_VISIBLE_DEVICES")
+    count = len(shown.split(",")) if shown else len(glob.glob("/dev/nvidia[0-9]*"))
+    # Slurm's "4(x2)" or "4": tasks on each node; ours is as good as the first.
+    on_node = environment.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0].partition(",")[0]
+    tasks = int(on_node or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))
+    local = int(environment.get("SLURM_LOCALID", environment.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)))
+    each = max(1, count // tasks)
+    all_gpus = list(range(count))
+    return all_gpus[local * each : (local + 1) * each] or all_gpus or None
+
+
+def first_process(task: Callable[[], None]) -> None:
+    """Runs `task` on process 0 while the others wait; all raise InputError where it did."""
+    refused = None
+    if jax.process_index() == 0:
+        try:
+            task()
+        except InputError as error:
+            refused = error
+    if multihost_utils.broadcast_one_to_all(np.int32(refused is not None)):
+        raise refused or InputError("process 0 has refused the run: see what it said")
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came, and all that was done is on disk."""
+
+
+class StopSignal:
+    """Notes SIGINT and SIGTERM, so that the loop can end between two steps.
+
+    Processes of one run may be told at different moments, or only one of them: each question is
+    summed over all in the background, and answers what the question before it came to.
+    """
+
+    def __init__(self):
+        self._noted, self._asked, self.received = False, None, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+        devices = Mesh(np.array(jax.devices()), ("device",))
+        self._apart = NamedSharding(devices, PartitionSpec("device"))
+        self._any = jax.jit(jax.numpy.max, out_shardings=NamedSharding(devices, PartitionSpec()))
+
+    def _note(self, number, frame):
+        self._noted = True
+
+    def ask(self) -> bool:
+        """Whether to stop now; all processes ask equally often and get the same answer."""
+        if jax.process_count() == 1:
+            self.received |= self._noted
+            return self.received
+        before, noted = self._asked, np.array([self._noted])
+        flags = jax.make_array_from_callback((jax.device_count(),), self._apart, lambda _: noted)
+        self._asked = self._any(flags)
+        self.received |= before is not None and bool(before)
+        return self.received
+
+    def check(self) -> None:
+        """Raises Interrupted where the last answer was yes."""
+        if self.received:
+            raise Interrupted

@@ -1,0 +1,102 @@
+"""The device mesh, the rules from shape letters to mesh axes, and placement.
+
+Shape letters, used on signatures, batch keys and einsum strings throughout:
+B examples · M targets of an example · C candidates of a target = K+1, index 0 is the preferred one
+· P prompt tokens · E prompt tokens that predict a token of an answer · A answer tokens (the end
+included) · S answer tokens that are fed beside the prompt (each answer's last is only a target) ·
+W rows of tokens · T tokens of a row · L layers · D model width · N query heads (times head width
+in a kernel) · G key/value heads (likewise) · H head width · F feed-forward width · V vocabulary ·
+R LoRA rank.
+"""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sdpo_jax.system.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+RULES = {"D": "fsdp", "N": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh over `devices`, by default all of all processes; one axis may be -1: the rest.
+
+    Raises InputError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes, count = [data, fsdp, tensor], len(devices)
+    known = 1
+    for size in sizes:
+        known *= size if size > 0 else 1
+    if sizes.count(-1) == 1 and known and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if min(sizes) < 1 or sizes[0] * sizes[1] * sizes[2] != count:
+        raise InputError(
+            f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} do not multiply to the "
+            f"{count} devices found: set one of --config.mesh.data, .fsdp, .tensor to -1"
+        )
+    # Explicit axes, make_mesh's default, refuse an embedding gather on a sharded table.
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def data_shards(mesh: Mesh) -> int:
+    """Over how many shards the examples of a batch lie."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def local_shards(mesh: Mesh) -> list[int]:
+    """The data shards of which this process has devices: the part of a batch that it must make."""
+    owners = mesh.devices.reshape(data_shards(mesh), -1)
+    here = jax.process_index()
+    return [i for i, part in enumerate(owners) if any(d.process_index == here for d in part)]
+
+
+def put(batch: dict[str, np.ndarray], placed: NamedSharding) -> dict[str, jax.Array]:
+    """Each process's rows of a batch, onto the devices of all."""
+    return {name: jax.make_array_from_process_local_data(placed, x) for name, x in batch.items()}
+
+
+def put_whole(x: np.ndarray, placed: NamedSharding) -> jax.Array:
+    """An array that every process holds whole."""
+    return jax.make_array_from_callback(x.shape, placed, x.__getitem__)
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """The whole array on every host, wherever its shards lie; all processes must ask."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Examples over `data` and `fsdp`, after `leading` axes that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, ("data", "fsdp")))
+
+
+def placement(mesh: Mesh):
+    """Function from an abstract variable to its sharding, by its `.letters` and `RULES`.
+
+    A stacked variable has L (not sharded) before its letters; a dimension that its axis does not
+    divide stays whole. Where a variable has a `.unit`, so many rows of a kernel stay together.
+    """
+
+    def place(variable) -> NamedSharding:
+        shape = variable.shape
+        letters = variable.letters.rjust(len(shape), "L")
+        axes = [RULES.get(letter) for letter in letters]
+        units = [*[1] * (len(shape) - 2), getattr(variable, "unit", 1), 1][-len(shape) :]
+        fits = [
+            a if a and n % (mesh.shape[a] * unit) == 0 else None
+            for a, n, unit in zip(axes, shape, units, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*fits))
+
+    return place

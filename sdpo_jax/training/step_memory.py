@@ -1,0 +1,156 @@
+"""What a step needs of a device's memory, from compiling it on abstract arrays.
+
+No weights and no data are made, so a 7B model is judged on a laptop.
+"""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from sdpo_jax.data import loader
+from sdpo_jax.data.tokens import Example
+from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.decoder import Decoder
+from sdpo_jax.models.lora import LoraConfig
+from sdpo_jax.system import sharding
+from sdpo_jax.training.optimizer import make_optimizer
+from sdpo_jax.training.step import (
+    first_state,
+    make_logp,
+    make_train_step,
+    preference_objective,
+    sft_objective,
+    state_shardings,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """Bytes on one device, and the seconds that the compilation took."""
+
+    base: int
+    state: int
+    batch: int
+    temporary: int
+    compile_seconds: float
+
+    @property
+    def total(self) -> int:
+        return self.base + self.state + self.batch + self.temporary
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredStep:
+    """A step before its compilation; bytes are those on one device."""
+
+    step: jax.stages.Lowered
+    base: int
+    state: int
+    batch: int
+
+
+def step_memory(*args, **settings) -> StepMemory:
+    """Compiles the step of one microbatch and reads what it needs; arguments as `lower_step`."""
+    lowered = lower_step(*args, **settings)
+    started = time.perf_counter()
+    return memory_of(lowered, lowered.step.compile(), time.perf_counter() - started)
+
+
+def memory_of(lowered: LoweredStep, compiled: jax.stages.Compiled, seconds: float) -> StepMemory:
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    return StepMemory(lowered.base, lowered.state, lowered.batch, temporary, seconds)
+
+
+def lower_step(config: DecoderConfig, lora: LoraConfig, examples: Sequence[Example], *, dtype,
+               remat: str, layout: str, mesh: Mesh,
+               base_dtype: str = "same") -> LoweredStep:  # fmt: skip
+    """The step of one microbatch, traced on abstract arrays.
+
+    Args:
+      config: of the decoder.
+      lora: of the adapter.
+      examples: what all devices together take at once; with one answer each it is a step of SFT.
+      dtype: of the base and of products. XLA's CPU compiler would hold a float32 copy of a
+        bfloat16 base, which no accelerator does: there the step is compiled in float32, and only
+        the base is counted in `dtype`.
+      base_dtype: key of `quantize.BASE_DTYPES`.
+      remat: key of `decoder.REMAT`.
+      layout: key of `logprobs.LAYOUTS`.
+      mesh: of real devices or of an ahead-of-time topology.
+    """
+    place = sharding.placement(mesh)
+    graphdef, adapter, base = abstract_model(config, lora, dtype, remat, place, base_dtype)
+    base_bytes = _bytes_a_device(base)
+    if jax.default_backend() == "cpu":
+        wide = "same" if base_dtype == "bf16" else base_dtype
+        graphdef, adapter, base = abstract_model(config, lora, jnp.float32, remat, place, wide)
+    optimizer = make_optimizer(1e-5, 1000, warmup=0.05, clip=0.3, weight_decay=0.0)
+    placed = state_shardings(adapter, optimizer, mesh)
+    state = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        jax.eval_shape(lambda lora: first_state(lora, optimizer), adapter),
+        placed,
+    )
+    sft = examples[0].C == 1
+    objective = sft_objective if sft else functools.partial(preference_objective, beta=1.0)
+    step = make_train_step(make_logp(graphdef, layout), objective, optimizer, placed, mesh)
+    batch = abstract_batch(examples, mesh)
+    lowered = step.lower(state, base, batch)
+    return LoweredStep(lowered, base_bytes, _bytes_a_device(state), _bytes_a_device(batch))
+
+
+def abstract_batch(examples: Sequence[Example], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of one microbatch as the step takes it, [1, B, ...]."""
+    rows = sharding.data_shards(mesh)
+    batch = loader.collate(examples, loader.choose_shapes([examples], rows)[0], rows)
+    batch["reference_logp_BMC"] = np.zeros(batch["answers_BMCA"].shape[:3], np.float32)
+    placed = sharding.batch_sharding(mesh, leading=1)
+    return {
+        name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype, sharding=placed)
+        for name, x in batch.items()
+    }
+
+
+def abstract_model(
+    config: DecoderConfig, lora: LoraConfig, dtype, remat: str, place, base_dtype: str = "same"
+):
+    """Graph definition, adapter and base as shapes with their shardings."""
+
+    def make(key: jax.Array) -> Decoder:
+        return Decoder(
+            config, lora, dtype=dtype, base_dtype=base_dtype, remat=remat, rngs=nnx.Rngs(key)
+        )
+
+    graphdef, adapter, base = nnx.split(nnx.eval_shape(make, jax.random.key(0)), lora.trained, ...)
+    return graphdef, _abstract(adapter, place), _abstract(base, place)
+
+
+def _abstract(state: nnx.State, place) -> nnx.State:
+    """Shapes of a state with their shardings."""
+
+    def one(variable):
+        shape = jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=place(variable))
+        return variable.replace(shape)
+
+    return jax.tree.map(one, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _bytes_a_device(tree) -> int:
+    shapes = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
+    return sum(int(np.prod(shape)) * jnp.dtype(dtype).itemsize for shape, dtype in shapes)
+
+
+def limit_of(device: jax.Device) -> int:
+    """Bytes that a program may use on `device`; on a CPU what the machine has free."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from sdpo_jax.data import prompts
-from sdpo_jax.data.dataset import Dataset, read_dataset
 from sdpo_jax.data.negatives import Negatives
+from sdpo_jax.data.prepared import Dataset, read_dataset
 from sdpo_jax.data.rows import evenly_spaced
 from sdpo_jax.data.segments import units
 from sdpo_jax.data.tokens import Encoder, Example

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from sdpo_jax.baselines import chat_client
 from sdpo_jax.baselines.chat_answers import Answer, Request, appending, key_of, read_answers
 from sdpo_jax.data import prompts, thoughts
-from sdpo_jax.data.dataset import SPLITS, Dataset, read_split
+from sdpo_jax.data.prepared import SPLITS, Dataset, read_split
 from sdpo_jax.data.rows import evenly_spaced
 from sdpo_jax.evaluation import metrics, results
 from sdpo_jax.runs.workdir import read_run, same

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from sdpo_jax.data import prompts
-from sdpo_jax.data.dataset import read_titles
+from sdpo_jax.data.prepared import read_titles
 from sdpo_jax.data.tokens import new_tokens
 from sdpo_jax.models.base_weights import read_weights
 from sdpo_jax.models.config import DecoderConfig

@@ -27,7 +27,7 @@ from absl import flags
 
 from sdpo_jax.baselines import trivial
 from sdpo_jax.baselines.windows import Arrays, arrays, place
-from sdpo_jax.data.dataset import Dataset, read_dataset
+from sdpo_jax.data.prepared import Dataset, read_dataset
 from sdpo_jax.evaluation import metrics
 from sdpo_jax.system.command import run_command
 

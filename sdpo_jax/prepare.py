@@ -41,8 +41,8 @@ from absl import flags
 
 from sdpo_jax.data import candidates as draw
 from sdpo_jax.data.catalogue import DATASETS
-from sdpo_jax.data.dataset import DOMAINS, Dataset, Window, fingerprint, write_dataset
 from sdpo_jax.data.paper import SIZES
+from sdpo_jax.data.prepared import DOMAINS, Dataset, Window, fingerprint, write_dataset
 from sdpo_jax.data.protocol import SPLITS, Options, read_windows
 from sdpo_jax.data.readers.csv_file import Form
 from sdpo_jax.data.readers.goodreads import STAND_IN

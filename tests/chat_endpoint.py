@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from sdpo_jax.data import prompts
-from sdpo_jax.data.dataset import read_dataset
+from sdpo_jax.data.prepared import read_dataset
 
 KEY = "sk-do-not-tell-anyone"
 

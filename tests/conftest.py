@@ -26,8 +26,8 @@ from trainers import XLA_FLAGS
 from configs import movielens
 from sdpo_jax.chatrec import chatrec
 from sdpo_jax.convert import convert
-from sdpo_jax.data.dataset import write_dataset
 from sdpo_jax.data.loader import Shape, collate, round_up
+from sdpo_jax.data.prepared import write_dataset
 from sdpo_jax.data.tokens import Example
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder

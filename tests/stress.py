@@ -21,7 +21,7 @@ import trainers
 from tiny import hf_folder, tiny_dataset
 
 from sdpo_jax.convert import convert
-from sdpo_jax.data.dataset import write_dataset
+from sdpo_jax.data.prepared import write_dataset
 from sdpo_jax.runs.curves import read_metrics
 
 STEPS = 16  # two shapes per stage, which take longer to compile than all of the steps

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_jax.data.dataset import UserSequence, read_dataset
+from sdpo_jax.data.prepared import UserSequence, read_dataset
 from sdpo_jax.data.readers.amazon import WINDOWS, read_amazon, usable_title
 from sdpo_jax.prepare import Options, prepare, report
 from sdpo_jax.system.errors import InputError

@@ -36,7 +36,7 @@ from test_movielens import write_form
 from test_prepare import write_authors_lastfm, write_movielens
 
 from configs import movielens
-from sdpo_jax.data.dataset import read_dataset
+from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.data.prompts import read_templates
 from sdpo_jax.data.readers.lastfm import split_titles
 from sdpo_jax.prepare import Options, prepare

@@ -19,7 +19,7 @@ from sdpo_jax.baselines import trainer, trivial
 from sdpo_jax.baselines.__main__ import NETWORKS, run
 from sdpo_jax.baselines.windows import arrays
 from sdpo_jax.data import candidates
-from sdpo_jax.data.dataset import Dataset, Window, write_dataset
+from sdpo_jax.data.prepared import Dataset, Window, write_dataset
 from sdpo_jax.runs.workdir import open_run
 from sdpo_jax.system.errors import InputError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdpo_jax.data import candidates
-from sdpo_jax.data.dataset import Window
+from sdpo_jax.data.prepared import Window
 from sdpo_jax.data.readers.lastfm import read_lastfm
 from sdpo_jax.system.errors import InputError
 

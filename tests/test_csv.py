@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from sdpo_jax.data.dataset import read_dataset
+from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.data.readers.csv_file import Form, read_csv
 from sdpo_jax.prepare import prepare, report
 from sdpo_jax.system.errors import InputError

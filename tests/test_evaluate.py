@@ -12,8 +12,8 @@ import pytest
 import tiny_run
 from flax import nnx
 
-from sdpo_jax.data.dataset import Window
 from sdpo_jax.data.loader import Shape, collate
+from sdpo_jax.data.prepared import Window
 from sdpo_jax.evaluate import evaluate, follow
 from sdpo_jax.evaluation.evaluator import Evaluator
 from sdpo_jax.objectives.logprobs import padded_logp

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs import goodreads as config
-from sdpo_jax.data.dataset import read_dataset
+from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.data.protocol import Options, read_windows
 from sdpo_jax.data.readers import goodreads, raw
 from sdpo_jax.data.readers.goodreads import STAND_IN, read_goodreads, short_title

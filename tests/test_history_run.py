@@ -17,8 +17,8 @@ from test_decoder_parity import all_logits
 from trainers import NEVER, train
 
 from sdpo_jax.convert import convert
-from sdpo_jax.data.dataset import read_dataset
 from sdpo_jax.data.loader import choose_shapes, collate
+from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.evaluate import evaluate
 from sdpo_jax.evaluation.evaluator import Evaluator
 from sdpo_jax.export import export

@@ -17,7 +17,7 @@ from tiny import GOLDEN, dataset_of, edit_config, hf_folder, window
 from sdpo_jax.baselines import bert, morec, trainer
 from sdpo_jax.baselines.__main__ import run
 from sdpo_jax.baselines.windows import arrays
-from sdpo_jax.data.dataset import Window, write_dataset
+from sdpo_jax.data.prepared import Window, write_dataset
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.wheels import ENCODER, cache_folder
 

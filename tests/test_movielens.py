@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_prepare import write_movielens
 
-from sdpo_jax.data.dataset import read_dataset
+from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.data.readers.movielens import plain_title, read_movielens
 from sdpo_jax.prepare import prepare, report
 from sdpo_jax.system.errors import InputError

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tiny import history_dataset
 
-from sdpo_jax.data.dataset import Dataset
 from sdpo_jax.data.negatives import NEGATIVES, Negatives
+from sdpo_jax.data.prepared import Dataset
 from sdpo_jax.data.prompts import HISTORY_TEMPLATES, templates_of
 from sdpo_jax.data.segments import units
 from sdpo_jax.data.sequences import leave_one_out

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdpo_jax.data.dataset import UserSequence, fingerprint, read_dataset
+from sdpo_jax.data.prepared import UserSequence, fingerprint, read_dataset
 from sdpo_jax.data.readers.lastfm import read_lastfm
 from sdpo_jax.data.readers.movielens import plain_title, read_movielens
 from sdpo_jax.data.sequences import all_windows, windows

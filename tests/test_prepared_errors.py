@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sdpo_jax.data.dataset import (
+from sdpo_jax.data.prepared import (
     Dataset,
     UserSequence,
     Window,

@@ -10,7 +10,7 @@ from test_csv import write_csv
 from test_goodreads import write_stand_in
 from test_prepare import write_authors_lastfm
 
-from sdpo_jax.data.dataset import UserSequence, read_dataset
+from sdpo_jax.data.prepared import UserSequence, read_dataset
 from sdpo_jax.prepare import Options, prepare, report
 from sdpo_jax.system.errors import InputError
 

@@ -9,7 +9,7 @@ import tiny_run
 from tiny import history_dataset
 
 from sdpo_jax.baselines.__main__ import run as run_baseline
-from sdpo_jax.data.dataset import Dataset, read_dataset
+from sdpo_jax.data.prepared import Dataset, read_dataset
 from sdpo_jax.evaluate import evaluate
 from sdpo_jax.evaluation.evaluator import Evaluator
 from sdpo_jax.evaluation.ranked_items import RankedItems

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny import tiny_dataset
 
-from sdpo_jax.data.dataset import DOMAINS, write_dataset
+from sdpo_jax.data.prepared import DOMAINS, write_dataset
 from sdpo_jax.evaluation import results
 from sdpo_jax.reports.document import Heading, Notes, Table, Text, to_html, to_markdown
 from sdpo_jax.reproduce import reproduce

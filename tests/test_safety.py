@@ -13,7 +13,7 @@ from test_prepare import write_movielens
 from tiny import hf_folder
 
 from sdpo_jax.convert import convert
-from sdpo_jax.data.dataset import read_dataset
+from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.data.readers.raw import read_files
 from sdpo_jax.prepare import prepare
 from sdpo_jax.report import report

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import dataset_of, history_dataset, window
 
-from sdpo_jax.data.dataset import Dataset, UserSequence
+from sdpo_jax.data.prepared import Dataset, UserSequence
 from sdpo_jax.data.segments import units
 from sdpo_jax.data.tokens import Encoder
 from sdpo_jax.models.tokenizer import load_tokenizer

@@ -7,7 +7,7 @@ import pytest
 from configs import quickstart
 from sdpo_jax.convert import DEFAULT_MODEL
 from sdpo_jax.data import loader, prompts
-from sdpo_jax.data.dataset import read_dataset
+from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.data.tokens import Encoder
 from sdpo_jax.models.gguf import open_gguf
 from sdpo_jax.models.tokenizer import load_tokenizer

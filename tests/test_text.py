@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 from test_csv import write_csv
 
-from sdpo_jax.data.dataset import read_dataset
+from sdpo_jax.data.prepared import read_dataset
 from sdpo_jax.data.text import has_entity, latin_1, misread, plain, text_lines
 from sdpo_jax.evaluation.metrics import recommended
 from sdpo_jax.prepare import prepare

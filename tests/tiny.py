@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from sdpo_jax.data.dataset import Dataset, UserSequence, Window
+from sdpo_jax.data.prepared import Dataset, UserSequence, Window
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/logits.npz"))

@@ -10,7 +10,7 @@ from tiny import hf_folder
 
 from sdpo_jax.convert import convert
 from sdpo_jax.data import prompts
-from sdpo_jax.data.dataset import Dataset, UserSequence, read_dataset, write_dataset
+from sdpo_jax.data.prepared import Dataset, UserSequence, read_dataset, write_dataset
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.store import load_model
 from sdpo_jax.runs.checkpoints import Checkpoints

@@ -35,8 +35,8 @@ from sdpo_jax.baselines.caser import Caser
 from sdpo_jax.baselines.gru4rec import GRU4Rec
 from sdpo_jax.baselines.sasrec import SASRec
 from sdpo_jax.baselines.windows import Arrays, arrays, place
-from sdpo_jax.data.dataset import SPLITS, Dataset, read_dataset
 from sdpo_jax.data.negatives import against_disliked
+from sdpo_jax.data.prepared import SPLITS, Dataset, read_dataset
 from sdpo_jax.data.rows import evenly_spaced
 from sdpo_jax.evaluation import metrics, results
 from sdpo_jax.evaluation.systems import TRADITIONAL

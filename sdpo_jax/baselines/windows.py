@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sdpo_jax.data.dataset import Dataset, Window
+from sdpo_jax.data.prepared import Dataset, Window
 
 
 @dataclasses.dataclass(frozen=True)

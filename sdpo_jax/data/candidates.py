@@ -4,7 +4,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 
-from sdpo_jax.data.dataset import Window
+from sdpo_jax.data.prepared import Window
 from sdpo_jax.data.randomness import generator
 from sdpo_jax.system.errors import InputError
 

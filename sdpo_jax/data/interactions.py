@@ -5,7 +5,7 @@ from array import array
 
 import numpy as np
 
-from sdpo_jax.data.dataset import User
+from sdpo_jax.data.prepared import User
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from sdpo_jax.data.dataset import Dataset, User, Window
+from sdpo_jax.data.prepared import Dataset, User, Window
 from sdpo_jax.data.randomness import generator
 from sdpo_jax.system.errors import InputError
 

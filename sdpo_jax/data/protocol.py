@@ -5,8 +5,8 @@ from pathlib import Path
 
 from sdpo_jax.data import sequences
 from sdpo_jax.data.catalogue import DATASETS, Source
-from sdpo_jax.data.dataset import User, UserSequence, Window, is_title
 from sdpo_jax.data.interactions import Interactions
+from sdpo_jax.data.prepared import User, UserSequence, Window, is_title
 from sdpo_jax.data.readers.csv_file import Form
 from sdpo_jax.data.readers.sources import Sequences, Sessions
 from sdpo_jax.data.text import has_entity, misread, plain

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from sdpo_jax.data.dataset import User, Window
+from sdpo_jax.data.prepared import User, Window
 from sdpo_jax.data.tokens import Encoder
 
 Unit = tuple[int, ...]  # row numbers of a split

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from sdpo_jax.data.dataset import User, UserSequence, Window
 from sdpo_jax.data.interactions import Interactions
+from sdpo_jax.data.prepared import User, UserSequence, Window
 
 MIN_HISTORY = 3
 MAX_HISTORY = 10

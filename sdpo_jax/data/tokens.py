@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from sdpo_jax.data import prompts
-from sdpo_jax.data.dataset import Dataset, Window
+from sdpo_jax.data.prepared import Dataset, Window
 from sdpo_jax.data.text import plain
 from sdpo_jax.system.errors import InputError
 

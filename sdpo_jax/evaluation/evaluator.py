@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from sdpo_jax.data import loader
-from sdpo_jax.data.dataset import read_split
 from sdpo_jax.data.negatives import against_disliked
+from sdpo_jax.data.prepared import read_split
 from sdpo_jax.data.rows import evenly_spaced
 from sdpo_jax.data.tokens import new_tokens
 from sdpo_jax.evaluation import catalogue, decode, metrics, title_trie

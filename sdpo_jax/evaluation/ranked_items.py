@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from sdpo_jax.data.dataset import Dataset, Window
+from sdpo_jax.data.prepared import Dataset, Window
 from sdpo_jax.data.tokens import Encoder
 from sdpo_jax.evaluation import metrics, title_trie
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdpo_jax.data.dataset import SPLITS, Dataset
+from sdpo_jax.data.prepared import SPLITS, Dataset
 from sdpo_jax.evaluation import metrics
 from sdpo_jax.evaluation.systems import SYSTEMS
 from sdpo_jax.runs.config import STAGES

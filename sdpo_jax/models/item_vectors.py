@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from sdpo_jax.data.dataset import Dataset
+from sdpo_jax.data.prepared import Dataset
 from sdpo_jax.models.lora import Frozen
 from sdpo_jax.models.product import product
 from sdpo_jax.system.errors import InputError

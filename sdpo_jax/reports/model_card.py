@@ -5,8 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from sdpo_jax.data.dataset import fingerprint
-from sdpo_jax.data.dataset import read_meta as read_dataset_meta
+from sdpo_jax.data.prepared import fingerprint
+from sdpo_jax.data.prepared import read_meta as read_dataset_meta
 from sdpo_jax.evaluation.results import read_results
 from sdpo_jax.models.store import read_meta
 from sdpo_jax.reports.markdown import fenced, plain

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdpo_jax.data.dataset import read_meta
 from sdpo_jax.data.paper import HIT_RATIO, SIZES
+from sdpo_jax.data.prepared import read_meta
 from sdpo_jax.data.readers.goodreads import STAND_IN
 from sdpo_jax.evaluation import metrics
 from sdpo_jax.evaluation.results import read_results

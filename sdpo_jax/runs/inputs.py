@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sdpo_jax.data import prompts
-from sdpo_jax.data.dataset import Dataset, read_dataset, read_split
+from sdpo_jax.data.prepared import Dataset, read_dataset, read_split
 from sdpo_jax.data.tokens import Encoder
 from sdpo_jax.models.item_vectors import read_item_vectors
 from sdpo_jax.models.lora import LoraConfig

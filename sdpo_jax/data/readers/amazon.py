@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sdpo_jax.data.dataset import User, UserSequence, is_title
 from sdpo_jax.data.interactions import Interactions, Rows
+from sdpo_jax.data.prepared import User, UserSequence, is_title
 from sdpo_jax.data.readers import raw
 from sdpo_jax.data.readers.sources import Sessions
 from sdpo_jax.data.readers.times import Clock

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from sdpo_jax.data.dataset import is_title
 from sdpo_jax.data.interactions import Interactions, Rows
+from sdpo_jax.data.prepared import is_title
 from sdpo_jax.data.readers import raw
 from sdpo_jax.data.readers.times import Clock
 from sdpo_jax.data.text import plain, text_lines

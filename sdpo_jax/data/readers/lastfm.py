@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from sdpo_jax.data.dataset import User, UserSequence, Window
+from sdpo_jax.data.prepared import User, UserSequence, Window
 from sdpo_jax.data.readers import raw
 from sdpo_jax.data.readers.sources import Sessions, read_id2name, read_json, read_sequences
 from sdpo_jax.data.sequences import MAX_HISTORY, SPLITS, all_windows

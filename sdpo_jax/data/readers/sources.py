@@ -4,7 +4,7 @@ import dataclasses
 import io
 from pathlib import Path
 
-from sdpo_jax.data.dataset import User, UserSequence, Window
+from sdpo_jax.data.prepared import User, UserSequence, Window
 from sdpo_jax.data.readers import raw
 from sdpo_jax.data.sequences import SPLITS, Splits
 from sdpo_jax.data.text import text_lines

@@ -12,7 +12,7 @@ THIRD ?= --limit=169
 QUARTER ?= --limit=127
 OTHERS ?=
 
-.PHONY: setup quickstart long bench parity chat stress test clean
+.PHONY: setup quickstart long bench parity chat stress types test clean
 
 setup: .venv/ready
 
@@ -81,6 +81,9 @@ chat: setup .venv-chat/ready
 # A tiny training killed 200 times at random moments; half an hour on two cores.
 stress: setup
 	PYTHONPATH=. $(BIN)/python tests/stress.py --kills=200
+
+types: setup
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: setup
 	$(BIN)/ruff check .

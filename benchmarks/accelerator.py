@@ -37,14 +37,20 @@ def train(model: Path, dataset: Path, size: str) -> dict:
         run = Path(folder) / "run"
         seconds = {
             "train": _run(
-                "train", f"--config=configs/movielens.py:{VARIANT[size]}", f"--workdir={run}",
-                f"--config.dataset={dataset}", f"--config.model={model}",
+                "train",
+                f"--config=configs/movielens.py:{VARIANT[size]}",
+                f"--workdir={run}",
+                f"--config.dataset={dataset}",
+                f"--config.model={model}",
             ),
             "evaluate": _run(
-                "evaluate", f"--workdir={run}", "--stage=base,sft,sdpo", "--decoder=greedy,score",
+                "evaluate",
+                f"--workdir={run}",
+                "--stage=base,sft,sdpo",
+                "--decoder=greedy,score",
                 f"--limit={WINDOWS}",
             ),
-        }  # fmt: skip
+        }
         read = {
             name: {path.stem: json.loads(path.read_text()) for path in run.glob(f"{name}/*.json")}
             for name in ("stages", "eval")

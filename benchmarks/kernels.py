@@ -29,13 +29,11 @@ def blocks(q_BPNH: jax.Array, k_BPNH: jax.Array, v_BPNH: jax.Array) -> jax.Array
 
 KERNELS: dict[str, Callable] = {
     "blocks": blocks,
-    "xla": functools.partial(
-        jax.nn.dot_product_attention, is_causal=True, implementation="xla"
-    ),
+    "xla": functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla"),
     "cudnn": functools.partial(
         jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
     ),
-}  # fmt: skip
+}
 
 
 def time_kernel(kernel: Callable, arrays: Sequence[jax.Array], repeats: int) -> dict:

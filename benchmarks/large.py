@@ -66,9 +66,12 @@ def time_step(size: str, remat: str, k: int, batch: int, microbatch: int, repeat
     lora, base = random_state(lora, 0), random_state(base, 1)
     optimizer = make_optimizer(1e-5, 1000, warmup=0.05, clip=0.3, weight_decay=0.0)
     step = make_train_step(
-        make_logp(graphdef, "shared_prefix"), functools.partial(preference_objective, beta=1.0),
-        optimizer, state_shardings(lora, optimizer, mesh), mesh,
-    )  # fmt: skip
+        make_logp(graphdef, "shared_prefix"),
+        functools.partial(preference_objective, beta=1.0),
+        optimizer,
+        state_shardings(lora, optimizer, mesh),
+        mesh,
+    )
     state = init_state(lora, optimizer, mesh)
     examples = workload.equal_examples(batch, k, prompt)
     rows = batch // microbatch
@@ -90,12 +93,18 @@ def time_step(size: str, remat: str, k: int, batch: int, microbatch: int, repeat
     flops = device_stats.model_flops(parameters, sum(example.tokens for example in examples))
     peak = device_stats.peak_flops(device, "bfloat16")
     return {
-        "size": size, "remat": remat, "k": k, "batch": batch, "microbatch": microbatch,
-        "seconds": median, "examples_per_second": batch / median,
-        "tflops": flops / median / 1e12, "mfu": flops / median / peak if peak else None,
+        "size": size,
+        "remat": remat,
+        "k": k,
+        "batch": batch,
+        "microbatch": microbatch,
+        "seconds": median,
+        "examples_per_second": batch / median,
+        "tflops": flops / median / 1e12,
+        "mfu": flops / median / peak if peak else None,
         "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
         "compile_seconds": compile_seconds,
-    }  # fmt: skip
+    }
 
 
 def time_official(size: str, k: int, batch: int, repeats: int) -> dict:
@@ -111,14 +120,25 @@ def time_official(size: str, k: int, batch: int, repeats: int) -> dict:
     run, facts = side.prepare(workload.equal_examples(batch, k, prompt))
     median = statistics.median(run() for _ in range(repeats))
     return {
-        "size": size, "side": "official", "k": k, "batch": batch, "seconds": median,
-        "examples_at_once": facts["examples_at_once"], "examples_per_second": batch / median,
+        "size": size,
+        "side": "official",
+        "k": k,
+        "batch": batch,
+        "seconds": median,
+        "examples_at_once": facts["examples_at_once"],
+        "examples_per_second": batch / median,
         "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-    }  # fmt: skip
+    }
 
 
-def benchmark(size: str, remats: Sequence[str], ks: Sequence[int], batch: int,
-              microbatches: Sequence[int], repeats: int) -> dict:  # fmt: skip
+def benchmark(
+    size: str,
+    remats: Sequence[str],
+    ks: Sequence[int],
+    batch: int,
+    microbatches: Sequence[int],
+    repeats: int,
+) -> dict:
     """Every combination; one that does not fit is told and left out."""
     rows = []
     for remat in remats:
@@ -133,9 +153,12 @@ def benchmark(size: str, remats: Sequence[str], ks: Sequence[int], batch: int,
                     continue
                 rows.append(row)
                 mfu = f"{row['mfu']:.3f}" if row["mfu"] else "unknown"
-                print(f"remat {remat:6} K={k:<3} microbatch {microbatch:<3} "
-                      f"{row['seconds']:8.3f} s  {row['examples_per_second']:8.2f} examples/s  "
-                      f"{row['tflops']:7.1f} TFLOP/s  MFU {mfu}", flush=True)  # fmt: skip
+                print(
+                    f"remat {remat:6} K={k:<3} microbatch {microbatch:<3} "
+                    f"{row['seconds']:8.3f} s  {row['examples_per_second']:8.2f} examples/s  "
+                    f"{row['tflops']:7.1f} TFLOP/s  MFU {mfu}",
+                    flush=True,
+                )
     return {**workload.environment(), "dtype": "bfloat16", "repeats": repeats, "steps": rows}
 
 

@@ -31,10 +31,15 @@ from sdpo_jax.system.command import run_command
 
 LAYER = 103e6  # bytes of one layer of these sizes
 SIZES = {
-    "model_type": "llama", "vocab_size": 49152, "hidden_size": 2048, "intermediate_size": 5632,
-    "num_attention_heads": 16, "num_key_value_heads": 16, "rms_norm_eps": 1e-5,
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 
 
 def write_checkpoint(folder: Path, tokenizer: Path, gigabytes: float, files: int) -> int:
@@ -88,16 +93,31 @@ def benchmark(tokenizer: Path, gigabytes: float, files: int = 4) -> dict:
         found = {"arrays_bytes": arrays, "largest_file_bytes": largest}
         for what in ("convert", "load"):
             done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.load", f"--here={what}", f"--folder={folder}",
-                 f"--model={tokenizer}"],
-                check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"XLA_FLAGS": ""},
-            )  # fmt: skip
+                [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.load",
+                    f"--here={what}",
+                    f"--folder={folder}",
+                    f"--model={tokenizer}",
+                ],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"XLA_FLAGS": ""},
+            )
             peak = int(done.stdout.split()[-1])
             beyond = peak - arrays
-            found[what] = {"peak_bytes": peak, "beyond_arrays_bytes": beyond,
-                           "in_largest_files": beyond / largest}  # fmt: skip
-            print(f"{what:8} {arrays / 1e9:.2f} GB of arrays, peak {peak / 1e9:.2f} GB, beyond "
-                  f"them {beyond / largest:.2f} of the largest file", flush=True)  # fmt: skip
+            found[what] = {
+                "peak_bytes": peak,
+                "beyond_arrays_bytes": beyond,
+                "in_largest_files": beyond / largest,
+            }
+            print(
+                f"{what:8} {arrays / 1e9:.2f} GB of arrays, peak {peak / 1e9:.2f} GB, beyond "
+                f"them {beyond / largest:.2f} of the largest file",
+                flush=True,
+            )
     return found
 
 
@@ -111,8 +131,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "folder of sdpo_jax.convert, for its tokenizer",
-                        required=True)  # fmt: skip
+    flags.DEFINE_string(
+        "model", None, "folder of sdpo_jax.convert, for its tokenizer", required=True
+    )
     flags.DEFINE_float("gigabytes", 2.0, "size of the checkpoint", lower_bound=0.1)
     flags.DEFINE_enum("here", None, ["convert", "load"], "measure this one in this process")
     flags.DEFINE_string("folder", None, "of --here")

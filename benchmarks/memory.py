@@ -33,8 +33,14 @@ LLAMA2_7B = DecoderConfig(V=32000, L=32, D=4096, N=32, G=32, H=128, F=11008)
 
 
 # How the base is held and what is computed again.
-KEPT = (("bf16", "least"), ("bf16", "full"), ("bf16", "cheap"), ("int8", "full"), ("nf4", "full"),
-        ("nf4", "least"))  # fmt: skip
+KEPT = (
+    ("bf16", "least"),
+    ("bf16", "full"),
+    ("bf16", "cheap"),
+    ("int8", "full"),
+    ("nf4", "full"),
+    ("nf4", "least"),
+)
 
 
 def one_device() -> jax.sharding.Mesh:
@@ -83,8 +89,11 @@ def beside_official(config: DecoderConfig, examples: Sequence[Example]) -> dict:
         ours = temporaries(config, examples, remat, official=False)
         theirs = temporaries(config, examples, "none" if remat == "none" else "full", official=True)
         found[remat] = {"official": theirs, "ours": ours, "ratio": theirs / ours}
-        print(f"remat {remat:6} official {theirs / 2**20:8.0f} MiB  ours {ours / 2**20:8.0f} MiB  "
-              f"{theirs / ours:5.1f}x", flush=True)  # fmt: skip
+        print(
+            f"remat {remat:6} official {theirs / 2**20:8.0f} MiB  ours {ours / 2**20:8.0f} MiB  "
+            f"{theirs / ours:5.1f}x",
+            flush=True,
+        )
     return found
 
 
@@ -93,13 +102,24 @@ def llama_table(config: DecoderConfig, negatives: Sequence[int], microbatches: S
     rows = []
     for (base, remat), k, microbatch in itertools.product(KEPT, negatives, microbatches):
         examples = workload.equal_examples(microbatch, k)
-        found = step_memory(config, LoraConfig(), examples, dtype="bfloat16", base_dtype=base,
-                            remat=remat, layout="shared_prefix", mesh=one_device())  # fmt: skip
+        found = step_memory(
+            config,
+            LoraConfig(),
+            examples,
+            dtype="bfloat16",
+            base_dtype=base,
+            remat=remat,
+            layout="shared_prefix",
+            mesh=one_device(),
+        )
         row = {"base_dtype": base, "remat": remat, "k": k, "microbatch": microbatch}
         rows.append(row | {"total": found.total} | dataclasses.asdict(found))
-        print(f"base {base:5} remat {remat:6} K={k:<3} microbatch {microbatch:<3} "
-              f"{found.total / 2**30:6.1f} GiB (temporary {found.temporary / 2**30:.1f}), "
-              f"compiled in {found.compile_seconds:.0f} s", flush=True)  # fmt: skip
+        print(
+            f"base {base:5} remat {remat:6} K={k:<3} microbatch {microbatch:<3} "
+            f"{found.total / 2**30:6.1f} GiB (temporary {found.temporary / 2**30:.1f}), "
+            f"compiled in {found.compile_seconds:.0f} s",
+            flush=True,
+        )
     return rows
 
 

@@ -70,8 +70,13 @@ def _walk(bodies: dict[str, list[str]], name: str, turns: int, depth: int) -> It
         kind = next((k for k in KINDS if f" {k}(" in line or f" {k}-start(" in line), None)
         if kind:
             result = line.partition(" = ")[2].partition(f" {kind}")[0]
-            yield {"kind": kind, "bytes": _bytes(result), "turns": turns, "depth": depth,
-                   "of": _origin(line)}  # fmt: skip
+            yield {
+                "kind": kind,
+                "bytes": _bytes(result),
+                "turns": turns,
+                "depth": depth,
+                "of": _origin(line),
+            }
         elif called := _CALL.search(line):
             loop = " while(" in line
             inner = turns * int(found[1]) if loop and (found := _TURNS.search(line)) else turns
@@ -99,9 +104,14 @@ def compile_mesh(shape: Sequence[int], size: str, microbatch: int, remat: str) -
     mesh = sharding.make_mesh(*shape)
     examples = workload.equal_examples(microbatch * sharding.data_shards(mesh), 3, prompt)
     lowered = lower_step(
-        config, LoraConfig(), examples, dtype="bfloat16", remat=remat, layout="shared_prefix",
+        config,
+        LoraConfig(),
+        examples,
+        dtype="bfloat16",
+        remat=remat,
+        layout="shared_prefix",
         mesh=mesh,
-    )  # fmt: skip
+    )
     started = time.perf_counter()
     compiled = lowered.step.compile()
     seconds = time.perf_counter() - started
@@ -112,10 +122,15 @@ def compile_mesh(shape: Sequence[int], size: str, microbatch: int, remat: str) -
         found[key]["bytes"] += one["turns"] * one["bytes"]
     memory = memory_of(lowered, compiled, seconds)
     return {
-        "mesh": list(shape), "microbatch": microbatch, "remat": remat, "total": memory.total,
-        "base": memory.base, "temporary": memory.temporary, "compile_seconds": seconds,
+        "mesh": list(shape),
+        "microbatch": microbatch,
+        "remat": remat,
+        "total": memory.total,
+        "base": memory.base,
+        "temporary": memory.temporary,
+        "compile_seconds": seconds,
         "collectives": dict(found),
-    }  # fmt: skip
+    }
 
 
 def on_devices(count: int, size: str, microbatch: int, remat: str) -> list[dict]:
@@ -123,9 +138,16 @@ def on_devices(count: int, size: str, microbatch: int, remat: str) -> list[dict]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "rows.json"
         command = [
-            sys.executable, "-m", "benchmarks.meshes", f"--devices={count}", f"--size={size}",
-            f"--microbatch={microbatch}", f"--remat={remat}", f"--output={output}", "--here",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "benchmarks.meshes",
+            f"--devices={count}",
+            f"--size={size}",
+            f"--microbatch={microbatch}",
+            f"--remat={remat}",
+            f"--output={output}",
+            "--here",
+        ]
         settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)}
         done = subprocess.run(command, env=os.environ | settings, check=False)
         if done.returncode:

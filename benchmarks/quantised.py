@@ -51,8 +51,9 @@ def batches_of(examples: Sequence[Example]) -> list[dict]:
     return [loader.collate(part, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def benchmark(model: Path, dataset: Path, windows: int,
-              kinds: Sequence[str] = BASE_DTYPES[1:]) -> dict:  # fmt: skip
+def benchmark(
+    model: Path, dataset: Path, windows: int, kinds: Sequence[str] = BASE_DTYPES[1:]
+) -> dict:
     """Per base dtype: bytes, root mean squares of errors, how often the best is the same."""
     examples = workload.read_workload(model, dataset).examples(windows, CANDIDATES - 1)
     batches = batches_of(examples)
@@ -67,9 +68,12 @@ def benchmark(model: Path, dataset: Path, windows: int,
             "logp_rms": float(np.sqrt(np.square(other_logp - logp).mean())),
             "same_best": float((other_logp.argmax(1) == logp.argmax(1)).mean()),
         }
-        print(f"{name:5} base {size / 2**20:6.0f} MiB  logits {rows[name]['logits_rms']:.4f} of "
-              f"{logits.std():.2f}  log-prob of a title {rows[name]['logp_rms']:.3f} nats  "
-              f"same best candidate {rows[name]['same_best']:.2f}", flush=True)  # fmt: skip
+        print(
+            f"{name:5} base {size / 2**20:6.0f} MiB  logits {rows[name]['logits_rms']:.4f} of "
+            f"{logits.std():.2f}  log-prob of a title {rows[name]['logp_rms']:.3f} nats  "
+            f"same best candidate {rows[name]['same_best']:.2f}",
+            flush=True,
+        )
     return {**workload.environment(), "windows": windows, "rows": rows}
 
 

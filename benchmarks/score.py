@@ -87,16 +87,24 @@ def benchmark(model: Path, dataset: Path, batch: int, repeats: int, dtype: str) 
     sides = make_sides(load_model(model, LoraConfig(), dtype=dtype))
     seconds, _ = measure(sides, examples, repeats)
     result = {
-        "batch": batch, "dtype": dtype, "repeats": repeats, **workload.environment(),
-        "shapes": workload.lengths(examples), "examples_per_second": {}, "ratio": {},
-    }  # fmt: skip
+        "batch": batch,
+        "dtype": dtype,
+        "repeats": repeats,
+        **workload.environment(),
+        "shapes": workload.lengths(examples),
+        "examples_per_second": {},
+        "ratio": {},
+    }
     for name, values in seconds.items():
         speed = workload.spread_of([batch / value for value in values])
         pairs = zip(values, seconds["score"], strict=True)
         ratio = statistics.median(theirs / mine for theirs, mine in pairs)
         result["examples_per_second"][name], result["ratio"][f"score/{name}"] = speed, ratio
-        print(f"{name:8} {speed['median']:8.3f} examples/s [{speed['min']:.3f}, "
-              f"{speed['max']:.3f}]   score / {name}: {ratio:.2f}", flush=True)  # fmt: skip
+        print(
+            f"{name:8} {speed['median']:8.3f} examples/s [{speed['min']:.3f}, "
+            f"{speed['max']:.3f}]   score / {name}: {ratio:.2f}",
+            flush=True,
+        )
     return result
 
 

@@ -33,22 +33,38 @@ def seconds_to_compile(model: Path, dataset: Path) -> float:
     examples = workload.read_workload(model, dataset).examples(BATCH, NEGATIVES)
     config = DecoderConfig.read(model)
     started = time.perf_counter()
-    step_memory(config, LoraConfig(), examples, dtype="float32", remat="cheap",
-                layout="shared_prefix", mesh=one_device())  # fmt: skip
+    step_memory(
+        config,
+        LoraConfig(),
+        examples,
+        dtype="float32",
+        remat="cheap",
+        layout="shared_prefix",
+        mesh=one_device(),
+    )
     return time.perf_counter() - started
 
 
 def benchmark(model: Path, dataset: Path) -> dict:
     """`{"cold": seconds, "warm": seconds}`, one after the other on one cache."""
-    command = [sys.executable, "-m", "benchmarks.start", f"--model={model}",
-               f"--dataset={dataset}", "--here"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.start",
+        f"--model={model}",
+        f"--dataset={dataset}",
+        "--here",
+    ]
     found = {}
     with tempfile.TemporaryDirectory() as cache:
         for start in ("cold", "warm"):
             done = subprocess.run(
-                command, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}, check=True,
-                text=True, stdout=subprocess.PIPE,
-            )  # fmt: skip
+                command,
+                env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache},
+                check=True,
+                text=True,
+                stdout=subprocess.PIPE,
+            )
             found[start] = float(done.stdout.split()[-1])
             print(f"{start} start: {found[start]:.1f} s", flush=True)
     return found

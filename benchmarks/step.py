@@ -29,8 +29,10 @@ from sdpo_jax.system.processes import set_up_jax
 JAX_SIDES = ("ours", "strong")
 TORCH_SIDES = ("official", "official-keep", "trl", "trl-best")
 # Speed-ups that are told: the first side's targets per second over the second's.
-PAIRS = (*(("ours", name) for name in ("strong", *TORCH_SIDES)),
-         *(("history", name) for name in ("ours", "official")))  # fmt: skip
+PAIRS = (
+    *(("ours", name) for name in ("strong", *TORCH_SIDES)),
+    *(("history", name) for name in ("ours", "official")),
+)
 TOLERANCE = 0.02  # nats a title, of 20 to 40, summed in another order by another library
 PAUSE = 0.3  # seconds in which the threads of the side before go to sleep
 
@@ -96,16 +98,32 @@ def check_log_probs(found: dict) -> None:
             )
 
 
-def benchmark(model: Path, dataset: Path, names: Sequence[str], ks: Sequence[int], batch: int,
-              repeats: int, dtype: str,
-              prompts: Sequence[str] = ("candidates",)) -> dict:  # fmt: skip
+def benchmark(
+    model: Path,
+    dataset: Path,
+    names: Sequence[str],
+    ks: Sequence[int],
+    batch: int,
+    repeats: int,
+    dtype: str,
+    prompts: Sequence[str] = ("candidates",),
+) -> dict:
     """The result as `main` writes it."""
     work = workload.read_workload(model, dataset)
     segments = workload.read_workload(model, dataset, prompt="history")
     sides = make_sides(names, model, dtype)
-    result = {"batch": batch, "dtype": dtype, "repeats": repeats, **workload.environment(),
-              "model": str(model), "dataset": str(dataset), "shapes": {}, "facts": {},
-              "targets_per_second": {}, "ratio": {}}  # fmt: skip
+    result = {
+        "batch": batch,
+        "dtype": dtype,
+        "repeats": repeats,
+        **workload.environment(),
+        "model": str(model),
+        "dataset": str(dataset),
+        "shapes": {},
+        "facts": {},
+        "targets_per_second": {},
+        "ratio": {},
+    }
     for k in ks:
         examples = work.examples(batch, k)
         # TRL takes pairs only.
@@ -123,8 +141,11 @@ def benchmark(model: Path, dataset: Path, names: Sequence[str], ks: Sequence[int
         for name, values in speeds.items():
             speed = workload.spread_of(values)
             result["targets_per_second"].setdefault(name, {})[str(k)] = speed
-            print(f"K={k:<3} {name:14} {speed['median']:8.3f} targets/s "
-                  f"[{speed['min']:.3f}, {speed['max']:.3f}]", flush=True)  # fmt: skip
+            print(
+                f"K={k:<3} {name:14} {speed['median']:8.3f} targets/s "
+                f"[{speed['min']:.3f}, {speed['max']:.3f}]",
+                flush=True,
+            )
         for first, second in PAIRS:
             if first in speeds and second in speeds:
                 pairs = zip(speeds[first], speeds[second], strict=True)
@@ -154,8 +175,16 @@ def main(argv: Sequence[str]) -> None:
     if "history" in args.prompts and "ours" not in args.sides:
         raise InputError("--sides: found no ours, expected it beside --prompts=candidates,history")
     ks = [int(k) for k in args.k]
-    result = benchmark(Path(args.model), Path(args.dataset), args.sides, ks, args.batch,
-                       args.repeats, args.dtype, args.prompts)  # fmt: skip
+    result = benchmark(
+        Path(args.model),
+        Path(args.dataset),
+        args.sides,
+        ks,
+        args.batch,
+        args.repeats,
+        args.dtype,
+        args.prompts,
+    )
     workload.write_result(result, args.output)
 
 

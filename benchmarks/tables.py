@@ -50,8 +50,11 @@ def step_table(result: dict) -> str:
         return f"{speeds['3']['ours']['3']['median'] / speeds[k]['ours'][k]['median']:.2f}"
 
     rows = [row(f"`{side}`, targets/s", functools.partial(speed, side)) for side in sides]
-    rows += [row(f"ours / `{side}` (by FLOPs)", functools.partial(ratio, side))
-             for side in sides if side != "ours"]  # fmt: skip
+    rows += [
+        row(f"ours / `{side}` (by FLOPs)", functools.partial(ratio, side))
+        for side in sides
+        if side != "ours"
+    ]
     rows.append(row("time of `ours`, K = 3's being 1", cost))
     return markdown(["", *("SFT" if k == "0" else f"K = {k}" for k in steps)], rows)
 
@@ -73,10 +76,14 @@ def memory_table(result: dict) -> str:
     }
     microbatches = sorted({key[-1] for key in found})
     rows = [
-        [f"`{base}`", f"`{remat}`", str(k),
-         *(f"{found[base, remat, k, m] / GIB:.1f}" for m in microbatches)]
+        [
+            f"`{base}`",
+            f"`{remat}`",
+            str(k),
+            *(f"{found[base, remat, k, m] / GIB:.1f}" for m in microbatches),
+        ]
         for base, remat, k in dict.fromkeys(key[:-1] for key in found)
-    ]  # fmt: skip
+    ]
     return markdown(["base", "remat", "K", *(f"microbatch {m}" for m in microbatches)], rows)
 
 

@@ -52,18 +52,25 @@ def torch_model(folder: Path) -> torch.nn.Module:
 def random_model(config: DecoderConfig) -> torch.nn.Module:
     """transformers' Llama of this shape in bfloat16 with a float32 adapter; on a GPU if any."""
     theirs = LlamaConfig(
-        vocab_size=config.V, num_hidden_layers=config.L, hidden_size=config.D,
-        num_attention_heads=config.N, num_key_value_heads=config.G, head_dim=config.H,
-        intermediate_size=config.F, max_position_embeddings=512, use_cache=False,
-    )  # fmt: skip
+        vocab_size=config.V,
+        num_hidden_layers=config.L,
+        hidden_size=config.D,
+        num_attention_heads=config.N,
+        num_key_value_heads=config.G,
+        head_dim=config.H,
+        intermediate_size=config.F,
+        max_position_embeddings=512,
+        use_cache=False,
+    )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         return adapted(LlamaForCausalLM._from_config(theirs, dtype=torch.bfloat16))
 
 
 def adapted(model: torch.nn.Module) -> torch.nn.Module:
     """With the paper's PEFT adapter, without its dropout."""
-    adapter = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS,
-                         task_type="CAUSAL_LM")  # fmt: skip
+    adapter = LoraConfig(
+        r=8, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM"
+    )
     return get_peft_model(model, adapter)
 
 
@@ -165,19 +172,36 @@ class TrlSide:
         from trl import DPOConfig, DPOTrainer
 
         decode = self.tokenizer.decode
-        rows = [{"prompt": decode(e.prompt), "chosen": decode(e.answers_MC[0][0][:-1]),
-                 "rejected": decode(e.answers_MC[0][1][:-1])} for e in examples]  # fmt: skip
+        rows = [
+            {
+                "prompt": decode(e.prompt),
+                "chosen": decode(e.answers_MC[0][0][:-1]),
+                "rejected": decode(e.answers_MC[0][1][:-1]),
+            }
+            for e in examples
+        ]
         flags = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
             config = DPOConfig(
-                output_dir=folder, per_device_train_batch_size=len(examples), max_length=512,
-                report_to=[], use_cpu=True, bf16=False, max_steps=1000, learning_rate=1e-5,
-                beta=1.0, max_grad_norm=0.3, disable_tqdm=True, **(flags if self.best else {}),
-            )  # fmt: skip
+                output_dir=folder,
+                per_device_train_batch_size=len(examples),
+                max_length=512,
+                report_to=[],
+                use_cpu=True,
+                bf16=False,
+                max_steps=1000,
+                learning_rate=1e-5,
+                beta=1.0,
+                max_grad_norm=0.3,
+                disable_tqdm=True,
+                **(flags if self.best else {}),
+            )
             trainer = DPOTrainer(
-                model=self.model, args=config, train_dataset=Dataset.from_list(rows),
+                model=self.model,
+                args=config,
+                train_dataset=Dataset.from_list(rows),
                 processing_class=self.tokenizer,
-            )  # fmt: skip
+            )
         trainer.create_optimizer_and_scheduler(1000)
         trainer.current_gradient_accumulation_steps = 1  # else set by its own loop
         (batch,) = list(trainer.get_train_dataloader())

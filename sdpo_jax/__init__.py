@@ -1,6 +1,11 @@
 """S-DPO: language models as recommenders, in JAX."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdpo_jax.objectives.losses import sdpo_loss as sdpo_loss
+
+    __version__: str
 
 __all__ = ["__version__", "sdpo_loss"]
 

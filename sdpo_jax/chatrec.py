@@ -17,7 +17,6 @@ import collections
 import itertools
 import json
 import math
-import operator
 import os
 import sys
 import time
@@ -76,8 +75,9 @@ def chatrec(
     path = Path(workdir) / "chatrec" / "answers.jsonl"
     asked_before = read_answers(path)
     used = [asked_before[key] for key in dict.fromkeys(keys) if key in asked_before]
-    todo = {key: request for key, request in zip(keys, requests, strict=True)
-            if key not in asked_before}  # fmt: skip
+    todo = {
+        key: request for key, request in zip(keys, requests, strict=True) if key not in asked_before
+    }
     if todo:
         with chat_client.Endpoint(endpoint, requests_per_minute, answered=bool(used)) as server:
             _ask(server, path, list(todo.values()), used, parallel, prices)
@@ -86,31 +86,46 @@ def chatrec(
         _prediction(data, split, row, answers[key]) for row, key in zip(rows, keys, strict=True)
     ]
     summary = results.summarise("greedy", predictions) | {
-        "protocol": data.meta.get("protocol"),
-        "split": split,
         "limit": limit,
-        "stage": "chatrec",
-        "step": 0,
-        "decoder": "greedy",
-        "candidates": len(windows[0].candidates),
-        # In any order the same, as the answers come in another one than they are read again.
-        "seconds": round(math.fsum(answer["seconds"] for answer in used), 2),
         "seed": seed,
         "dataset": str(dataset),
-        "dataset_fingerprint": data.meta["fingerprint"],
         "model": model,
-        "endpoint": ", ".join(sorted({answer["endpoint"] for answer in used})),
         "parameters": given,
         "finishes": dict(collections.Counter(answers[key]["finish"] for key in keys)),
-        "prompts_fingerprint": prompts.fingerprint(_templates(data)),
-        **_cost(used, prices),
+        **_header(data, split),
+        **_totals(used, prices),
     }
     written = results.write_result(Path(workdir) / "eval", summary, predictions)
     print(results.line(summary, written))
     ends = ", ".join(f"{n} {name}" for name, n in summary["finishes"].items())
-    print(f"asked now: {len(todo)}, in all: {len(used)} ({_spent(used, prices)}), ended by {ends}; "
-          f"{path}")  # fmt: skip
+    print(
+        f"asked now: {len(todo)}, in all: {len(used)} ({_spent(used, prices)}), ended by {ends}; "
+        f"{path}"
+    )
     return summary
+
+
+def _header(data: Dataset, split: str) -> dict[str, Any]:
+    """What a result says of its windows and of how they were asked about."""
+    return {
+        "protocol": data.meta.get("protocol"),
+        "split": split,
+        "stage": "chatrec",
+        "step": 0,
+        "decoder": "greedy",
+        "candidates": len(data.splits[split][0].candidates),
+        "dataset_fingerprint": data.meta["fingerprint"],
+        "prompts_fingerprint": prompts.fingerprint(_templates(data)),
+    }
+
+
+def _totals(used: Sequence[Answer], prices: Prices) -> dict[str, Any]:
+    """Seconds, servers, tokens and dollars of the answers, in whatever order they came."""
+    return {
+        "seconds": round(math.fsum(answer["seconds"] for answer in used), 2),
+        "endpoint": ", ".join(sorted({answer["endpoint"] for answer in used})),
+        **_cost(used, prices),
+    }
 
 
 def _parameters(text: str) -> dict[str, Any]:
@@ -161,17 +176,28 @@ def _messages(data: Dataset, seed: int, split: str, row: int) -> list[dict[str, 
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
-def _ask(server: chat_client.Endpoint, path: Path, todo: Sequence[Request], used: list[Answer],
-         parallel: int, prices: Prices) -> None:  # fmt: skip
+def _ask(
+    server: chat_client.Endpoint,
+    path: Path,
+    todo: Sequence[Request],
+    used: list[Answer],
+    parallel: int,
+    prices: Prices,
+) -> None:
     """Adds the answers to `todo` to `used` and to the file, each as it comes."""
     started = time.monotonic()
     first = server.ask_first(todo[0])  # before anything is written
     rest = chat_client.ask_all(server.ask, todo[1:], parallel)
     with (
         appending(path, started) as append,
-        tqdm(total=len(used) + len(todo), initial=len(used), desc="chatrec", unit="window",
-             mininterval=1) as bar,
-    ):  # fmt: skip
+        tqdm(
+            total=len(used) + len(todo),
+            initial=len(used),
+            desc="chatrec",
+            unit="window",
+            mininterval=1,
+        ) as bar,
+    ):
         for answer in itertools.chain([first], rest):
             append(answer)
             used.append(answer)
@@ -186,22 +212,28 @@ def _prediction(data: Dataset, split: str, row: int, answer: Answer) -> results.
     said = thoughts.after(answer["text"])
     chosen = metrics.recommended(said, titles)
     return {
-        "row": row, "user": window.user, "target": titles[target], "generation": said,
-        "finish": answer["finish"], "valid": chosen is not None, "hit": chosen == target,
-    }  # fmt: skip
+        "row": row,
+        "user": window.user,
+        "target": titles[target],
+        "generation": said,
+        "finish": answer["finish"],
+        "valid": chosen is not None,
+        "hit": chosen == target,
+    }
 
 
 def _cost(used: Sequence[Answer], prices: Prices) -> dict[str, Any]:
     """Tokens and dollars of the answers; None where the server or the user has not told."""
     kinds = ("tokens_in", "tokens_out")
-    counts = [[answer.get(kind) for answer in used] for kind in kinds]
+    counts: list[list[Any]] = [[answer.get(kind) for answer in used] for kind in kinds]
     tokens = [None if None in count else sum(count) for count in counts]
-    known = None not in (*tokens, *prices)
+    both = zip(tokens, prices, strict=True)
+    paid = [t * price for t, price in both if t is not None and price is not None]
     return {
         **dict(zip(kinds, tokens, strict=True)),
         "price_in": prices[0],
         "price_out": prices[1],
-        "cost_dollars": sum(map(operator.mul, tokens, prices)) / 1e6 if known else None,
+        "cost_dollars": sum(paid) / 1e6 if len(paid) == len(kinds) else None,
     }
 
 
@@ -217,10 +249,17 @@ def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     try:
         chatrec(
-            args.dataset, args.workdir, args.endpoint, args.model, args.split, args.limit or 0,
-            args.requests_per_minute or 0, args.parallel, (args.price_in, args.price_out),
+            args.dataset,
+            args.workdir,
+            args.endpoint,
+            args.model,
+            args.split,
+            args.limit or 0,
+            args.requests_per_minute or 0,
+            args.parallel,
+            (args.price_in, args.price_out),
             args.parameters,
-        )  # fmt: skip
+        )
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from {args.workdir}/chatrec/answers.jsonl")
         sys.exit(130)
@@ -231,14 +270,24 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("dataset", None, "prepared folder", required=True)
     flags.DEFINE_string("workdir", None, "folder of a run on these data, or any", required=True)
-    flags.DEFINE_string("endpoint", None, "http://host:port/v1; its key, if it wants one, goes "
-                        "into the environment variable OPENAI_API_KEY", required=True)  # fmt: skip
+    flags.DEFINE_string(
+        "endpoint",
+        None,
+        "http://host:port/v1; its key, if it wants one, goes "
+        "into the environment variable OPENAI_API_KEY",
+        required=True,
+    )
     flags.DEFINE_string("model", None, "name that the endpoint knows", required=True)
     flags.DEFINE_enum("split", "test", SPLITS[1:], "windows to ask about")
-    flags.DEFINE_integer("limit", None, "this many windows, evenly spread over the split; "
-                         "default: all", lower_bound=1)  # fmt: skip
-    flags.DEFINE_integer("requests_per_minute", None, "at most this many; default: no limit",
-                         lower_bound=1)  # fmt: skip
+    flags.DEFINE_integer(
+        "limit",
+        None,
+        "this many windows, evenly spread over the split; default: all",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "requests_per_minute", None, "at most this many; default: no limit", lower_bound=1
+    )
     flags.DEFINE_integer("parallel", 4, "requests at once", lower_bound=1, upper_bound=256)
     flags.DEFINE_float("price_in", None, "dollars for a million tokens read")
     flags.DEFINE_float("price_out", None, "dollars for a million tokens written")

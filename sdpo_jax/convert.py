@@ -69,7 +69,7 @@ def _write(source: Source, output: Path, digest: str, name: str) -> None:
     """
     config = DecoderConfig.from_hf(source.config, source.where)
     tree, dtype = read_base(source, config)
-    arrays = flatten_dict(tree, sep="/")
+    arrays: dict[str, Any] = flatten_dict(tree, sep="/")
     meta = {
         "source": name,
         "source_sha256": digest,
@@ -107,7 +107,7 @@ def model_digest(folder: Path, arrays: dict[str, np.ndarray]) -> str:
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -172,8 +172,12 @@ def leave_out_tokens(folder: Path, names: set[str]) -> None:
     def kept(value: Any) -> bool:
         return (value.get("content") if isinstance(value, dict) else value) not in names
 
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                 "added_tokens.json"):  # fmt: skip
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ):
         if not os.path.exists(folder / name):
             continue
         content = read_json(folder / name, "expected a tokenizer's file: give the whole model")

@@ -38,8 +38,11 @@ from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
 
 # What may be ranked, and by which decoders.
-DECODERS_OF = {"candidates": ("greedy", "trie", "score"), "catalogue": ("score", "beam"),
-               "disliked": ("score",)}  # fmt: skip
+DECODERS_OF = {
+    "candidates": ("greedy", "trie", "score"),
+    "catalogue": ("score", "beam"),
+    "disliked": ("score",),
+}
 SPLITS = ("test", "val", "test_all", "val_all")
 
 
@@ -130,9 +133,12 @@ def _tell(evaluator: Evaluator, decoders: Sequence[str]) -> None:
 
 
 def _open(
-    workdir: str | Path, stages: Sequence[str], split: str, decoders: Sequence[str],
+    workdir: str | Path,
+    stages: Sequence[str],
+    split: str,
+    decoders: Sequence[str],
     rank: str = "candidates",
-) -> Run:  # fmt: skip
+) -> Run:
     run = read_run(Path(workdir))
     if rank != "candidates" and run.config.prompt != "history":
         raise InputError(
@@ -220,8 +226,13 @@ def main(argv: Sequence[str]) -> None:
         if args.follow:
             follow(*common, batch_size=args.batch_size or 0)
         else:
-            evaluate(*common, step=args.step, batch_size=args.batch_size or 0, rank=args.rank,
-                     beams=args.beams)  # fmt: skip
+            evaluate(
+                *common,
+                step=args.step,
+                batch_size=args.batch_size or 0,
+                rank=args.rank,
+                beams=args.beams,
+            )
     except KeyboardInterrupt:
         print(f"stopped; what was evaluated is in {args.workdir}/eval")
         sys.exit(130)
@@ -230,8 +241,12 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-    flags.DEFINE_list("stage", [], "base, sft, sdpo or several, with commas; default: the last "
-                      "finished one, with --follow every stage of the run")  # fmt: skip
+    flags.DEFINE_list(
+        "stage",
+        [],
+        "base, sft, sdpo or several, with commas; default: the last "
+        "finished one, with --follow every stage of the run",
+    )
     flags.DEFINE_enum("split", "test", SPLITS, "windows to evaluate on")
     flags.DEFINE_list(
         "decoder",
@@ -239,14 +254,24 @@ if __name__ == "__main__":
         "greedy, trie, score or several, with commas; with --rank=catalogue score (exact) or beam, "
         "with --rank=disliked score",
     )
-    flags.DEFINE_enum("rank", "candidates", list(DECODERS_OF), "a window's candidates; or, with "
-                      "config.prompt=history, all items but its history, or the target against an "
-                      "item that the same user rated low")  # fmt: skip
+    flags.DEFINE_enum(
+        "rank",
+        "candidates",
+        list(DECODERS_OF),
+        "a window's candidates; or, with "
+        "config.prompt=history, all items but its history, or the target against an "
+        "item that the same user rated low",
+    )
     flags.DEFINE_integer("beams", 20, "width of the decoder beam", lower_bound=1)
-    flags.DEFINE_integer("limit", None, "this many windows, evenly spread over the split; "
-                         "default: all", lower_bound=1)  # fmt: skip
+    flags.DEFINE_integer(
+        "limit",
+        None,
+        "this many windows, evenly spread over the split; default: all",
+        lower_bound=1,
+    )
     flags.DEFINE_integer("step", None, "checkpoint of the stage; default: the best", lower_bound=0)
-    flags.DEFINE_integer("batch_size", None, "windows at once; default: 8 on a CPU, 32 elsewhere",
-                         lower_bound=1)  # fmt: skip
+    flags.DEFINE_integer(
+        "batch_size", None, "windows at once; default: 8 on a CPU, 32 elsewhere", lower_bound=1
+    )
     flags.DEFINE_bool("follow", False, "evaluate the checkpoints of a run in progress as they come")
     run_command(main)

@@ -46,8 +46,9 @@ FORMATS = ("peft", "merged")
 SHARD = "5GB"
 
 
-def export(workdir: str | Path, stage: str, form: str, output: str | Path,
-           step: int | None = None) -> Path:  # fmt: skip
+def export(
+    workdir: str | Path, stage: str, form: str, output: str | Path, step: int | None = None
+) -> Path:
     """Writes the folder `output` whole or not at all, and returns it.
 
     `step` defaults to the stage's best. Raises InputError where the run, the stage, the step or
@@ -95,8 +96,9 @@ def export(workdir: str | Path, stage: str, form: str, output: str | Path,
     return output
 
 
-def write_merged(folder: Path, model: Path, tree: dict, lora: LoraConfig,
-                 config: DecoderConfig) -> None:  # fmt: skip
+def write_merged(
+    folder: Path, model: Path, tree: dict, lora: LoraConfig, config: DecoderConfig
+) -> None:
     """Base plus adapter in bfloat16 shards; each is written as soon as its last tensor is made.
 
     Args:
@@ -155,9 +157,11 @@ def shard_plan(config: DecoderConfig):
         for name, slot in table
     }
     return split_state_dict_into_shards_factory(
-        sizes, get_storage_size=lambda n: n, max_shard_size=SHARD,
+        sizes,
+        get_storage_size=lambda n: n,
+        max_shard_size=SHARD,
         filename_pattern="model{suffix}.safetensors",
-    )  # fmt: skip
+    )
 
 
 def merged_tensors(model: Path, tree: dict, lora: LoraConfig, config: DecoderConfig):

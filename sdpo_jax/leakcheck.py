@@ -185,22 +185,32 @@ def warnings_of(at: dict[str, Any]) -> list[str]:
     chance = 1 / at["candidates"]
     told = []
     if least["lookup"] > popularity + MARGIN:
-        told.append(f"a look-up that ignores the history is right in {lookup:.3f} of the windows, "
-                    f"popularity in {popularity:.3f}: {GIVEN_AWAY}")  # fmt: skip
+        told.append(
+            f"a look-up that ignores the history is right in {lookup:.3f} of the windows, "
+            f"popularity in {popularity:.3f}: {GIVEN_AWAY}"
+        )
     if least["place"] > chance + MARGIN:
-        told.append(f"the target stands at one place of the list in {place:.3f} of the windows, "
-                    f"by chance in {chance:.3f}: {GIVEN_AWAY}")  # fmt: skip
+        told.append(
+            f"the target stands at one place of the list in {place:.3f} of the windows, "
+            f"by chance in {chance:.3f}: {GIVEN_AWAY}"
+        )
     if popularity > NEARLY_ALWAYS:
-        told.append(f"popularity is right in {popularity:.3f} of the windows, so negatives are "
-                    f"hardly ever a target in training: {GIVEN_AWAY}")  # fmt: skip
+        told.append(
+            f"popularity is right in {popularity:.3f} of the windows, so negatives are "
+            f"hardly ever a target in training: {GIVEN_AWAY}"
+        )
     if least["order"] > popularity + MARGIN:
-        told.append("training sequences follow one order of the items, so they were not sorted by "
-                    f"time alone, and the next candidate in it is right in {order:.3f} of the "
-                    "windows: report scores only beside this one")  # fmt: skip
+        told.append(
+            "training sequences follow one order of the items, so they were not sorted by "
+            f"time alone, and the next candidate in it is right in {order:.3f} of the "
+            "windows: report scores only beside this one"
+        )
     if least["repeat"] > popularity + MARGIN:
-        told.append("the candidate with the same title as an item of the history, else the most "
-                    f"popular, is right in {repeat:.3f} of the windows, popularity in "
-                    f"{popularity:.3f}: report scores only beside this one")  # fmt: skip
+        told.append(
+            "the candidate with the same title as an item of the history, else the most "
+            f"popular, is right in {repeat:.3f} of the windows, popularity in "
+            f"{popularity:.3f}: report scores only beside this one"
+        )
     return told
 
 

@@ -36,6 +36,7 @@ training checks this too. Running it again changes nothing.
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -43,7 +44,7 @@ from sdpo_jax.data import candidates as draw
 from sdpo_jax.data.catalogue import DATASETS
 from sdpo_jax.data.paper import SIZES
 from sdpo_jax.data.prepared import DOMAINS, Dataset, Window, fingerprint, write_dataset
-from sdpo_jax.data.protocol import SPLITS, Options, read_windows
+from sdpo_jax.data.protocol import SPLITS, Found, Options, read_windows
 from sdpo_jax.data.readers.csv_file import Form
 from sdpo_jax.data.readers.goodreads import STAND_IN
 from sdpo_jax.data.tokens import check_titles
@@ -61,10 +62,16 @@ _CANDIDATES = {
 
 
 def prepare(
-    dataset: str, source: str | None, output: str, candidates: str = "independent", seed: int = 0,
-    model: str | None = None, domain: str | None = None, options: Options | None = None,
+    dataset: str,
+    source: str | None,
+    output: str,
+    candidates: str = "independent",
+    seed: int = 0,
+    model: str | None = None,
+    domain: str | None = None,
+    options: Options | None = None,
     form: Form | None = None,
-) -> dict:  # fmt: skip
+) -> dict:
     """Writes the prepared folder `output` and returns its dataset.json.
 
     Raises InputError for what is wrong with `source`, for an option that it does not have, for a
@@ -72,6 +79,39 @@ def prepare(
     set prepared with the same arguments.
     """
     options = options or Options()
+    _check_options(dataset, candidates, domain, options, form)
+    domain = domain or DATASETS[dataset].domain
+    old = _existing(Path(output))
+    found = read_windows(dataset, source, options, seed, form if dataset == "csv" else None)
+    if model:
+        check_titles(found.titles, load_tokenizer(Path(model)))
+    listed = len(next(iter(found.windows.values()))[0].candidates)
+    size = listed if candidates == "released" and listed else None
+    size = size or options.num_candidates or draw.NUM_CANDIDATES
+    meta = _meta(found, dataset, domain, candidates, size, seed)
+    if old is not None:
+        _check_same(Path(output), old, meta)
+        return old
+    splits = {
+        name: _draw(windows, found.titles, candidates, seed, name, size)
+        for name, windows in found.windows.items()
+    }
+    sizes = {len(window.candidates) for windows in splits.values() for window in windows}
+    if len(sizes) > 1 or min(sizes) < 2:
+        raise InputError(
+            f"{source}: found lists of {sorted(sizes)} candidates, expected as many in all splits "
+            "and at least 2: correct --source, or draw them with --candidates=independent"
+        )
+    write_dataset(
+        output, Dataset(domain, found.titles, splits, meta, found.sequences, found.attributes)
+    )
+    return meta
+
+
+def _check_options(
+    dataset: str, candidates: str, domain: str | None, options: Options, form: Form | None
+) -> None:
+    """Raises InputError for an option that `dataset` does not have."""
     if dataset != "lastfm" and candidates == "released":
         raise InputError(
             f"--candidates: found released, expected independent for {dataset}: the paper's "
@@ -92,15 +132,13 @@ def prepare(
             f"--columns, --delimiter, --quote, --escape, --encoding: found one for {dataset}, "
             "expected none: they are for --dataset=csv"
         )
-    domain = domain or DATASETS[dataset].domain
-    old = _existing(Path(output))
-    found = read_windows(dataset, source, options, seed, form if dataset == "csv" else None)
-    if model:
-        check_titles(found.titles, load_tokenizer(Path(model)))
-    listed = len(next(iter(found.windows.values()))[0].candidates)
-    size = listed if candidates == "released" and listed else None
-    size = size or options.num_candidates or draw.NUM_CANDIDATES
-    meta = {
+
+
+def _meta(
+    found: Found, dataset: str, domain: str, candidates: str, size: int, seed: int
+) -> dict[str, Any]:
+    """What dataset.json says of the windows found, with lists of `size` candidates."""
+    return {
         "dataset": dataset,
         "domain": domain,
         "candidates": candidates,
@@ -122,27 +160,11 @@ def prepare(
             "windows": {name: len(windows) for name, windows in found.windows.items()},
         },
     }
-    if old is not None:
-        _check_same(Path(output), old, meta)
-        return old
-    splits = {name: _draw(windows, found.titles, candidates, seed, name, size)
-              for name, windows in found.windows.items()}  # fmt: skip
-    sizes = {len(window.candidates) for windows in splits.values() for window in windows}
-    if len(sizes) > 1 or min(sizes) < 2:
-        raise InputError(
-            f"{source}: found lists of {sorted(sizes)} candidates, expected as many in all splits "
-            "and at least 2: correct --source, or draw them with --candidates=independent"
-        )
-    write_dataset(
-        output, Dataset(domain, found.titles, splits, meta, found.sequences, found.attributes)
-    )
-    return meta
 
 
 def _draw(
-    windows: list[Window], titles: dict[int, str], candidates: str, seed: int, split: str,
-    size: int,
-) -> list[Window]:  # fmt: skip
+    windows: list[Window], titles: dict[int, str], candidates: str, seed: int, split: str, size: int
+) -> list[Window]:
     if candidates == "independent":
         return draw.independent(windows, titles, seed, split, size)
     if windows[0].candidates:
@@ -183,8 +205,10 @@ def report(meta: dict, output: str) -> str:
     rows = [("", "users", "items", "interactions"), (name, *here)]
     if name in SIZES and not any(file.startswith("ratings.") for file in meta["source"]):
         rows.append(("paper, Table 3", *SIZES[name]))
-    lines = ["".join(f"{_cell(cell):>{16 if i else 0}}".ljust(16) for i, cell in enumerate(row))
-             for row in rows]  # fmt: skip
+    lines = [
+        "".join(f"{_cell(cell):>{16 if i else 0}}".ljust(16) for i, cell in enumerate(row))
+        for row in rows
+    ]
     lines.append(_note(meta))
     if counts["items_without_title"]:
         lines.append(
@@ -224,41 +248,73 @@ def _note(meta: dict) -> str:
 
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
-    options = Options(args.split, args.history, args.min_interactions, args.num_candidates,
-                      args.allow_ties)  # fmt: skip
+    options = Options(
+        args.split, args.history, args.min_interactions, args.num_candidates, args.allow_ties
+    )
     meta = prepare(
-        args.dataset, args.source, args.output, args.candidates, args.seed, args.model, args.domain,
+        args.dataset,
+        args.source,
+        args.output,
+        args.candidates,
+        args.seed,
+        args.model,
+        args.domain,
         options,
         Form.of(args.columns, args.delimiter, args.quote, args.encoding or "", args.escape or ""),
-    )  # fmt: skip
+    )
     print(report(meta, args.output))
 
 
 if __name__ == "__main__":
     flags.DEFINE_enum("dataset", None, list(DATASETS), "data set", required=True)
     flags.DEFINE_string("source", None, "raw files: a folder, a zip or a CSV; see above")
-    flags.DEFINE_string("columns", None, "csv only: the header's names where they are others, as "
-                        "user=reviewerID,item=asin,rating=overall; rating=: none")  # fmt: skip
-    flags.DEFINE_string("delimiter", None, "csv only: a character, or tab (default: the one of "
-                        "comma, semicolon, tab and | that the header has)")  # fmt: skip
-    flags.DEFINE_string("quote", None, "csv only: the character around fields, or none "
-                        "(default \")")  # fmt: skip
-    flags.DEFINE_string("escape", None, "csv only: the character before a quote within quotes, as "
-                        "\\ (default: such a quote is doubled)")  # fmt: skip
+    flags.DEFINE_string(
+        "columns",
+        None,
+        "csv only: the header's names where they are others, as "
+        "user=reviewerID,item=asin,rating=overall; rating=: none",
+    )
+    flags.DEFINE_string(
+        "delimiter",
+        None,
+        "csv only: a character, or tab (default: the one of "
+        "comma, semicolon, tab and | that the header has)",
+    )
+    flags.DEFINE_string("quote", None, 'csv only: the character around fields, or none (default ")')
+    flags.DEFINE_string(
+        "escape",
+        None,
+        "csv only: the character before a quote within quotes, as "
+        "\\ (default: such a quote is doubled)",
+    )
     flags.DEFINE_string("encoding", None, "csv only: as cp1251 (default: UTF-8, else Latin-1)")
-    flags.DEFINE_bool("allow_ties", False, "take a source whose times leave the order of most "
-                      "users open")  # fmt: skip
+    flags.DEFINE_bool(
+        "allow_ties", False, "take a source whose times leave the order of most users open"
+    )
     flags.DEFINE_string("output", None, "prepared folder to write", required=True)
     flags.DEFINE_enum("split", None, SPLITS, "how windows are split (default: the data set's way)")
     flags.DEFINE_integer("history", None, "most titles a window shows (default 10)", lower_bound=1)
-    flags.DEFINE_integer("min_interactions", None, "least interactions of a user and of an item "
-                         "(default: the data set's number)", lower_bound=1)  # fmt: skip
-    flags.DEFINE_enum("candidates", "independent", ["independent", "released"],
-                      "how the candidates are drawn; released: lastfm only")  # fmt: skip
-    flags.DEFINE_integer("num_candidates", None, "candidates of a window (default 20)",
-                         lower_bound=2)  # fmt: skip
+    flags.DEFINE_integer(
+        "min_interactions",
+        None,
+        "least interactions of a user and of an item (default: the data set's number)",
+        lower_bound=1,
+    )
+    flags.DEFINE_enum(
+        "candidates",
+        "independent",
+        ["independent", "released"],
+        "how the candidates are drawn; released: lastfm only",
+    )
+    flags.DEFINE_integer(
+        "num_candidates", None, "candidates of a window (default 20)", lower_bound=2
+    )
     flags.DEFINE_enum("domain", None, DOMAINS, "wording of the prompts; csv only (default movie)")
     flags.DEFINE_string("model", None, "converted model whose tokenizer the titles must survive")
-    flags.DEFINE_integer("seed", 0, "of the independent candidates, and of the order of "
-                         "interactions with one time", lower_bound=0)  # fmt: skip
+    flags.DEFINE_integer(
+        "seed",
+        0,
+        "of the independent candidates, and of the order of interactions with one time",
+        lower_bound=0,
+    )
     run_command(main)

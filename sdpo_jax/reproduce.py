@@ -129,10 +129,15 @@ def study_of(root: Path, asked: Mapping[str, Any]) -> Study:
             "from the root of the clone"
         )
     return Study(
-        root, scale, asked["model"], options_of(asked["options"]),
+        root,
+        scale,
+        asked["model"],
+        options_of(asked["options"]),
         {name: asked[name] for name in ("lastfm", "goodreads")},
-        {name: asked[name] for name in BACKBONES}, asked["endpoint"], asked["chat_model"],
-    )  # fmt: skip
+        {name: asked[name] for name in BACKBONES},
+        asked["endpoint"],
+        asked["chat_model"],
+    )
 
 
 def options_of(text: str) -> tuple[str, ...]:
@@ -174,8 +179,16 @@ def main(argv: Sequence[str]) -> None:
     check("target", args.target, ("all", *TARGETS))
     check("datasets", args.datasets, DATASETS)
     targets = [name for name in TARGETS if name in args.target or "all" in args.target]
-    given = ("scale", "model", "options", "lastfm", "goodreads", *BACKBONES, "endpoint",
-             "chat_model")  # fmt: skip
+    given = (
+        "scale",
+        "model",
+        "options",
+        "lastfm",
+        "goodreads",
+        *BACKBONES,
+        "endpoint",
+        "chat_model",
+    )
     asked = {key: args[key].value for key in given}
     asked["wanted"] = {target: args.datasets for target in targets}
     try:

@@ -62,10 +62,15 @@ def train(config: RunConfig, run: Path, stop: StopSignal, experiment: str = "") 
     dataset = inputs.dataset
     check_dataset(config, dataset)
     model = load_model(
-        config.model, adapter_config(config), dtype=config.dtype, base_dtype=config.base_dtype,
-        remat=config.remat, seed=config.seed, shardings=sharding.placement(mesh),
+        config.model,
+        adapter_config(config),
+        dtype=config.dtype,
+        base_dtype=config.base_dtype,
+        remat=config.remat,
+        seed=config.seed,
+        shardings=sharding.placement(mesh),
         vectors_IE=inputs.vectors_IE,
-    )  # fmt: skip
+    )
     check_length(config, model.config, new_tokens(dataset.titles.values(), model.tokenizer))
     lora = first_adapter(config, model)
     encoder = inputs.encoder(model.tokenizer, model.config.V)
@@ -125,13 +130,22 @@ def explain(config: RunConfig, experiment: str = "") -> None:
         if config.batch_size % (microbatch * shards) or microbatch * shards > len(longest):
             continue
         found = step_memory.step_memory(
-            decoder, adapter_config(config), longest[: microbatch * shards], dtype=config.dtype,
-            base_dtype=config.base_dtype, remat=config.remat, layout=config.batch_layout, mesh=mesh,
-        )  # fmt: skip
+            decoder,
+            adapter_config(config),
+            longest[: microbatch * shards],
+            dtype=config.dtype,
+            base_dtype=config.base_dtype,
+            remat=config.remat,
+            layout=config.batch_layout,
+            mesh=mesh,
+        )
         fits = found.total < limit
-        print(f"--config.microbatch={microbatch:<3} base {found.base / 2**30:6.2f}  "
-              f"temporary {found.temporary / 2**30:6.2f}  in all {found.total / 2**30:6.2f}  "
-              f"{'fits' if fits else 'does not fit'}", flush=True)  # fmt: skip
+        print(
+            f"--config.microbatch={microbatch:<3} base {found.base / 2**30:6.2f}  "
+            f"temporary {found.temporary / 2**30:6.2f}  in all {found.total / 2**30:6.2f}  "
+            f"{'fits' if fits else 'does not fit'}",
+            flush=True,
+        )
         if not fits:
             break
 
@@ -251,8 +265,10 @@ def announce(config: RunConfig, run: Path, model, encoder: Encoder) -> None:
     rows = units(encoder, "train", config.segment)[0]
     titles = [encoder.dataset.titles[encoder.window("train", row).target] for row in rows]
     end = "\n" if config.prompt == "history" else "<eos>"
-    print(f"\n--- train example 0, {len(rows)} target(s) ---\n{encoder.prompt_text('train', 0)}"
-          f"{''.join(title + end for title in titles)}\n---\n")  # fmt: skip
+    print(
+        f"\n--- train example 0, {len(rows)} target(s) ---\n{encoder.prompt_text('train', 0)}"
+        f"{''.join(title + end for title in titles)}\n---\n"
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -289,8 +305,12 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).absolute().parents[1]))
     config_flags.DEFINE_config_file("config", None, "config file, with :argument", lock_config=True)
     flags.DEFINE_string("workdir", None, "folder of the run (default: runs/<config's name>/run)")
-    flags.DEFINE_string("coordinator", "", "host:port of process 0 in a run of several; auto: JAX "
-                        "asks the cluster; steps of Slurm and Open MPI need no flag")  # fmt: skip
+    flags.DEFINE_string(
+        "coordinator",
+        "",
+        "host:port of process 0 in a run of several; auto: JAX "
+        "asks the cluster; steps of Slurm and Open MPI need no flag",
+    )
     flags.DEFINE_integer("processes", None, "how many processes the run has", lower_bound=1)
     flags.DEFINE_integer("process", None, "the number of this one, from 0", lower_bound=0)
     flags.DEFINE_bool("explain", False, "only say what a step needs of a device's memory")

@@ -35,9 +35,14 @@ from sdpo_jax.models.lora import LoraConfig
 
 os.environ["XLA_FLAGS"] = XLA_FLAGS  # read when the first array is made
 SLOW = (
-    "test_survival", "test_processes", "test_history_run", "test_benchmarks", "test_train",
-    "test_step", "test_families",
-)  # fmt: skip
+    "test_survival",
+    "test_processes",
+    "test_history_run",
+    "test_benchmarks",
+    "test_train",
+    "test_step",
+    "test_families",
+)
 TINY = DecoderConfig(V=97, L=3, D=16, N=4, G=2, H=4, F=24, tied=True)
 
 
@@ -94,10 +99,12 @@ def random_examples(rng, B: int, C: int, P: int = 11, A: int = 5, V: int = 97) -
         return np.array([*rng.integers(3, V, n), 2], np.int32)
 
     return [
-        Example.single(rng.integers(3, V, rng.integers(4, P + 1)).astype(np.int32),
-                       [answer() for _ in range(C)])
+        Example.single(
+            rng.integers(3, V, rng.integers(4, P + 1)).astype(np.int32),
+            [answer() for _ in range(C)],
+        )
         for _ in range(B)
-    ]  # fmt: skip
+    ]
 
 
 def random_segments(rng, B: int, C: int, M: int = 5, A: int = 5, V: int = 97) -> list[Example]:

@@ -19,14 +19,52 @@ DEEP = {
     '"@digits"': "9" * 5000,
 }
 NAMES = (
-    "a\nb", "quo'te\"s", "<script>alert(1)</script>", "$(touch pwned)", "..", "../../x", "-rf",
-    "\x1b[31mred", "x" * 300, "\udcff", "  ", "名",
-)  # fmt: skip
+    "a\nb",
+    "quo'te\"s",
+    "<script>alert(1)</script>",
+    "$(touch pwned)",
+    "..",
+    "../../x",
+    "-rf",
+    "\x1b[31mred",
+    "x" * 300,
+    "\udcff",
+    "  ",
+    "名",
+)
 ODD = (
-    None, True, False, -1, 0, 1, 2.5, 2**31, 2**63, -(2**70), 10**400, float("nan"), float("inf"),
-    -float("inf"), 1e308, "", " ", "1", "nan", "\0", "\ud800", [], {}, [[]], [None], {"": None},
-    [1, "a"], "@deep", "@deeper", "@digits", *NAMES[:-3],
-)  # fmt: skip
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2.5,
+    2**31,
+    2**63,
+    -(2**70),
+    10**400,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    1e308,
+    "",
+    " ",
+    "1",
+    "nan",
+    "\0",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    [1, "a"],
+    "@deep",
+    "@deeper",
+    "@digits",
+    *NAMES[:-3],
+)
 VALUES = st.one_of(
     st.sampled_from(ODD),
     st.integers(),
@@ -35,8 +73,22 @@ VALUES = st.one_of(
     st.lists(st.integers(-2, 9), max_size=4),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=3),
 )
-BYTES = (b"\xff", b"\xc3", b"\xed\xa0\x80", b"\0", b"\r", b"\n", b'"', b"[", b"}", b"\x1b[31m",
-         b"\xe2\x80\xa8", b"1e999", b"NaN", b"-")  # fmt: skip
+BYTES = (
+    b"\xff",
+    b"\xc3",
+    b"\xed\xa0\x80",
+    b"\0",
+    b"\r",
+    b"\n",
+    b'"',
+    b"[",
+    b"}",
+    b"\x1b[31m",
+    b"\xe2\x80\xa8",
+    b"1e999",
+    b"NaN",
+    b"-",
+)
 INSTEAD = ("nothing", "a folder", "a link to itself", "a link to nothing", "an empty file")
 
 

@@ -34,8 +34,14 @@ SEED, C = 1000, 4
 # `dynamic` stretches with the longest text fed, and the official rows feed EOS as well.
 SAME_ALONE = [name for name in MODELS if name != "dynamic"]
 COLUMNS = (
-    "logits", "padded", "adapter out", "loss out", "loss out, histories", "loss in", "merged"
-)  # fmt: skip
+    "logits",
+    "padded",
+    "adapter out",
+    "loss out",
+    "loss out, histories",
+    "loss in",
+    "merged",
+)
 found: dict[str, dict[str, float]] = {name: {} for name in MODELS}
 
 
@@ -111,8 +117,10 @@ def test_our_adapter_loads_in_peft_and_in_transformers(pairs, name, tmp_path):
     tokens = np.random.default_rng(0).integers(0, 64, (2, 9))
     ours = all_logits(decoder_of(model, lora), tokens, np.ones(tokens.shape, bool))
     base = AutoModelForCausalLM.from_pretrained(folder / "hf")
-    loaded = [peft.PeftModel.from_pretrained(base, tmp_path).eval(),
-              AutoModelForCausalLM.from_pretrained(tmp_path).eval()]  # fmt: skip
+    loaded = [
+        peft.PeftModel.from_pretrained(base, tmp_path).eval(),
+        AutoModelForCausalLM.from_pretrained(tmp_path).eval(),
+    ]
     for theirs in loaded:
         with torch.no_grad():
             told(name, "adapter out", ours, theirs(torch.from_numpy(tokens)).logits)

@@ -68,8 +68,12 @@ class GRUTwin(nn.Module):
         self.items = tensor(ours.items.vectors())
         self.gru, self.head = nn.GRU(D, D, batch_first=True), nn.Linear(D, ITEMS)
         cell = ours.gru.cell
-        put(self.gru, weight_ih_l0=cell.dense_i.kernel[...].T, bias_ih_l0=cell.dense_i.bias[...],
-            weight_hh_l0=cell.dense_h.kernel[...].T)  # fmt: skip
+        put(
+            self.gru,
+            weight_ih_l0=cell.dense_i.kernel[...].T,
+            bias_ih_l0=cell.dense_i.bias[...],
+            weight_hh_l0=cell.dense_h.kernel[...].T,
+        )
         put_linear(self.head, ours.head)
 
     def forward(self, history: list[int]) -> torch.Tensor:
@@ -92,8 +96,11 @@ class CaserTwin(nn.Module):
                 weight=np.moveaxis(np.array(filters.kernel[...]), -1, 0)[:, None],
                 bias=filters.bias[...],
             )
-        put(self.vertical, weight=ours.vertical.kernel[...].T[:, None, :, None],
-            bias=ours.vertical.bias[...])  # fmt: skip
+        put(
+            self.vertical,
+            weight=ours.vertical.kernel[...].T[:, None, :, None],
+            bias=ours.vertical.bias[...],
+        )
         # The paper lays one vertical filter's columns side by side, ours one column's filters.
         kernel = np.array(ours.hidden.kernel[...])
         columns = kernel[H * T :].reshape(D, V, D).swapaxes(0, 1).reshape(V * D, D)
@@ -131,11 +138,16 @@ class BlockTwin(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(D, eps=1e-8) for _ in range(2))
         self.inner, self.outer = nn.Linear(D, D), nn.Linear(D, D)
         parts = (theirs.query, theirs.key, theirs.value)
-        put(self.attention,
+        put(
+            self.attention,
             in_proj_weight=np.concatenate([p.kernel[...].reshape(D, D).T for p in parts]),
-            in_proj_bias=np.concatenate([p.bias[...].reshape(D) for p in parts]))  # fmt: skip
-        put(self.attention.out_proj, weight=theirs.out.kernel[...].reshape(D, D).T,
-            bias=theirs.out.bias[...])  # fmt: skip
+            in_proj_bias=np.concatenate([p.bias[...].reshape(D) for p in parts]),
+        )
+        put(
+            self.attention.out_proj,
+            weight=theirs.out.kernel[...].reshape(D, D).T,
+            bias=theirs.out.bias[...],
+        )
         for norm, our_norm in zip(self.norms, ours.norms, strict=True):
             put_norm(norm, our_norm)
         put_linear(self.inner, ours.inner)

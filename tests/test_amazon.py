@@ -19,8 +19,14 @@ USERS, ITEMS = 12, 30
 
 
 def review(user, item, seconds):
-    return {"reviewerID": f"A{user}", "asin": f"B{item:03}", "overall": 1.0, "verified": True,
-            "unixReviewTime": seconds, "reviewText": "é"}  # fmt: skip
+    return {
+        "reviewerID": f"A{user}",
+        "asin": f"B{item:03}",
+        "overall": 1.0,
+        "verified": True,
+        "unixReviewTime": seconds,
+        "reviewText": "é",
+    }
 
 
 def reviews():
@@ -32,9 +38,16 @@ def reviews():
 
 def products():
     titles = {29: '<span id="productTitle">', 3: "Nut &amp; Bolt,\n 3&quot;"}
-    rows = [{"asin": f"B{item:03}", "title": titles.get(item, f"Part {item}"), "brand": "",
-             "category": ["Industrial &amp; Scientific", ""], "price": ".a-box{color:red}"}
-            for item in range(ITEMS)]  # fmt: skip
+    rows = [
+        {
+            "asin": f"B{item:03}",
+            "title": titles.get(item, f"Part {item}"),
+            "brand": "",
+            "category": ["Industrial &amp; Scientific", ""],
+            "price": ".a-box{color:red}",
+        }
+        for item in range(ITEMS)
+    ]
     rows[3] |= {"brand": "Kn&ouml;pfe", "price": "$1,012.50", "main_cat": "x"}
     return [{"asin": "B999", "title": "Never bought"}, *rows, rows[3] | {"title": "Later"}]
 
@@ -53,32 +66,57 @@ def write_2018(folder):
 
 def write_2023(folder):
     folder.mkdir()
-    rows = [{"user_id": r["reviewerID"], "parent_asin": r["asin"], "asin": "x", "rating": 1.0,
-             "timestamp": 1000 * r["unixReviewTime"] + 7} for r in reviews()]  # fmt: skip
+    rows = [
+        {
+            "user_id": r["reviewerID"],
+            "parent_asin": r["asin"],
+            "asin": "x",
+            "rating": 1.0,
+            "timestamp": 1000 * r["unixReviewTime"] + 7,
+        }
+        for r in reviews()
+    ]
     write(folder / "Parts.jsonl.gz", rows)
-    rows = [{"parent_asin": r["asin"], "title": r["title"], "store": r.get("brand"),
-             "categories": r.get("category", []), "price": 1012.5 if r["asin"] == "B003" else None}
-            for r in products()]  # fmt: skip
+    rows = [
+        {
+            "parent_asin": r["asin"],
+            "title": r["title"],
+            "store": r.get("brand"),
+            "categories": r.get("category", []),
+            "price": 1012.5 if r["asin"] == "B003" else None,
+        }
+        for r in products()
+    ]
     write(folder / "meta_Parts.jsonl.gz", rows)
     return folder
 
 
 @pytest.mark.parametrize("write_form", [write_2018, write_2023])
 def test_reviews_become_windows_by_the_time_of_their_target(tmp_path, write_form):
-    meta = prepare("amazon", str(write_form(tmp_path / "raw")), str(tmp_path / "out"),
-                   options=Options(num_candidates=5))  # fmt: skip
+    meta = prepare(
+        "amazon",
+        str(write_form(tmp_path / "raw")),
+        str(tmp_path / "out"),
+        options=Options(num_candidates=5),
+    )
     # 7 reviews and so 6 windows a user, the first of one item.
     assert meta["counts"] == {
-        "users": USERS, "items": 12, "interactions": 84, "interactions_in_source": 96,
-        "items_without_title": 1, "interactions_without_title": 12,
+        "users": USERS,
+        "items": 12,
+        "interactions": 84,
+        "interactions_in_source": 96,
+        "items_without_title": 1,
+        "interactions_without_title": 12,
         "windows": {"train": 57, "val": 7, "test": 8},
-    }  # fmt: skip
+    }
     data = read_dataset(tmp_path / "out")
     assert data.domain == "product" and 'Nut & Bolt, 3"' in data.titles.values()
     first = data.splits["train"][0]
     assert (first.user, first.place, len(first.history)) == ("A0", 1, 1)
-    places = {name: [(3 * w.place + int(w.user[1:]), w) for w in rows]
-              for name, rows in data.splits.items()}  # fmt: skip
+    places = {
+        name: [(3 * w.place + int(w.user[1:]), w) for w in rows]
+        for name, rows in data.splits.items()
+    }
     for name, later in (("train", "val"), ("val", "test")):
         assert max(day for day, _ in places[name]) <= min(day for day, _ in places[later])
     assert {w.user for w in data.splits["train"]} & {w.user for w in data.splits["test"]}
@@ -89,8 +127,12 @@ def test_reviews_become_windows_by_the_time_of_their_target(tmp_path, write_form
 
 
 def test_a_repeated_item_stays_in_the_sequence_and_is_a_target_again(tmp_path):
-    prepare("amazon", str(write_2018(tmp_path / "raw")), str(tmp_path / "out"),
-            options=Options(num_candidates=5))  # fmt: skip
+    prepare(
+        "amazon",
+        str(write_2018(tmp_path / "raw")),
+        str(tmp_path / "out"),
+        options=Options(num_candidates=5),
+    )
     data = read_dataset(tmp_path / "out")
     items = data.sequences["A5"].items
     assert items[0] == items[-1] and len(items) == 7
@@ -102,8 +144,12 @@ def test_attributes_are_kept_where_they_are_there(tmp_path, write_form):
     found = read_amazon(write_form(tmp_path / "raw"))
     by_asin = {more["asin"]: more for more in found.attributes.values()}
     assert by_asin["B004"] == {"asin": "B004", "category": ["Industrial & Scientific"]}
-    assert by_asin["B003"] == {"asin": "B003", "category": ["Industrial & Scientific"],
-                               "brand": "Knöpfe", "price": 1012.5}  # fmt: skip
+    assert by_asin["B003"] == {
+        "asin": "B003",
+        "category": ["Industrial & Scientific"],
+        "brand": "Knöpfe",
+        "price": 1012.5,
+    }
     assert "B029" not in by_asin and "B999" not in by_asin
     assert [*found.titles] == [*range(len(by_asin))] and found.time_N.min() // 1 == 1_500_000_000
 
@@ -174,12 +220,16 @@ def write_windows(folder, **change):
     content = {
         "items": [{"id": item, "title": f"Part  {item}"} for item in range(30)],
         "train_sequences": [{"user": "a", "items": [*range(10)]}, {"user": 5, "items": [0, 0]}],
-        "valid": [{"user": "a", "history": [*range(10)], "target": 0},
-                  {"user": "new", "history": [7], "target": 8}],
-        "test": [{"user": 5, "history": [0, 0], "target": 3},
-                 {"user": "a", "history": [*range(1, 10), 0], "target": 12},
-                 {"user": "b", "history": [1, 2], "target": 3}],
-    }  # fmt: skip
+        "valid": [
+            {"user": "a", "history": [*range(10)], "target": 0},
+            {"user": "new", "history": [7], "target": 8},
+        ],
+        "test": [
+            {"user": 5, "history": [0, 0], "target": 3},
+            {"user": "a", "history": [*range(1, 10), 0], "target": 12},
+            {"user": "b", "history": [1, 2], "target": 3},
+        ],
+    }
     for name, rows in (content | change).items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -195,9 +245,11 @@ def test_published_windows_are_kept_and_chained_to_sequences(tmp_path):
     assert meta["counts"]["windows"] == {"train": 10, "val": 2, "test": 3}
     data = read_dataset(tmp_path / "out")
     assert data.sequences == {
-        "a": UserSequence("a", (*range(10), 0, 12)), 5: UserSequence(5, (0, 0, 3)),
-        "new": UserSequence("new", (7, 8)), "b": UserSequence("b", (1, 2, 3)),
-    }  # fmt: skip
+        "a": UserSequence("a", (*range(10), 0, 12)),
+        5: UserSequence(5, (0, 0, 3)),
+        "new": UserSequence("new", (7, 8)),
+        "b": UserSequence("b", (1, 2, 3)),
+    }
     for split, name in (("val", "valid"), ("test", "test")):
         rows = lines_of(folder / f"{name}.jsonl")
         found = [(w.user, [*w.history], w.target) for w in data.splits[split]]
@@ -239,13 +291,14 @@ def test_a_missing_published_file_is_named(tmp_path, name):
     return refused(folder, f"{folder / name}: found No such file or directory")
 
 
-@pytest.mark.parametrize("options", [
-    Options(split="time"), Options(history=5), Options(min_interactions=2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [Options(split="time"), Options(history=5), Options(min_interactions=2)]
+)
 def test_published_windows_take_no_option_that_would_change_them(tmp_path, options):
     with pytest.raises(InputError, match=r"^--\w+: found .*, expected none for this amazon, whose"):
-        prepare("amazon", str(write_windows(tmp_path / "raw")), str(tmp_path / "out"),
-                options=options)  # fmt: skip
+        prepare(
+            "amazon", str(write_windows(tmp_path / "raw")), str(tmp_path / "out"), options=options
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -26,7 +26,7 @@ from damage import (
     told_of_odd_values,
     told_or_done,
     tree,
-)  # fmt: skip
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
@@ -106,8 +106,9 @@ def test_a_damaged_movielens_folder_is_one_line(movielens_folder, case, data):
         read_dataset(output)
 
 
-@pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2,
-                                  zipfile.ZIP_LZMA])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+)
 def test_a_damaged_zip_is_one_line(movielens_folder, tmp_path, kind):
     path = tmp_path / "ml.zip"
     with zipfile.ZipFile(path, "w", kind) as archive:
@@ -232,11 +233,28 @@ def parsed(*arguments: str):
     return values.config
 
 
-TEXTS = st.sampled_from([
-    *(str(value) for value in ODD if value != "\0"), "1_000", "0x10",
-    "(", "()", "('sft',)", "('sft', 'sft')", "([],)", "({},)", "(1,)", "None", "-" * 3000 + "1",
-    "(" * 300, "(" * 90 + ")" * 90, "9" * 5000, "sft,sdpo", "__import__('os').system('x')", "1e999",
-]) | st.text(max_size=8).filter(lambda text: "\0" not in text)  # fmt: skip
+TEXTS = st.sampled_from(
+    [
+        *(str(value) for value in ODD if value != "\0"),
+        "1_000",
+        "0x10",
+        "(",
+        "()",
+        "('sft',)",
+        "('sft', 'sft')",
+        "([],)",
+        "({},)",
+        "(1,)",
+        "None",
+        "-" * 3000 + "1",
+        "(" * 300,
+        "(" * 90 + ")" * 90,
+        "9" * 5000,
+        "sft,sdpo",
+        "__import__('os').system('x')",
+        "1e999",
+    ]
+) | st.text(max_size=8).filter(lambda text: "\0" not in text)
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")
@@ -306,10 +324,19 @@ def test_any_name_of_an_output_holds_the_data_or_is_one_line(movielens_folder, n
 def test_a_name_of_a_path_reaches_the_terminal_as_one_printable_line(tmp_path):
     name = "a\n\x1b[31mb\udcff"
     done = subprocess.run(
-        [sys.executable, "-m", "sdpo_jax.prepare", "--dataset=movielens",
-         f"--source={tmp_path / name}", f"--output={tmp_path / 'out'}"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "sdpo_jax.prepare",
+            "--dataset=movielens",
+            f"--source={tmp_path / name}",
+            f"--output={tmp_path / 'out'}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path}/a \\x1b[31mb\\udcff: found No such file")
     assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []

@@ -184,9 +184,17 @@ def test_sizes_that_no_memory_holds_are_one_line(sources, case, unwritten):
     folder = fresh(sources["llama3"], case)
     config = json.loads((folder / "config.json").read_text())
     for changes in (
-        {"num_hidden_layers": 10**9}, {"hidden_size": 2**40}, {"vocab_size": 2**20},
-        {"num_hidden_layers": 1024, "intermediate_size": 2**20, "hidden_size": 2**20,
-         "num_attention_heads": 2**10, "num_key_value_heads": 1, "head_dim": 2**10},
-    ):  # fmt: skip
+        {"num_hidden_layers": 10**9},
+        {"hidden_size": 2**40},
+        {"vocab_size": 2**20},
+        {
+            "num_hidden_layers": 1024,
+            "intermediate_size": 2**20,
+            "hidden_size": 2**20,
+            "num_attention_heads": 2**10,
+            "num_key_value_heads": 1,
+            "head_dim": 2**10,
+        },
+    ):
         (folder / "config.json").write_text(json.dumps(config | changes))
         told_or_done(lambda: convert(str(folder), str(case.parent / "out")), case.parent)

@@ -30,10 +30,25 @@ def run(tmp_path_factory) -> Path:
     for stage, step in (("sft", 2), ("sdpo", 3)):
         tiny_run.finish(run, stage, step)
         for decoder, rank in (("greedy", "candidates"), *(("score", r) for r in results.RANKS)):
-            records = [{"row": row, "hit": row % 3 == 0, "valid": True, "rank": 1 + row % 4,
-                        "top": [row, 7]} for row in range(6)]  # fmt: skip
-            about = {"stage": stage, "step": step, "decoder": decoder, "split": "test",
-                     "seconds": 5.0, "protocol": "drawn", "candidates": 4}  # fmt: skip
+            records = [
+                {
+                    "row": row,
+                    "hit": row % 3 == 0,
+                    "valid": True,
+                    "rank": 1 + row % 4,
+                    "top": [row, 7],
+                }
+                for row in range(6)
+            ]
+            about = {
+                "stage": stage,
+                "step": step,
+                "decoder": decoder,
+                "split": "test",
+                "seconds": 5.0,
+                "protocol": "drawn",
+                "candidates": 4,
+            }
             summary = results.summarise(decoder, records, rank, (10, {})) | about
             results.write_result(run / "eval", summary, records)
     return run
@@ -60,12 +75,15 @@ def test_a_damaged_file_of_a_run_is_one_line(run, case, data):
     told_or_done(check, case.parent, str(folder), str(run.parent), *named)
 
 
-@pytest.mark.parametrize(("file", "read"), [
-    ("config.json", read_run),
-    ("stages/sft.json", lambda folder: stage_result(folder, "sft")),
-    ("eval/sft-2-score.json", report),
-    ("eval/sft-2-score-catalogue.json", report),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("file", "read"),
+    [
+        ("config.json", read_run),
+        ("stages/sft.json", lambda folder: stage_result(folder, "sft")),
+        ("eval/sft-2-score.json", report),
+        ("eval/sft-2-score-catalogue.json", report),
+    ],
+)
 def test_every_odd_value_of_a_small_file_of_a_run_is_one_line(run, case, file, read):
     folder = fresh(run, case)
     told_of_odd_values(folder / file, lambda: read(folder))
@@ -118,7 +136,10 @@ def test_a_command_on_a_damaged_run_ends_with_one_line_and_status_2(run, case, m
     before = tree(folder)
     done = subprocess.run(
         [sys.executable, "-m", f"sdpo_jax.{module}", f"--workdir={folder}"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"error: {folder}/config.json: ") and tree(folder) == before

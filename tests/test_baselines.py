@@ -4,7 +4,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import tiny_run
 from flax import nnx
 from tiny import dataset_of, window
+from trainers import ROOT
 
 from sdpo_jax import leakcheck
 from sdpo_jax.baselines import trainer, trivial
@@ -23,7 +23,6 @@ from sdpo_jax.data.prepared import Dataset, Window, write_dataset
 from sdpo_jax.runs.workdir import open_run
 from sdpo_jax.system.errors import InputError
 
-ROOT = Path(__file__).parents[1]
 ITEMS, PLACES = 40, 10
 TITLES = {100 + i: f"title {i}" for i in range(ITEMS)}
 QUICK = trainer.Settings(batch_size=64, l2=(1e-6,), epochs=5, learning_rate=1e-2)
@@ -59,8 +58,9 @@ def folder(tmp_path_factory):
 def test_a_network_learns_what_comes_next_and_keeps_what_it_learned(name, folder, tmp_path):
     first = run(name, folder, tmp_path, settings=QUICK)
     assert [(s["decoder"], s["rank"]) for s in first] == [
-        ("score", "candidates"), ("score", "catalogue"),
-    ]  # fmt: skip
+        ("score", "candidates"),
+        ("score", "catalogue"),
+    ]
     assert first[0]["hit_ratio_at_1"] > 0.5 and first[1]["hit_ratio_at_5"] > 0.5
     again = run(name, folder, tmp_path, limit=20, candidates_only=True, settings=QUICK)
     assert again[0]["n"] == 20 and again[0]["validation_by_l2"] == first[0]["validation_by_l2"]
@@ -131,8 +131,10 @@ def test_the_floor_is_where_it_must_be(folder, tmp_path):
     assert run("random", folder, tmp_path)[0]["hit_ratio_at_1"] == summary["hit_ratio_at_1"]
     run("popularity", folder, tmp_path, candidates_only=True)
     assert {p.name for p in (tmp_path / "eval").glob("*.json")} == {
-        "random-candidates.json", "random-catalogue.json", "popularity-candidates.json",
-    }  # fmt: skip
+        "random-candidates.json",
+        "random-catalogue.json",
+        "popularity-candidates.json",
+    }
 
 
 def test_a_training_that_diverges_is_told_and_nothing_is_kept(folder, tmp_path):
@@ -143,9 +145,14 @@ def test_a_training_that_diverges_is_told_and_nothing_is_kept(folder, tmp_path):
 
 def test_an_option_may_be_written_with_hyphens(folder, tmp_path):
     command = [
-        "-m", "sdpo_jax.baselines", "--model=popularity", f"--dataset={folder}",
-        f"--workdir={tmp_path}", "--limit=5", "--candidates-only",
-    ]  # fmt: skip
+        "-m",
+        "sdpo_jax.baselines",
+        "--model=popularity",
+        f"--dataset={folder}",
+        f"--workdir={tmp_path}",
+        "--limit=5",
+        "--candidates-only",
+    ]
     subprocess.run([sys.executable, *command], cwd=ROOT, timeout=120, check=True)
     written = [path.name for path in (tmp_path / "eval").glob("*.json")]
     assert written == ["popularity-candidates.json"]
@@ -155,9 +162,12 @@ def test_output_that_nobody_reads_ends_without_a_traceback(folder, tmp_path):
     """As `| head -1` does it, which is gone after the first line."""
     command = ["-m", "sdpo_jax.baselines", "--model=popularity", f"--dataset={folder}"]
     with subprocess.Popen(
-        [sys.executable, *command, f"--workdir={tmp_path}"], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
+        [sys.executable, *command, f"--workdir={tmp_path}"],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait(120)) == ("", 1)
 
@@ -167,12 +177,25 @@ def test_what_is_written_has_the_keys_of_an_evaluation(folder, tmp_path):
     summary = json.loads((tmp_path / "eval" / "popularity-candidates.json").read_text())
     assert summary["candidates"] == 20 and summary["n"] == 80 and summary["valid_ratio"] == 1
     assert {
-        "hit_ratio_at_1", "hit_ratio_at_1_ci95", "hit_ratio_at_5", "hit_ratio_at_10", "ndcg_at_5",
-        "ndcg_at_10", "mrr", "protocol", "split", "seed", "dataset_fingerprint", "seconds",
-    } <= summary.keys()  # fmt: skip
+        "hit_ratio_at_1",
+        "hit_ratio_at_1_ci95",
+        "hit_ratio_at_5",
+        "hit_ratio_at_10",
+        "ndcg_at_5",
+        "ndcg_at_10",
+        "mrr",
+        "protocol",
+        "split",
+        "seed",
+        "dataset_fingerprint",
+        "seconds",
+    } <= summary.keys()
     catalogue = json.loads((tmp_path / "eval" / "popularity-catalogue.json").read_text())
-    shares = (*(f"hit_ratio_at_{k}" for k in (1, 5, 10, 20)), "mrr",
-              *(f"ndcg_at_{k}" for k in (5, 10, 20)))  # fmt: skip
+    shares = (
+        *(f"hit_ratio_at_{k}" for k in (1, 5, 10, 20)),
+        "mrr",
+        *(f"ndcg_at_{k}" for k in (5, 10, 20)),
+    )
     for name in shares:
         low, high = catalogue[f"{name}_ci95"]
         assert 0 <= low <= catalogue[name] <= high <= 1
@@ -261,11 +284,14 @@ def test_a_look_up_finds_the_target_where_candidates_depend_on_it(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("others", "said"), [
-    # The target always comes first; negatives are items that are never a target.
-    (range(100, 140), "the target stands at one place of the list in 1.000 of the windows"),
-    (range(140, 180), "popularity is right in 1.000 of the windows, so negatives"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        # The target always comes first; negatives are items that are never a target.
+        (range(100, 140), "the target stands at one place of the list in 1.000 of the windows"),
+        (range(140, 180), "popularity is right in 1.000 of the windows, so negatives"),
+    ],
+)
 def test_lists_that_tell_the_target_otherwise_are_told(others, said, tmp_path):
     rng, titles = np.random.default_rng(1), {100 + i: f"title {i}" for i in range(80)}
 
@@ -300,6 +326,12 @@ def test_on_independent_candidates_the_look_up_does_no_better_than_popularity(tm
         assert leakcheck.warnings_of(at) == []
 
 
+def successor_hits(windows: list[Window]) -> float:
+    """How often the next candidate after the history's last, in the order of ids, is the target."""
+    chosen = [min((c for c in w.candidates if c > w.history[-1]), default=None) for w in windows]
+    return np.mean([c == w.target for c, w in zip(chosen, windows, strict=True)])
+
+
 def test_sequences_of_one_order_are_told_however_candidates_are_drawn(tmp_path):
     """As LastFM's, which were sorted by artist."""
     rng = np.random.default_rng(2)
@@ -313,9 +345,7 @@ def test_sequences_of_one_order_are_told_however_candidates_are_drawn(tmp_path):
     }
     write_dataset(tmp_path / "data", dataset_of(splits, titles, "music"))
     at = leakcheck.leakcheck(str(tmp_path / "data"))["test"]
-    chosen = [min((c for c in w.candidates if c > w.history[-1]), default=None) == w.target
-              for w in splits["test"]]  # fmt: skip
-    assert at["order_hit_ratio_at_1"] == pytest.approx(np.mean(chosen), abs=0.05)
+    assert at["order_hit_ratio_at_1"] == pytest.approx(successor_hits(splits["test"]), abs=0.05)
     assert "training sequences follow one order of the items" in leakcheck.warnings_of(at)[0]
 
 
@@ -332,9 +362,7 @@ def test_an_order_that_holds_only_within_pages_is_told(tmp_path):
     drawn = {name: candidates.independent(rows, titles, 0, name) for name, rows in splits.items()}
     write_dataset(tmp_path / "data", dataset_of(drawn, titles))
     at = leakcheck.leakcheck(str(tmp_path / "data"))["test"]
-    known = [min((c for c in w.candidates if c > w.history[-1]), default=None) == w.target
-             for w in drawn["test"]]  # fmt: skip
-    assert at["order_hit_ratio_at_1"] == pytest.approx(np.mean(known), abs=0.05)
+    assert at["order_hit_ratio_at_1"] == pytest.approx(successor_hits(drawn["test"]), abs=0.05)
     assert "training sequences follow one order of the items" in leakcheck.warnings_of(at)[0]
 
 

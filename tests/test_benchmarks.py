@@ -20,7 +20,7 @@ from benchmarks import (
     start,
     step,
     tables,
-)  # fmt: skip
+)
 from benchmarks.flops import matrix_flops
 from benchmarks.workload import equal_examples
 from sdpo_jax.data.loader import choose_shapes, collate
@@ -84,8 +84,13 @@ def test_fewer_bits_are_compared_with_float32(model_folder, dataset_folder):
 
 
 def test_the_memory_of_loading_is_told_in_files(model_folder, monkeypatch):
-    small = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128,
-             "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "vocab_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
     monkeypatch.setattr(load, "SIZES", load.SIZES | small)
     found = load.benchmark(model_folder, 0.5, files=2)
     assert found["arrays_bytes"] > found["largest_file_bytes"] > 0

@@ -69,21 +69,32 @@ NOTHING = {
     "no object": (200, {"choices": ["Title"]}, "no answer"),
     "no message": (200, {"choices": [{"finish_reason": "length"}]}, "length"),
     "a null message": (
-        200, {"choices": [{"message": None, "finish_reason": "content_filter"}]}, "content_filter"),
+        200,
+        {"choices": [{"message": None, "finish_reason": "content_filter"}]},
+        "content_filter",
+    ),
     "a number": (200, {"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}, "stop"),
     "no text in parts": (
-        200, {"choices": [{"message": {"content": [{"type": "image"}]}, "finish_reason": "stop"}]},
-        "stop"),
+        200,
+        {"choices": [{"message": {"content": [{"type": "image"}]}, "finish_reason": "stop"}]},
+        "stop",
+    ),
     "Azure's filter": (
-        400, {"error": {"code": "content_filter", "message": "The response was filtered"}},
-        "filtered"),
+        400,
+        {"error": {"code": "content_filter", "message": "The response was filtered"}},
+        "filtered",
+    ),
     "a moderator": (
-        403, {"error": {"code": 403, "message": "Your input was flagged", "metadata": {}}},
-        "filtered"),
+        403,
+        {"error": {"code": 403, "message": "Your input was flagged", "metadata": {}}},
+        "filtered",
+    ),
     "a filter inside a 200": (
-        200, {"error": {"code": 400, "message": "blocked by the content management policy"}},
-        "filtered"),
-}  # fmt: skip
+        200,
+        {"error": {"code": 400, "message": "blocked by the content management policy"}},
+        "filtered",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", NOTHING)
@@ -142,14 +153,19 @@ def test_a_fault_that_passes_is_tried_again_inside_a_200_too(server, ask, body):
         ("<think>A, no: B, no: A", ""),  # the tokens were used up
         ("a <b> c", "a <b> c"),
         ([{"type": "text", "text": "B"}], "B"),
-        ([{"type": "thinking", "thinking": [{"type": "text", "text": "A"}]},
-          {"type": "text", "text": "B"}], "B"),
+        (
+            [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "A"}]},
+                {"type": "text", "text": "B"},
+            ],
+            "B",
+        ),
         (["B ", {"type": "output_text", "text": "or C"}], "B or C"),
         ([{"type": "reasoning", "text": "A or B"}, {"type": "text", "text": "B"}], "B"),
         ("<|START_THINKING|>A<|END_THINKING|>B", "B"),
         ("<Think>A</Think>B", "B"),
     ],
-)  # fmt: skip
+)
 def test_only_what_follows_the_thoughts_is_judged(server, ask, tmp_path, content, said):
     message = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
     server.reply = lambda text: (200, {}, json.dumps(message))

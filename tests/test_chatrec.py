@@ -205,9 +205,17 @@ def test_beside_a_run_it_is_in_the_report_and_on_the_same_data(server, ask, tmp_
 
 def command(server, dataset_folder, workdir, *more) -> list[str]:
     return [
-        sys.executable, "-W", "error", "-m", "sdpo_jax.chatrec", f"--dataset={dataset_folder}",
-        f"--workdir={workdir}", f"--endpoint={server.url}", "--model=m", *more,
-    ]  # fmt: skip
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "sdpo_jax.chatrec",
+        f"--dataset={dataset_folder}",
+        f"--workdir={workdir}",
+        f"--endpoint={server.url}",
+        "--model=m",
+        *more,
+    ]
 
 
 def test_ctrl_c_keeps_what_is_under_way_and_the_command_goes_on(
@@ -223,8 +231,9 @@ def test_ctrl_c_keeps_what_is_under_way_and_the_command_goes_on(
 
     server.reply = reply
     code = command(server, dataset_folder, tmp_path / "run", "--parallel=2")
-    with subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          cwd=ROOT) as process:  # fmt: skip
+    with subprocess.Popen(
+        code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
         assert many.wait(60)
         os.kill(process.pid, signal.SIGINT)
         assert "answers under way" in process.stdout.readline() + process.stdout.readline()

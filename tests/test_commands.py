@@ -40,8 +40,11 @@ def test_a_command_gets_its_options_and_its_exit_status(options):
     done = sdpo("leakcheck", *options)
     alone = subprocess.run(
         [sys.executable, "-m", "sdpo_jax.leakcheck", *options],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stderr) == (alone.returncode, alone.stderr)
     assert done.returncode == 2 and "nowhere" in done.stderr
 

@@ -291,8 +291,11 @@ def test_a_disk_without_room_is_one_line_and_nothing_is_written(folder, tmp_path
     command = f"{sys.executable} -m sdpo_jax.convert --model={folder} --output={tmp_path}/model"
     run = subprocess.run(
         ["bash", "-c", f"ulimit -f 40; {command}"],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert run.returncode == 2 and run.stderr.count("\n") == 1
     assert "File too large on reserving" in run.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
@@ -301,10 +304,18 @@ def test_a_disk_without_room_is_one_line_and_nothing_is_written(folder, tmp_path
 def test_the_command_ends_with_status_2_and_one_line(folder, tmp_path):
     edit_config(folder, model_type="bert")
     run = subprocess.run(
-        [sys.executable, "-m", "sdpo_jax.convert", f"--model={folder}",
-         f"--output={tmp_path / 'model'}"],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "sdpo_jax.convert",
+            f"--model={folder}",
+            f"--output={tmp_path / 'model'}",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.count("\n") == 1 and "model_type is 'bert'" in run.stderr
     assert not (tmp_path / "model").exists()

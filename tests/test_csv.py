@@ -157,9 +157,17 @@ def written(file, header, delimiter=",", quote='"', first=""):
 @pytest.mark.parametrize(
     ("header", "options", "delimiter", "quote", "first"),
     [
-        ("reviewerID,asin,name,unixReviewTime,overall",
-         ("user=reviewerID,item=asin,title=name,timestamp=unixReviewTime,rating=overall",
-          None, None), ",", '"', ""),
+        (
+            "reviewerID,asin,name,unixReviewTime,overall",
+            (
+                "user=reviewerID,item=asin,title=name,timestamp=unixReviewTime,rating=overall",
+                None,
+                None,
+            ),
+            ",",
+            '"',
+            "",
+        ),
         (HEADER, (None, None, None), ";", '"', ""),
         (HEADER, (None, None, None), "\t", '"', ""),
         (HEADER, (None, None, None), "|", '"', "sep=|\r\n"),
@@ -167,7 +175,7 @@ def written(file, header, delimiter=",", quote='"', first=""):
         (HEADER, (None, "tab", "none"), "\t", "", ""),
     ],
     ids=["other names", "semicolon", "tab", "sep=", "given", "unquoted"],
-)  # fmt: skip
+)
 def test_columns_delimiter_and_quoting_are_found_or_given(
     header, options, delimiter, quote, first, tmp_path
 ):

@@ -8,9 +8,14 @@ from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.system.errors import InputError
 
 GOOD = {
-    "model_type": "llama", "vocab_size": 97, "num_hidden_layers": 2, "hidden_size": 16,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": 97,
+    "num_hidden_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+}
 
 
 def test_the_head_width_follows_from_width_and_heads():
@@ -18,14 +23,25 @@ def test_the_head_width_follows_from_width_and_heads():
     assert (config.N, config.G, config.H) == (4, 2, 4)
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("num_attention_heads", 0), ("hidden_size", "16"), ("num_key_value_heads", 3),
-    ("head_dim", 5), ("vocab_size", None), ("num_hidden_layers", -1), ("intermediate_size", 2.5),
-    ("rope_parameters", {"partial_rotary_factor": 0.5}), ("hidden_act", "gelu"),
-    ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}), ("model_type", "gpt2"),
-    ("rope_parameters", {"full_attention": {"rope_type": "default"}}),
-    ("rope_scaling", {"type": "linear"}), ("rope_scaling", "linear"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_attention_heads", 0),
+        ("hidden_size", "16"),
+        ("num_key_value_heads", 3),
+        ("head_dim", 5),
+        ("vocab_size", None),
+        ("num_hidden_layers", -1),
+        ("intermediate_size", 2.5),
+        ("rope_parameters", {"partial_rotary_factor": 0.5}),
+        ("hidden_act", "gelu"),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}),
+        ("model_type", "gpt2"),
+        ("rope_parameters", {"full_attention": {"rope_type": "default"}}),
+        ("rope_scaling", {"type": "linear"}),
+        ("rope_scaling", "linear"),
+    ],
+)
 def test_a_wrong_size_or_an_unknown_feature_is_refused(key, value):
     with pytest.raises(InputError, match=r"config\.json"):
         DecoderConfig.from_hf(GOOD | {key: value}, "config.json")
@@ -42,12 +58,17 @@ def test_an_unknown_family_is_told_the_known_ones():
         DecoderConfig.from_hf(GOOD | {"model_type": "bert"}, "config.json")
 
 
-@pytest.mark.parametrize(("new", "old"), [
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5}),
-    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-     {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}),
-    ({"rope_parameters": {"rope_theta": 1e4}}, {"rope_scaling": None}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("new", "old"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5}),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        ),
+        ({"rope_parameters": {"rope_theta": 1e4}}, {"rope_scaling": None}),
+    ],
+)
 def test_old_and_new_spellings_of_rope_are_the_same(new, old):
     assert DecoderConfig.from_hf(GOOD | new, "") == DecoderConfig.from_hf(GOOD | old, "")
 

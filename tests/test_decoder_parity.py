@@ -68,8 +68,15 @@ def smollm2_tokenizer(smollm2, tmp_path_factory):
 def test_smollm2_gives_the_logits_of_transformers(smollm2, smollm2_tokenizer):
     config = DecoderConfig.from_hf(smollm2.config, smollm2.where)
     assert (config.V, config.L, config.D, config.N, config.G, config.H, config.F, config.tied) == (
-        49152, 30, 576, 9, 3, 64, 1536, True,
-    )  # fmt: skip
+        49152,
+        30,
+        576,
+        9,
+        3,
+        64,
+        1536,
+        True,
+    )
     decoder = nnx.eval_shape(lambda: Decoder(config, LoraConfig(targets=()), rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(decoder)
     nnx.replace_by_pure_dict(state, read_base(smollm2, config)[0])

@@ -119,11 +119,21 @@ def test_a_run_of_eight_devices_is_exported_with_one(run, tmp_path):
     save(run, "sdpo", 2, spread)
     finish(run, "sdpo", 2)
     done = subprocess.run(
-        [sys.executable, "-m", "sdpo_jax.export", f"--workdir={run}", "--stage=sdpo",
-         f"--output={tmp_path / 'out'}"],
-        cwd=ROOT, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"}, capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "sdpo_jax.export",
+            f"--workdir={run}",
+            "--stage=sdpo",
+            f"--output={tmp_path / 'out'}",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     expected = flat(adapters(model_of(run), 3))
     found = flatten_dict(read_adapter(tmp_path / "out", LORA, model_of(run).config), sep="/")

@@ -23,10 +23,22 @@ def test_an_evaluation_beside_a_training_that_dies_sees_each_step_once_and_choos
     trainer = trainers.start(flags)
     trainers.wait_for_step(trainer, run, "sft", 2)
     follower = subprocess.Popen(
-        [sys.executable, "-m", "sdpo_jax.evaluate", f"--workdir={run}", "--follow", "--split=val",
-         "--decoder=score"], cwd=trainers.ROOT, env=trainers.environment(devices=2), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "sdpo_jax.evaluate",
+            f"--workdir={run}",
+            "--follow",
+            "--split=val",
+            "--decoder=score",
+        ],
+        cwd=trainers.ROOT,
+        env=trainers.environment(devices=2),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     trainers.wait_for_step(trainer, run, "sft", 5)
     os.killpg(trainer.pid, signal.SIGKILL)
     trainer.communicate()

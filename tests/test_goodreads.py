@@ -29,8 +29,15 @@ def stamp(seconds):
 
 
 def line(user, book, seconds=1e9, rating=3, **more):
-    return {"user_id": f"u{user}", "book_id": str(book), "is_read": True, "rating": rating,
-            "date_updated": stamp(seconds), "read_at": "", **more}  # fmt: skip
+    return {
+        "user_id": f"u{user}",
+        "book_id": str(book),
+        "is_read": True,
+        "rating": rating,
+        "date_updated": stamp(seconds),
+        "read_at": "",
+        **more,
+    }
 
 
 def write(file, records):
@@ -155,9 +162,11 @@ def test_the_stand_in_has_its_counts():
 def write_stand_in(folder, **change):
     """Four users; items 0 and 1 are "Twilight" both."""
     folder.mkdir()
-    sequences = {"train": [{"user": 58, "items": [0, 2, 3, 4, 1]}, {"user": 7, "items": [5, 6]}],
-                 "val": [{"user": 9, "items": [5, 6, 7, 8, 9]}],
-                 "test": [{"user": "x", "items": [0, 1, 2, 3]}]}  # fmt: skip
+    sequences = {
+        "train": [{"user": 58, "items": [0, 2, 3, 4, 1]}, {"user": 7, "items": [5, 6]}],
+        "val": [{"user": 9, "items": [5, 6, 7, 8, 9]}],
+        "test": [{"user": "x", "items": [0, 1, 2, 3]}],
+    }
     (folder / STAND_IN[0]).write_text(json.dumps(sequences | change))
     names = ["Twilight (Twilight, #1)", "Twilight (The Mediator, #6)", *map(str, range(2, 40))]
     text = "".join(f"{item}::{name}\n" for item, name in enumerate(names))

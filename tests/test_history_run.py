@@ -75,8 +75,11 @@ def test_each_epoch_has_negatives_of_its_own(unbroken, data):
     with np.load(unbroken[0] / "reference" / "train.npz") as stored:
         logp_NC = stored["logp_NC"]
     windows = len(read_dataset(data, ["train"]).splits["train"])
-    targets = sum(m["targets"] for m in read_metrics(unbroken[0] / "metrics")
-                  if m["stage"] == "sdpo" and "targets" in m)  # fmt: skip
+    targets = sum(
+        m["targets"]
+        for m in read_metrics(unbroken[0] / "metrics")
+        if m["stage"] == "sdpo" and "targets" in m
+    )
     assert len(logp_NC) == targets > windows
     assert len(np.unique(logp_NC[:, 1:])) > 0.5 * logp_NC[:, 1:].size
     assert len(np.unique(logp_NC[:, 0])) < windows + 10  # a target's does not depend on the draw

@@ -111,3 +111,17 @@ def test_what_only_reads_and_writes_files_loads_no_jax(code):
 )
 def test_the_choices_of_a_config_are_those_that_the_modules_offer(written, offered):
     assert [*written] == [*offered]
+
+
+def test_files_and_functions_fit_in_a_glance_and_the_formatter_is_obeyed():
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py"), *ROOT.glob("[bc]*/*.py")]
+    texts = {path: path.read_text() for path in files}
+    assert not [path.name for path, text in texts.items() if text.count("\n") > 400]
+    long = [
+        node.name
+        for path, text in texts.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60
+    ]
+    assert not long
+    assert sum(text.count("# fmt: " + "skip") for text in texts.values()) <= 10

@@ -19,9 +19,13 @@ def convert_offline(name: str, cache: Path, output: Path) -> subprocess.Complete
     """In a process of its own, since the Hub's settings are read when it is imported."""
     return subprocess.run(
         [sys.executable, "-m", "sdpo_jax.convert", f"--model={name}", f"--output={output}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)},
-    )  # fmt: skip
+    )
 
 
 def test_a_cached_model_converts_without_a_network_under_its_name(tmp_path):
@@ -42,10 +46,18 @@ def test_without_network_and_cache_it_says_what_to_do(tmp_path):
     assert line.startswith("error: --model=tiny/absent") and "give its folder" in line
 
 
-@pytest.mark.parametrize(("model", "expected"), [
-    ("meta-llama/Llama-2-7b-hf", True), ("org/name@main", True), ("name", False),
-    ("/srv/models/llama", False), ("a/b/c", False), ("../x", False), ("~/x", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("meta-llama/Llama-2-7b-hf", True),
+        ("org/name@main", True),
+        ("name", False),
+        ("/srv/models/llama", False),
+        ("a/b/c", False),
+        ("../x", False),
+        ("~/x", False),
+    ],
+)
 def test_what_counts_as_a_name(model, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_hub_name(model) == expected

@@ -125,8 +125,12 @@ def test_a_run_with_item_vectors_trains_resumes_and_is_evaluated(config, tmp_pat
         export(tmp_path / "run", "sft", "peft", tmp_path / "out")
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert set(stored["fingerprints"]) == {"dataset", "model", "item_vectors"}
-    run_baseline("sasrec", config.dataset, tmp_path / "other",
-                 settings=trainer.Settings(epochs=1, l2=(1e-3,)))  # fmt: skip
+    run_baseline(
+        "sasrec",
+        config.dataset,
+        tmp_path / "other",
+        settings=trainer.Settings(epochs=1, l2=(1e-3,)),
+    )
     config.item_vectors = str(tmp_path / "other" / "baselines" / "sasrec.safetensors")
     with pytest.raises(InputError, match="fingerprint of item_vectors was"):
         train(config, tmp_path / "run", NEVER)

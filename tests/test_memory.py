@@ -24,8 +24,13 @@ EXAMPLES = random_examples(np.random.default_rng(0), 16, 4, P=200)
 
 @functools.cache
 def needed(count: int = 8, **changes):
-    keys = {"config": DEEP, "dtype": "float32", "remat": "none", "layout": "shared_prefix",
-            "mesh": sharding.make_mesh(devices=jax.devices()[:1])}  # fmt: skip
+    keys = {
+        "config": DEEP,
+        "dtype": "float32",
+        "remat": "none",
+        "layout": "shared_prefix",
+        "mesh": sharding.make_mesh(devices=jax.devices()[:1]),
+    }
     return step_memory(lora=LoraConfig(rank=2), examples=EXAMPLES[:count], **keys | changes)
 
 
@@ -63,8 +68,9 @@ def test_explain_says_which_microbatch_fits_and_writes_nothing(config, capsys, t
     explain(RunConfig.of(config.to_dict()))
     lines = capsys.readouterr().out.strip().splitlines()
     assert [line.split()[0] for line in lines[1:]] == [
-        "--config.microbatch=1", "--config.microbatch=2"
-    ]  # fmt: skip
+        "--config.microbatch=1",
+        "--config.microbatch=2",
+    ]
     assert all(line.endswith("fits") for line in lines[1:])
     assert list(tmp_path.iterdir()) == []
 

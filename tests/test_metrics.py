@@ -209,8 +209,10 @@ def test_with_one_window_a_user_the_test_is_mcnemars(only_a, only_b, p):
 
 def test_the_exchange_of_systems_counts_every_sign_of_every_user():
     nets = [3, -1, 2, 0, 2]
-    sums = [abs(sum(s * n for s, n in zip(signs, nets, strict=True)))
-            for signs in itertools.product((1, -1), repeat=5)]  # fmt: skip
+    sums = [
+        abs(sum(s * n for s, n in zip(signs, nets, strict=True)))
+        for signs in itertools.product((1, -1), repeat=5)
+    ]
     assert metrics.exchanged(nets) == pytest.approx(sum(s >= 6 for s in sums) / 32)
 
 

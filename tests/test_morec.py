@@ -42,8 +42,11 @@ def windows(n: int, seed: int, *, new: bool) -> list[Window]:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    splits = {"train": windows(512, 0, new=False), "val": windows(64, 1, new=True),
-              "test": windows(64, 2, new=True)}  # fmt: skip
+    splits = {
+        "train": windows(512, 0, new=False),
+        "val": windows(64, 1, new=True),
+        "test": windows(64, 2, new=True),
+    }
     data = dataset_of(splits, TITLES)
     path = tmp_path_factory.mktemp("morec") / "data"
     write_dataset(path, data)
@@ -140,17 +143,26 @@ def test_an_encoder_can_be_trained_too_more_slowly(dataset, encoder, tmp_path):
     assert not any("tokens" in name for name in kept)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"model_type": "roberta"}, r"model_type is 'roberta', expected bert: give"),
-    ({"hidden_act": "silu"}, r"config\.json: hidden_act: found 'silu', expected one of gelu"),
-    ({"position_embedding_type": "relative_key"}, r"found 'relative_key', expected one of absol"),
-    ({"is_decoder": True}, r"is_decoder: found True, expected false"),
-    ({"num_attention_heads": 5}, r"hidden_size is 32, expected a multiple of the 5 attention"),
-    ({"num_hidden_layers": 3}, r"16 tensors do not fit: encoder\.layer\.2\.attention.* is missing"),
-    ({"num_hidden_layers": 1}, r"16 tensors do not fit: encoder\.layer\.1\..* is not used"),
-    ({"vocab_size": 65}, r"word_embeddings\.weight has shape \[64, 32\], expected \[65, 32\]"),
-    ({"type_vocab_size": None}, r"type_vocab_size: found nothing, expected a whole number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "roberta"}, r"model_type is 'roberta', expected bert: give"),
+        ({"hidden_act": "silu"}, r"config\.json: hidden_act: found 'silu', expected one of gelu"),
+        (
+            {"position_embedding_type": "relative_key"},
+            r"found 'relative_key', expected one of absol",
+        ),
+        ({"is_decoder": True}, r"is_decoder: found True, expected false"),
+        ({"num_attention_heads": 5}, r"hidden_size is 32, expected a multiple of the 5 attention"),
+        (
+            {"num_hidden_layers": 3},
+            r"16 tensors do not fit: encoder\.layer\.2\.attention.* is missing",
+        ),
+        ({"num_hidden_layers": 1}, r"16 tensors do not fit: encoder\.layer\.1\..* is not used"),
+        ({"vocab_size": 65}, r"word_embeddings\.weight has shape \[64, 32\], expected \[65, 32\]"),
+        ({"type_vocab_size": None}, r"type_vocab_size: found nothing, expected a whole number"),
+    ],
+)
 def test_an_encoder_that_does_not_fit_is_one_line(encoder, tmp_path, change, message):
     shutil.copytree(encoder, tmp_path / "hf")
     edit_config(tmp_path / "hf", **change)

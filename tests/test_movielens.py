@@ -25,10 +25,12 @@ def write_form(folder, form):
     """ml-1m, ml-10m and ml-20m differ in names, separators, headers and encoding."""
     folder.mkdir(parents=True)
     if form == "ml-20m":
-        movies = ['1,Toy Story (1995),"Adventure|Animation|Children\'s"',
-                  '5,"Misérables, Les (1995)",Drama',
-                  "9,Death Note: Desu nôto (2006–2007),(no genres listed)",
-                  "4,Babylon 5,Sci-Fi"]  # fmt: skip
+        movies = [
+            '1,Toy Story (1995),"Adventure|Animation|Children\'s"',
+            '5,"Misérables, Les (1995)",Drama',
+            "9,Death Note: Desu nôto (2006–2007),(no genres listed)",
+            "4,Babylon 5,Sci-Fi",
+        ]
         text = "\r\n".join(["movieId,title,genres", *movies, ""])
         (folder / "movies.csv").write_bytes(text.encode())
         rows = [",".join(map(str, row)) for row in RATINGS]
@@ -78,8 +80,10 @@ def test_genres_of_the_smallest_are_flags_and_its_year_stands_in_the_title(tmp_p
     (folder / "u.item").write_text(f"1|Heat (1995)|15-Dec-1995||http|{flags}\n2|unknown|\n")
     (folder / "u.data").write_text("3\t1\t4\t881250949\n")
     found = read_movielens(folder)
-    assert found.attributes == {1: {"year": 1995, "genres": ["Action", "Western"]},
-                                2: {"genres": []}}  # fmt: skip
+    assert found.attributes == {
+        1: {"year": 1995, "genres": ["Action", "Western"]},
+        2: {"genres": []},
+    }
 
 
 @pytest.mark.parametrize(
@@ -99,8 +103,11 @@ def test_a_larger_one_is_prepared_by_the_same_protocol_without_the_papers_counts
     rng, folder = np.random.default_rng(0), tmp_path / "ml-latest"
     folder.mkdir()
     drawn = {user: rng.permutation(60)[:9] for user in range(1, 21)}
-    rows = [f"{user},{item},{'0.5' if place == 3 else '3.0'},{100 * user + place}"
-            for user, items in drawn.items() for place, item in enumerate(items)]  # fmt: skip
+    rows = [
+        f"{user},{item},{'0.5' if place == 3 else '3.0'},{100 * user + place}"
+        for user, items in drawn.items()
+        for place, item in enumerate(items)
+    ]
     (folder / "ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *rows]))
     movies = [f"{item},Film {item} (1990),Drama" for item in range(60)]
     (folder / "movies.csv").write_text("\n".join(["movieId,title,genres", *movies]))
@@ -142,9 +149,9 @@ def refused(path, said):
     assert not (path.parent / "out").exists()
 
 
-@pytest.mark.parametrize(("form", "file", "header"), [
-    ("ml-1m", "ratings.dat", 0), ("ml-20m", "ratings.csv", 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("form", "file", "header"), [("ml-1m", "ratings.dat", 0), ("ml-20m", "ratings.csv", 1)]
+)
 def test_a_file_without_lines_is_named(tmp_path, form, file, header):
     path = write_form(tmp_path / form, form)
     first = (path / file).read_text().splitlines(keepends=True)[:header]

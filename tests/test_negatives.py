@@ -210,5 +210,11 @@ def test_without_negatives_each_target_is_alone(encoder):
 def test_each_epoch_has_a_draw_of_its_own():
     order = [Key(unit) for unit in (2, 0, 1, 1, 2, 0, 0)]
     assert redrawn(order, 3) == [
-        Key(2), Key(0), Key(1), Key(1, draw=1), Key(2, draw=1), Key(0, draw=1), Key(0, draw=2)
-    ]  # fmt: skip
+        Key(2),
+        Key(0),
+        Key(1),
+        Key(1, draw=1),
+        Key(2, draw=1),
+        Key(0, draw=1),
+        Key(0, draw=2),
+    ]

@@ -66,8 +66,12 @@ def test_a_config_file_is_read_in_any_folder(tmp_path):
     for file in (ROOT / "configs" / "quickstart.py", "mine.py"):
         done = subprocess.run(
             [sys.executable, "-m", "sdpo_jax.train", f"--config={file}:smoke"],
-            cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         assert done.returncode == 2
         assert done.stderr.startswith("error: nothing to train on yet: first run"), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]

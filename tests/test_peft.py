@@ -74,9 +74,12 @@ DAMAGE = {
         r"q/a of layer 0 is \[16, 3\], expected \[16, 2\]",
     ),
     "another width": (
-        lambda f: edit(f, lambda t: [
-            t.update({key: np.ones((24, 2), np.float32)}) for key in t if "k_proj.lora_B" in key
-        ]),
+        lambda f: edit(
+            f,
+            lambda t: [
+                t.update({key: np.ones((24, 2), np.float32)}) for key in t if "k_proj.lora_B" in key
+            ],
+        ),
         r"3 tensors .*k/b of layer 0 is \[2, 24\], expected \[2, 8\]",
     ),
     "one dimension": (
@@ -85,7 +88,7 @@ DAMAGE = {
     ),
     "pissa": (set_key("init_lora_weights", "pissa"), "init_lora_weights is 'pissa'"),
     "alora": (set_key("alora_invocation_tokens", [1]), "alora_invocation_tokens is"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -99,9 +102,12 @@ def test_another_adapter_is_refused(adapter, name):
 
 def test_an_adapter_saved_under_its_name_is_taken(adapter):
     expected = read(adapter)
-    edit(adapter, lambda t: [
-        t.update({key.replace(".weight", ".default.weight"): t.pop(key)}) for key in list(t)
-    ])  # fmt: skip
+    edit(
+        adapter,
+        lambda t: [
+            t.update({key.replace(".weight", ".default.weight"): t.pop(key)}) for key in list(t)
+        ],
+    )
     for name, array in flatten_dict(read(adapter), sep="/").items():
         np.testing.assert_array_equal(array, flatten_dict(expected, sep="/")[name])
 
@@ -125,8 +131,10 @@ def test_training_starts_from_the_adapter_that_is_named(config, adapter, tmp_pat
     config.lora.rank, config.lora.alpha = 2, 4.0
     model = load_model(tmp_path / "model", LORA, dtype=jnp.float32)
     (tmp_path / "peft").mkdir()
-    tree = {name: {part: x + 1 for part, x in parts.items()}
-            for name, parts in nnx.to_pure_dict(model.lora)["layers"].items()}  # fmt: skip
+    tree = {
+        name: {part: x + 1 for part, x in parts.items()}
+        for name, parts in nnx.to_pure_dict(model.lora)["layers"].items()
+    }
     write_adapter(tmp_path / "peft", {"layers": tree}, LORA, model.config, "base")
     config.lora.init_from = str(tmp_path / "peft")
     found = nnx.to_pure_dict(first_adapter(config, model))["layers"]

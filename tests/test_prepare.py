@@ -126,13 +126,18 @@ def test_lastfm_has_the_counts_of_the_authors_files():
 
 def write_authors_lastfm(folder, names):
     """The authors' JSON from two users a split; candidates are all items outside the history."""
-    sequences = {"train": {0: [0, 1, 2, 3, 4], 1: [5, 1, 0, 2]}, "val": {2: [3, 2, 1, 0]},
-                 "test": {3: [0, 2, 4, 5, 1]}}  # fmt: skip
+    sequences = {
+        "train": {0: [0, 1, 2, 3, 4], 1: [5, 1, 0, 2]},
+        "val": {2: [3, 2, 1, 0]},
+        "test": {3: [0, 2, 4, 5, 1]},
+    }
     folder.mkdir()
-    windows = all_windows({
-        split: {user: UserSequence(user, tuple(items)) for user, items in users.items()}
-        for split, users in sequences.items()
-    })  # fmt: skip
+    windows = all_windows(
+        {
+            split: {user: UserSequence(user, tuple(items)) for user, items in users.items()}
+            for split, users in sequences.items()
+        }
+    )
     for split, rows in windows.items():
         written = [
             {
@@ -169,10 +174,13 @@ def test_windows_of_ten_titles_are_chained_to_whole_sequences(tmp_path):
     write_authors_lastfm(tmp_path / "lastfm", names)
     long, short = UserSequence(0, tuple(range(17, 0, -1))), UserSequence(1, (5, 1, 0, 2))
     rows = [
-        {"historyList": [names[i] for i in w.history], "trueSelection": names[w.target],
-         "itemList": [names[w.target], *names[40:59]]}
+        {
+            "historyList": [names[i] for i in w.history],
+            "trueSelection": names[w.target],
+            "itemList": [names[w.target], *names[40:59]],
+        }
         for w in (*windows(long), *windows(short))
-    ]  # fmt: skip
+    ]
     (tmp_path / "lastfm" / "lastfm-train.json").write_text(json.dumps(rows))
     prepare("lastfm", str(tmp_path / "lastfm"), str(tmp_path / "out"))
     data = read_dataset(tmp_path / "out")
@@ -256,8 +264,14 @@ def test_other_output_folders_are_left_alone(tmp_path):
 
 
 def test_released_candidates_of_movielens_are_refused_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "sdpo_jax.prepare", "--dataset=movielens",
-               "--candidates=released", f"--output={tmp_path / 'out'}"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "sdpo_jax.prepare",
+        "--dataset=movielens",
+        "--candidates=released",
+        f"--output={tmp_path / 'out'}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --candidates: found released") and not done.stdout
@@ -281,9 +295,12 @@ def write_own(folder, rows):
 
 
 OWN = [
-    ("train", "a", [1, 2], 3), ("train", "a", [1, 2, 3], 4), ("train", "b", [5], 6),
-    ("val", "a", [2, 3, 4], 5), ("test", "c", [7, 8, 9], 1),
-]  # fmt: skip
+    ("train", "a", [1, 2], 3),
+    ("train", "a", [1, 2, 3], 4),
+    ("train", "b", [5], 6),
+    ("val", "a", [2, 3, 4], 5),
+    ("test", "c", [7, 8, 9], 1),
+]
 
 
 def test_windows_of_ones_own_need_no_sequences(tmp_path):

@@ -77,9 +77,12 @@ def children(process: subprocess.Popen) -> list[int]:
 def test_two_tasks_of_a_slurm_step_find_each_other_and_a_signal_to_one_stops_both(flags, tmp_path):
     run = tmp_path / "run"
     step = {
-        "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
-        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2",
-    }  # fmt: skip
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+    }
     changes = {"sft.max_steps": 60, "sft.epochs": 8, "stages": "('sft',)"}
     tasks = [
         trainers.start(flags(run, **changes), SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **step)

@@ -101,10 +101,14 @@ def test_users_with_few_windows_are_left_out_of_train_first(tmp_path):
     assert [*data.sequences] == [str(user) for user in range(3, 12)]
 
 
-@pytest.mark.parametrize(("history", "lengths", "said"), [
-    (2, {2}, "history 2 to 2 items"), (5, {3, 4, 5}, "history 3 to 5 items"),
-    (50, {3, 4, 5, 6}, "history 3 to 50 items"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("history", "lengths", "said"),
+    [
+        (2, {2}, "history 2 to 2 items"),
+        (5, {3, 4, 5}, "history 3 to 5 items"),
+        (50, {3, 4, 5, 6}, "history 3 to 50 items"),
+    ],
+)
 def test_a_window_shows_as_many_titles_as_asked_for(tmp_path, history, lengths, said):
     meta, data = prepared(tmp_path, history=history)
     assert data.meta["history"] == history and said in meta["protocol"]
@@ -141,9 +145,19 @@ def test_candidates_are_as_many_as_asked_for_and_twenty_are_those_of_the_default
 
 def test_disliked_items_have_the_place_that_they_had_in_time(tmp_path):
     rows = [
-        (1, 30, 1, 2), (1, 0, 2, 3), (1, 1, 3, 5), (1, 31, 4, 1), (1, 2, 5, 4), (1, 30, 6, 1),
-        (1, 3, 7, 3), (1, 2, 8, 1), (1, 32, 9, 2), (1, 4, 10, 1), (1, 4, 11, 5), (1, 33, 12, 2.5),
-    ]  # fmt: skip
+        (1, 30, 1, 2),
+        (1, 0, 2, 3),
+        (1, 1, 3, 5),
+        (1, 31, 4, 1),
+        (1, 2, 5, 4),
+        (1, 30, 6, 1),
+        (1, 3, 7, 3),
+        (1, 2, 8, 1),
+        (1, 32, 9, 2),
+        (1, 4, 10, 1),
+        (1, 4, 11, 5),
+        (1, 33, 12, 2.5),
+    ]
     rows += [(user, item, 100 * user + item, 3) for user in range(2, 12) for item in range(5)]
     _, data = prepared(tmp_path, rows)
     sequence = data.sequences["1"]
@@ -186,18 +200,26 @@ def test_further_columns_of_a_csv_file_are_attributes_of_the_item(tmp_path):
 def test_another_choice_is_not_written_over_a_prepared_folder(tmp_path, option, changed):
     prepared(tmp_path)
     with pytest.raises(InputError, match=rf"dataset\.json: found {option} .*{option}"):
-        prepare("csv", str(tmp_path / "my.csv"), str(tmp_path / "out"),
-                options=Options(**{option: changed}))  # fmt: skip
+        prepare(
+            "csv",
+            str(tmp_path / "my.csv"),
+            str(tmp_path / "out"),
+            options=Options(**{option: changed}),
+        )
 
 
-@pytest.mark.parametrize(("option", "value"), [
-    ("split", "time"), ("history", 5), ("min_interactions", 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "value"), [("split", "time"), ("history", 5), ("min_interactions", 2)]
+)
 def test_lastfm_has_the_windows_of_its_authors(tmp_path, option, value):
     write_authors_lastfm(tmp_path / "lastfm", [*map(str, range(40))])
     with pytest.raises(InputError, match=rf"^--{option}: found {value}, expected none for this"):
-        prepare("lastfm", str(tmp_path / "lastfm"), str(tmp_path / "out"),
-                options=Options(**{option: value}))  # fmt: skip
+        prepare(
+            "lastfm",
+            str(tmp_path / "lastfm"),
+            str(tmp_path / "out"),
+            options=Options(**{option: value}),
+        )
     options = Options(history=10, num_candidates=4)
     meta = prepare("lastfm", str(tmp_path / "lastfm"), str(tmp_path / "out"), options=options)
     assert meta["split"] == "fixed" and meta["num_candidates"] == 4
@@ -221,15 +243,28 @@ def test_the_stand_in_keeps_its_splits_but_may_show_more_or_less(tmp_path):
     assert {len(w.history) for w in windows} == {3}
 
 
-@pytest.mark.parametrize(("flag", "said"), [
-    ("--split=random", "--split"), ("--history=0", "--history"), ("--num_candidates=1", "--num_c"),
-    ("--min_interactions=0", "--min_interactions"), ("--min_interactions=99", "my.csv: found no"),
-    ("--num_candidates=99", "fewer --num_candidates"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--split=random", "--split"),
+        ("--history=0", "--history"),
+        ("--num_candidates=1", "--num_c"),
+        ("--min_interactions=0", "--min_interactions"),
+        ("--min_interactions=99", "my.csv: found no"),
+        ("--num_candidates=99", "fewer --num_candidates"),
+    ],
+)
 def test_a_wrong_option_is_one_line_and_writes_nothing(tmp_path, flag, said):
     source = write_csv(tmp_path / "my.csv")
-    command = [sys.executable, "-m", "sdpo_jax.prepare", "--dataset=csv", f"--source={source}",
-               f"--output={tmp_path / 'out'}", flag]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "sdpo_jax.prepare",
+        "--dataset=csv",
+        f"--source={source}",
+        f"--output={tmp_path / 'out'}",
+        flag,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 2 and not done.stdout, done
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr

@@ -25,9 +25,23 @@ def random_kernel(I=128, O=6):  # noqa: E741 - shape letters
 def test_nf4_is_the_published_code_book():
     """The values that bitsandbytes prints for create_normal_map, to 7 digits."""
     published = [
-        -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
-        0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0,
-    ]  # fmt: skip
+        -1.0,
+        -0.6961928,
+        -0.5250731,
+        -0.3949175,
+        -0.2844414,
+        -0.1847734,
+        -0.0910500,
+        0.0,
+        0.0795803,
+        0.1609302,
+        0.2461123,
+        0.3379152,
+        0.4407098,
+        0.5626170,
+        0.7229568,
+        1.0,
+    ]
     np.testing.assert_allclose(NF4, published, atol=5e-8)
 
 

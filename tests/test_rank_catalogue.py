@@ -18,9 +18,14 @@ from sdpo_jax.runs.workdir import read_run
 from sdpo_jax.system.errors import InputError
 
 KEYS = {
-    *(f"hit_ratio_at_{k}" for k in (1, 5, 10, 20)), *(f"ndcg_at_{k}" for k in (5, 10, 20)),
-    "mrr", "n", "coverage_at_10", "gini_at_10", "mean_popularity_at_10",
-}  # fmt: skip
+    *(f"hit_ratio_at_{k}" for k in (1, 5, 10, 20)),
+    *(f"ndcg_at_{k}" for k in (5, 10, 20)),
+    "mrr",
+    "n",
+    "coverage_at_10",
+    "gini_at_10",
+    "mean_popularity_at_10",
+}
 
 
 @pytest.fixture(scope="module")

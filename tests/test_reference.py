@@ -25,13 +25,16 @@ def example(*answer: int) -> Example:
 KEY = reference.fingerprint("base", LORA, [example(7, 2)], SETTINGS)
 
 
-@pytest.mark.parametrize("changed", [
-    ("other", LORA, [example(7, 2)], SETTINGS),
-    ("base", {"a": LORA["a"] * 2}, [example(7, 2)], SETTINGS),
-    ("base", LORA, [example(8, 2)], SETTINGS),
-    ("base", LORA, [example(7, 2), example(7, 2)], SETTINGS),
-    ("base", LORA, [example(7, 2)], SETTINGS | {"dtype": "bfloat16"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("other", LORA, [example(7, 2)], SETTINGS),
+        ("base", {"a": LORA["a"] * 2}, [example(7, 2)], SETTINGS),
+        ("base", LORA, [example(8, 2)], SETTINGS),
+        ("base", LORA, [example(7, 2), example(7, 2)], SETTINGS),
+        ("base", LORA, [example(7, 2)], SETTINGS | {"dtype": "bfloat16"}),
+    ],
+)
 def test_base_adapter_tokens_and_settings_all_change_the_fingerprint(changed):
     assert reference.fingerprint(*changed) != KEY
     assert reference.fingerprint("base", LORA, [example(7, 2)], SETTINGS) == KEY

@@ -20,10 +20,17 @@ N = 40
 
 def predictions(hits, decoder):
     records = [
-        {"row": row, "user": row, "target": "heat", "valid": True, "hit": bool(hit),
-         "rank": 1 if hit else 3, "generation": "heat"}
+        {
+            "row": row,
+            "user": row,
+            "target": "heat",
+            "valid": True,
+            "hit": bool(hit),
+            "rank": 1 if hit else 3,
+            "generation": "heat",
+        }
         for row, hit in enumerate(hits)
-    ]  # fmt: skip
+    ]
     for record in records:
         del record["rank" if decoder in ("greedy", "trie") else "generation"]
     return records
@@ -34,8 +41,15 @@ def add(run, stage, step, hits, decoder="score", split="test", rank="candidates"
     records = predictions(hits, decoder)
     if rank == "catalogue":
         records = [record | {"top": [*range(10)]} for record in records]
-    about = {"stage": stage, "step": step, "decoder": decoder, "split": split, "seconds": 5.0,
-             "protocol": "drawn for a test", "candidates": 20}  # fmt: skip
+    about = {
+        "stage": stage,
+        "step": step,
+        "decoder": decoder,
+        "split": split,
+        "seconds": 5.0,
+        "protocol": "drawn for a test",
+        "candidates": 20,
+    }
     counts = {item: 7 for item in range(25)}
     summary = results.summarise(decoder, records, rank, (25, counts)) | about
     results.write_result(run / "eval", summary, records)
@@ -90,14 +104,34 @@ def rows_of(text):
 def test_the_table_shows_the_results_of_every_stage(run):
     rows = rows_of(report(run))
     assert rows["", "step"] == [
-        "", "step", "HR@1 greedy [95%]", "valid", "HR@1 score [95%]", "HR@5", "NDCG@10", "MRR",
-        "reward accuracy [95%]", "n", "training s", "evaluation s",
-    ]  # fmt: skip
+        "",
+        "step",
+        "HR@1 greedy [95%]",
+        "valid",
+        "HR@1 score [95%]",
+        "HR@5",
+        "NDCG@10",
+        "MRR",
+        "reward accuracy [95%]",
+        "n",
+        "training s",
+        "evaluation s",
+    ]
     # Ranks are 1 or 3: NDCG 1 or 1/2, reciprocal 1 or 1/3; SFT hits 8 of 40.
     assert rows["SFT", "20"] == [
-        "SFT", "20", "0.200 [0.105, 0.348]", "1.000", "0.200 [0.105, 0.348]", "1.000", "0.600",
-        "0.467", "–", "40", "7", "5/5",
-    ]  # fmt: skip
+        "SFT",
+        "20",
+        "0.200 [0.105, 0.348]",
+        "1.000",
+        "0.200 [0.105, 0.348]",
+        "1.000",
+        "0.600",
+        "0.467",
+        "–",
+        "40",
+        "7",
+        "5/5",
+    ]
     assert rows["S-DPO", "30"][8] == "0.750 [0.645, 0.832]"  # 60 of 80 validation windows
     assert rows["base", "0"][10] == "–"
     assert rows["chance", ""][2:9] == ["0.050", "–", "0.050", "0.250", "0.227", "0.180", "0.250"]
@@ -128,8 +162,10 @@ def test_a_system_trained_again_is_shown_whatever_its_older_catalogue_says(run):
 
 def test_windows_of_one_user_that_agree_widen_the_interval():
     records = [{"row": i, "user": i // 4, "hit": i // 4 < 3, "valid": True} for i in range(N)]
-    alike, apart = (results.summarise("greedy", found) for found in (
-        records, [record | {"user": record["row"]} for record in records]))  # fmt: skip
+    alike, apart = (
+        results.summarise("greedy", found)
+        for found in (records, [record | {"user": record["row"]} for record in records])
+    )
     assert (alike["users"], apart["users"]) == (10, 40)
     widths = [np.ptp(found["hit_ratio_at_1_ci95"]) for found in (alike, apart)]
     assert widths[0] > 1.5 * widths[1]
@@ -152,20 +188,42 @@ def test_the_whole_catalogue_has_a_table_of_its_own(run):
     add(run, "sft", 20, np.arange(N) < 8, "beam", rank="catalogue")
     candidates, catalogue = report(run).split("## Whole catalogue")
     assert "SASRec" not in candidates and "S-DPO – SFT" in candidates
-    head, *rows = [[cell.strip() for cell in line.strip("|").split("|")]
-                   for line in catalogue.splitlines() if line.startswith("| ")]  # fmt: skip
+    head, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in catalogue.splitlines()
+        if line.startswith("| ")
+    ]
     assert head == [
-        "", "step", "decoder", "HR@1 [95%]", "HR@5 [95%]", "HR@10 [95%]", "HR@20 [95%]", "NDCG@10",
-        "MRR", "coverage@10", "Gini@10", "popularity@10", "n",
-    ]  # fmt: skip
+        "",
+        "step",
+        "decoder",
+        "HR@1 [95%]",
+        "HR@5 [95%]",
+        "HR@10 [95%]",
+        "HR@20 [95%]",
+        "NDCG@10",
+        "MRR",
+        "coverage@10",
+        "Gini@10",
+        "popularity@10",
+        "n",
+    ]
     assert [row[:3] for row in rows] == [
-        ["SASRec", "7", "score"], ["SFT", "20", "score"], ["SFT", "20", "beam"],
-    ]  # fmt: skip
+        ["SASRec", "7", "score"],
+        ["SFT", "20", "score"],
+        ["SFT", "20", "beam"],
+    ]
     # As among the candidates, ranks are 1 or 3; 10 of 25 items are recommended equally often.
     assert rows[2][3:] == [
-        "0.200 [0.105, 0.348]", *3 * ["1.000 [0.912, 1.000]"], "0.600", "0.467", "0.400", "0.600",
-        "7.0", "40",
-    ]  # fmt: skip
+        "0.200 [0.105, 0.348]",
+        *3 * ["1.000 [0.912, 1.000]"],
+        "0.600",
+        "0.467",
+        "0.400",
+        "0.600",
+        "7.0",
+        "40",
+    ]
     assert "ranked among all 25 items except those of the window's history" in catalogue
 
 

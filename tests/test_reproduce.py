@@ -46,10 +46,19 @@ def names(study, *targets, dataset="movielens"):
 
 def add(folder, stage, hits, decoder="greedy", rank="candidates", **about):
     """An evaluation as the commands write it."""
-    records = [{"row": row, "hit": bool(hit), "valid": row % 4 > 0 or bool(hit), "rank": 2 - hit}
-               for row, hit in enumerate(map(int, hits))]  # fmt: skip
-    about = {"stage": stage, "step": 4, "decoder": decoder, "split": "test_all", "seed": 0,
-             "seconds": 1.0, "protocol": "drawn for a test"} | about  # fmt: skip
+    records = [
+        {"row": row, "hit": bool(hit), "valid": row % 4 > 0 or bool(hit), "rank": 2 - hit}
+        for row, hit in enumerate(map(int, hits))
+    ]
+    about = {
+        "stage": stage,
+        "step": 4,
+        "decoder": decoder,
+        "split": "test_all",
+        "seed": 0,
+        "seconds": 1.0,
+        "protocol": "drawn for a test",
+    } | about
     summary = results.summarise(decoder, records, rank) | about
     results.write_result(folder / "eval", summary, records)
 
@@ -72,8 +81,12 @@ def test_every_cell_is_planned_once_and_after_those_that_it_needs(study):
     assert names(study, "table3") == ["data"]
     assert names(study, "fig2") == ["data", "sft", "sdpo-k1-beta1", "sdpo-k3-beta1"]
     assert names(study, "table2") == [
-        "data", "sft", "sdpo-k1-beta1", "dpo_pairwise-k3-beta1", "sdpo-k3-beta1",
-    ]  # fmt: skip
+        "data",
+        "sft",
+        "sdpo-k1-beta1",
+        "dpo_pairwise-k3-beta1",
+        "sdpo-k3-beta1",
+    ]
 
 
 def test_all_that_is_tuned_on_preferences_starts_from_the_one_sft_stage(study):
@@ -93,9 +106,10 @@ def test_all_that_is_tuned_on_preferences_starts_from_the_one_sft_stage(study):
     }
 
 
-@pytest.mark.parametrize("options", [
-    "--config.beta=2", "--config.lora.init_from=x", "'--config.microbatch=2", "--workdir=x", "2",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    ["--config.beta=2", "--config.lora.init_from=x", "'--config.microbatch=2", "--workdir=x", "2"],
+)
 def test_options_that_would_make_a_cell_another_are_refused(options, tmp_path):
     with pytest.raises(InputError, match=r"^--options: found "):
         reproduce(tmp_path, asked("fig2", options=options), dry_run=True)
@@ -127,8 +141,10 @@ def test_the_small_model_is_converted_where_none_is_given(study):
     study = dataclasses.replace(study, model="")
     planned = plan(study, {"table2": ["movielens"]})
     assert [str(cell.folder.relative_to(study.root)) for cell in planned][:3] == [
-        "movielens/data", "model", "movielens/sft",
-    ]  # fmt: skip
+        "movielens/data",
+        "model",
+        "movielens/sft",
+    ]
     assert planned[1].steps[0].command == ("sdpo_jax.convert", f"--output={study.root}/model")
     assert f"--config.model={study.root}/model" in planned[2].steps[0].command
 
@@ -151,8 +167,11 @@ def test_other_backbones_are_run_where_their_folders_are_given(study):
     assert names(study, "table4") == ["data"]
     study = dataclasses.replace(study, backbones={"pythia": "runs/pythia"})
     assert names(study, "table4") == [
-        "data", "pythia/sft", "pythia/sdpo-k1-beta1", "pythia/sdpo-k3-beta1",
-    ]  # fmt: skip
+        "data",
+        "pythia/sft",
+        "pythia/sdpo-k1-beta1",
+        "pythia/sdpo-k3-beta1",
+    ]
     (sft,) = (c for c in plan(study, {"table4": ["movielens"]}) if c.folder.name == "sft")
     assert "--config.model=runs/pythia" in sft.steps[0].command
 
@@ -170,9 +189,12 @@ def test_a_dry_run_prints_what_is_left_and_writes_nothing(tmp_path, capsys):
     assert reproduce(root, asked("fig2"), dry_run=True)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in lines] == [
-        "sdpo_jax.prepare", "sdpo_jax.train", "sdpo_jax.evaluate", "sdpo_jax.export",
+        "sdpo_jax.prepare",
+        "sdpo_jax.train",
+        "sdpo_jax.evaluate",
+        "sdpo_jax.export",
         *2 * ["sdpo_jax.train", "sdpo_jax.evaluate"],
-    ]  # fmt: skip
+    ]
     assert "'--config.stages=(\"sft\",)'" in lines[1]  # as a shell needs it
     assert not root.exists()
 
@@ -255,9 +277,16 @@ def test_the_table_has_figures_with_intervals_beside_the_paper_s(evaluated):
     rows = lines_of(text)
     # 14 - 8 of 40 windows: as the report's test works it out.
     assert rows["SFT"] == [
-        "0.200 [0.105, 0.348]", "–", "0.800 [0.652, 0.895]", "0.200 [0.105, 0.348]", "40", "4",
-        "0", "+0.150 [+0.018, +0.268]", "0.031",
-    ]  # fmt: skip
+        "0.200 [0.105, 0.348]",
+        "–",
+        "0.800 [0.652, 0.895]",
+        "0.200 [0.105, 0.348]",
+        "40",
+        "4",
+        "0",
+        "+0.150 [+0.018, +0.268]",
+        "0.031",
+    ]
     assert rows["SASRec"][:3] == ["0.250 [0.142, 0.402]", "0.3444", "0.825 [0.681, 0.913]"]
     assert rows["SASRec"][4:7] == ["40", "4", "3"]
     assert rows["S-DPO"][-2:] == ["–", "–"]
@@ -289,8 +318,15 @@ def test_figures_are_drawn_in_the_page_which_needs_nothing_else(evaluated):
     pytest.importorskip("matplotlib")
     folder = evaluated.root / "movielens" / "sdpo-k3-beta1" / "metrics"
     folder.mkdir()
-    lines = [{"stage": "sdpo", "step": step, "validation/loss": 1.4 - step / 50,
-              "rewards/chosen": step / 100} for step in range(40)]  # fmt: skip
+    lines = [
+        {
+            "stage": "sdpo",
+            "step": step,
+            "validation/loss": 1.4 - step / 50,
+            "rewards/chosen": step / 100,
+        }
+        for step in range(40)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = to_html("", page.parts(evaluated, {"fig2": ["movielens"], "fig3": ["movielens"]}, {}))
     pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)

@@ -15,17 +15,29 @@ TOPS = [[0, 1], [0, 2], [0, 1], []]
 
 def of_catalogue(ranks=RANKS, tops=TOPS):
     return [
-        {"row": row, "user": row // 2, "target": "heat", "ranked": [], "top": top, "rank": rank,
-         "valid": True, "hit": rank == 1}
+        {
+            "row": row,
+            "user": row // 2,
+            "target": "heat",
+            "ranked": [],
+            "top": top,
+            "rank": rank,
+            "valid": True,
+            "hit": rank == 1,
+        }
         for row, (rank, top) in enumerate(zip(ranks, tops, strict=True))
-    ]  # fmt: skip
+    ]
 
 
 def write(folder, stage, step, decoder, rank, split="test", ranks=RANKS):
     records = of_catalogue(ranks, [[0]] * len(ranks))
     summary = results.summarise(decoder, records, rank, (4, {0: 3})) | {
-        "stage": stage, "step": step, "decoder": decoder, "split": split, "seconds": 1.0,
-    }  # fmt: skip
+        "stage": stage,
+        "step": step,
+        "decoder": decoder,
+        "split": split,
+        "seconds": 1.0,
+    }
     return results.write_result(folder, summary, records), summary
 
 
@@ -52,28 +64,36 @@ def test_only_the_first_ten_items_count():
     assert "coverage_at_10" not in results.summarise("score", records, "catalogue")
 
 
-@pytest.mark.parametrize(("decoder", "ranking"), [
-    ("greedy", False), ("trie", False), ("score", True), ("beam", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("decoder", "ranking"), [("greedy", False), ("trie", False), ("score", True), ("beam", True)]
+)
 def test_among_candidates_only_decoders_that_rank_have_ranking_metrics(decoder, ranking):
     found = results.summarise(decoder, of_catalogue(), exposure=(4, {}))
     of_rank = {"hit_ratio_at_5", "hit_ratio_at_10", "ndcg_at_5", "ndcg_at_10", "mrr"}
     assert found.keys() - of_rank == {
-        "rank", "n", "users", "hit_ratio_at_1", "hit_ratio_at_1_ci95", "valid_ratio",
+        "rank",
+        "n",
+        "users",
+        "hit_ratio_at_1",
+        "hit_ratio_at_1_ci95",
+        "valid_ratio",
         "valid_ratio_ci95",
-    }  # fmt: skip
+    }
     assert (of_rank <= found.keys()) == ranking and found["rank"] == "candidates"
 
 
-@pytest.mark.parametrize(("stage", "decoder", "rank", "name"), [
-    ("sft", "greedy", "candidates", "sft-20-greedy"),
-    ("sft", "score", "candidates", "sft-20-score"),
-    ("sft", "score", "catalogue", "sft-20-score-catalogue"),
-    ("base", "beam", "catalogue", "base-20-beam-catalogue"),
-    ("sasrec", "score", "candidates", "sasrec-candidates"),
-    ("sasrec", "score", "catalogue", "sasrec-catalogue"),
-    ("chatrec", "greedy", "candidates", "chatrec-greedy"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "decoder", "rank", "name"),
+    [
+        ("sft", "greedy", "candidates", "sft-20-greedy"),
+        ("sft", "score", "candidates", "sft-20-score"),
+        ("sft", "score", "catalogue", "sft-20-score-catalogue"),
+        ("base", "beam", "catalogue", "base-20-beam-catalogue"),
+        ("sasrec", "score", "candidates", "sasrec-candidates"),
+        ("sasrec", "score", "catalogue", "sasrec-catalogue"),
+        ("chatrec", "greedy", "candidates", "chatrec-greedy"),
+    ],
+)
 def test_a_file_says_what_was_ranked_and_how(stage, decoder, rank, name, tmp_path):
     _, summary = write(tmp_path, stage, 20, decoder, rank)
     assert {p.name for p in tmp_path.iterdir()} == {f"{name}.json", f"{name}.jsonl"}
@@ -90,9 +110,13 @@ def test_candidates_and_catalogue_of_several_splits_lie_beside_each_other(tmp_pa
         for split in ("val", "test"):
             write(tmp_path, "sft", 20, "score", rank, split)
     assert {p.stem for p in tmp_path.iterdir()} == {
-        "sft-20-score", "sft-20-score-val", "sft-20-score-catalogue", "sft-20-score-catalogue-val",
-        "sft-20-score-disliked", "sft-20-score-disliked-val",
-    }  # fmt: skip
+        "sft-20-score",
+        "sft-20-score-val",
+        "sft-20-score-catalogue",
+        "sft-20-score-catalogue-val",
+        "sft-20-score-disliked",
+        "sft-20-score-disliked-val",
+    }
     for rank in results.RANKS:
         for split in ("val", "test"):
             found = results.find(tmp_path, "sft", 20, "score", split, rank)

@@ -25,8 +25,17 @@ from sdpo_jax.system.errors import InputError
 PACKAGE = Path(__file__).parents[1] / "sdpo_jax"
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch"}
 # Calls that execute what they read, by their last two names.
-EXECUTING = {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system",
-             "eval", "exec", "pd.read_pickle", "pandas.read_pickle"}  # fmt: skip
+EXECUTING = {
+    "torch.load",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "os.system",
+    "eval",
+    "exec",
+    "pd.read_pickle",
+    "pandas.read_pickle",
+}
 FORBIDDEN = {"allow_pickle": True, "trust_remote_code": True, "shell": True}
 HOSTILE = "<script>alert(1)</script> ![x](http://x) [a](http://x) | `b` *c* &lt; \x1b[31m\n# d"
 
@@ -114,14 +123,22 @@ def test_text_from_files_is_no_markup_in_report_and_card(tmp_path):
     run = tiny_run.make_run(tmp_path / HOSTILE.replace("/", "").replace("\n", ""))
     file = run.parent / "data" / "dataset.json"
     meta = json.loads(file.read_text())
-    file.write_text(json.dumps(meta | {"protocol": HOSTILE, "candidates": HOSTILE,
-                                       "dataset": HOSTILE}))  # fmt: skip
+    file.write_text(
+        json.dumps(meta | {"protocol": HOSTILE, "candidates": HOSTILE, "dataset": HOSTILE})
+    )
     stored = json.loads((run / "config.json").read_text())
     stored["config"]["lora"]["init_from"] = HOSTILE
     (run / "config.json").write_text(json.dumps(stored))
-    summary = {"stage": "sft", "step": 2, "decoder": "greedy", "rank": "candidates",
-               "split": "test", "n": 4,
-               "hit_ratio_at_1": 0.5, "protocol": HOSTILE}  # fmt: skip
+    summary = {
+        "stage": "sft",
+        "step": 2,
+        "decoder": "greedy",
+        "rank": "candidates",
+        "split": "test",
+        "n": 4,
+        "hit_ratio_at_1": 0.5,
+        "protocol": HOSTILE,
+    }
     (run / "eval").mkdir()
     (run / "eval" / "sft-2-greedy.json").write_text(json.dumps(summary))
     for text in (report(run), model_card(read_run(run), "sft", 2, "peft")):

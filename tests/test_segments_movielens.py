@@ -33,9 +33,14 @@ def encoder(tmp_path_factory) -> Encoder:
     templates = prompts.templates_of("movie", prompt="history")
     config = quickstart.get_config()
     return Encoder(
-        dataset, load_tokenizer(folder / "model"), templates, config.seed, config.max_length,
-        prompt=config.prompt, history=config.history,
-    )  # fmt: skip
+        dataset,
+        load_tokenizer(folder / "model"),
+        templates,
+        config.seed,
+        config.max_length,
+        prompt=config.prompt,
+        history=config.history,
+    )
 
 
 @pytest.mark.parametrize(("stage", "most"), [("sft", 7), ("sdpo", 6.5 * (3 + 1))])

@@ -53,15 +53,28 @@ def placed(model, mesh):
     return put(model.lora), put(model.base)
 
 
-def run(model, batch, *, mesh=None, count=1, objective=SDPO, layout="shared_prefix", steps=1,
-        dropout_key=None):  # fmt: skip
+def run(
+    model,
+    batch,
+    *,
+    mesh=None,
+    count=1,
+    objective=SDPO,
+    layout="shared_prefix",
+    steps=1,
+    dropout_key=None,
+):
     mesh = mesh or mesh_of()
     lora, base = placed(model, mesh)
     state = init_state(lora, OPTIMIZER, mesh)
     step = make_train_step(
-        make_logp(model.graphdef, layout), objective, OPTIMIZER,
-        state_shardings(lora, OPTIMIZER, mesh), mesh, dropout_key,
-    )  # fmt: skip
+        make_logp(model.graphdef, layout),
+        objective,
+        OPTIMIZER,
+        state_shardings(lora, OPTIMIZER, mesh),
+        mesh,
+        dropout_key,
+    )
     batches = jax.device_put(microbatches(batch, count), sharding.batch_sharding(mesh, 1))
     for _ in range(steps):
         state, metrics = step(state, base, batches)
@@ -194,9 +207,13 @@ def losses(model, batch, mesh, count: int, dropout_key, objective=SDPO) -> list[
     lora, base = placed(model, mesh)
     state = init_state(lora, OPTIMIZER, mesh)
     step = make_train_step(
-        make_logp(model.graphdef, "shared_prefix"), objective, OPTIMIZER,
-        state_shardings(lora, OPTIMIZER, mesh), mesh, dropout_key,
-    )  # fmt: skip
+        make_logp(model.graphdef, "shared_prefix"),
+        objective,
+        OPTIMIZER,
+        state_shardings(lora, OPTIMIZER, mesh),
+        mesh,
+        dropout_key,
+    )
     batches = jax.device_put(microbatches(batch, count), sharding.batch_sharding(mesh, 1))
     found = []
     for _ in range(20):

@@ -236,9 +236,16 @@ def test_a_terminal_of_another_locale_shows_titles_and_changes_nothing(
     made = {}
     for name, settings in (
         ("plain", {}),
-        ("other", {"LC_ALL": "tr_TR.ISO-8859-9", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0",
-                   "TZ": "Asia/Kathmandu"}),
-    ):  # fmt: skip
+        (
+            "other",
+            {
+                "LC_ALL": "tr_TR.ISO-8859-9",
+                "PYTHONIOENCODING": "ascii",
+                "PYTHONUTF8": "0",
+                "TZ": "Asia/Kathmandu",
+            },
+        ),
+    ):
         run = tmp_path / name
         flags = trainers.config_flags(
             run, dataset_folder, model_folder, 3, prompt_file=template, stages="('sft',)"

@@ -106,15 +106,23 @@ def lastfm(folder, encode):
 
 
 def goodreads(folder, encode):
-    books = [json.dumps({"book_id": str(i), "title": title_of(i)}, ensure_ascii=False)
-             for i in range(40)]  # fmt: skip
+    books = [
+        json.dumps({"book_id": str(i), "title": title_of(i)}, ensure_ascii=False) for i in range(40)
+    ]
     with gzip.open(folder / "goodreads_books_x.json.gz", "wb") as file:
         file.write(encode("\n".join(books)))
     rows = [
-        {"user_id": f"u{u}", "book_id": str(i), "rating": 5, "read_at": "",
-         "date_updated": f"Sun Jul {1 + u % 28:02d} 07:{n:02d}:10 -0700 2017"}
-        for u in range(40) for n, i in enumerate(range(40)) if (u + i) % 2
-    ]  # fmt: skip
+        {
+            "user_id": f"u{u}",
+            "book_id": str(i),
+            "rating": 5,
+            "read_at": "",
+            "date_updated": f"Sun Jul {1 + u % 28:02d} 07:{n:02d}:10 -0700 2017",
+        }
+        for u in range(40)
+        for n, i in enumerate(range(40))
+        if (u + i) % 2
+    ]
     with gzip.open(folder / "goodreads_interactions_x.json.gz", "wb") as file:
         file.write(encode("\n".join(map(json.dumps, rows))))
     return "goodreads", folder
@@ -172,8 +180,10 @@ def test_titles_whose_utf8_was_read_as_latin_1_are_told(tmp_path):
     text = file.read_text().replace("Title, the 7th", "AmÃ©lie")
     file.write_text(text.replace("Title, the 8th", "FÃ¼r immer"))
     told = prepare("csv", str(file), str(tmp_path / "out"))["notes"]
-    assert any(note.startswith("2 titles seem to be UTF-8") and "'AmÃ©lie' for 'Amélie'" in note
-               for note in told)  # fmt: skip
+    assert any(
+        note.startswith("2 titles seem to be UTF-8") and "'AmÃ©lie' for 'Amélie'" in note
+        for note in told
+    )
 
 
 def test_titles_of_a_folder_written_by_hand_are_read_in_the_one_form(tmp_path):
@@ -193,7 +203,7 @@ def test_a_title_under_several_ids_and_forms_is_one_title_for_every_draw(tmp_pat
         f'u{u},i{i},"{titles[i]}",{1000 * u + n}'
         for u in range(60)
         for n, i in enumerate((7 * u + 8 * k + k // 3) % len(titles) for k in range(8))
-    ]  # fmt: skip
+    ]
     (tmp_path / "my.csv").write_text("\n".join(["user,item,title,timestamp", *rows, ""]))
     meta = prepare("csv", str(tmp_path / "my.csv"), str(tmp_path / "out"))
     data = read_dataset(tmp_path / "out")

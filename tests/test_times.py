@@ -34,15 +34,21 @@ def test_numbers_of_one_unit_are_kept_as_they_are(texts):
 @pytest.mark.parametrize(
     ("texts", "said"),
     [
-        (["1700000000", "1700000000001", "1700000002"],
-         "my.csv:3: found timestamp '1700000000001', which is milliseconds as in 1 of 3 rows, "
-         "expected seconds as in 2 rows (my.csv:2): write all in one unit"),
-        (["1700000000000000", "1700000000000", "1700000000001"],
-         "my.csv:2: found timestamp '1700000000000000', which is microseconds as in 1 of 3"),
-        (["1700000000000000000", "1700000000", "1700000001.5"],
-         "my.csv:2: found timestamp '1700000000000000000', which is nanoseconds as in 1 of 3"),
+        (
+            ["1700000000", "1700000000001", "1700000002"],
+            "my.csv:3: found timestamp '1700000000001', which is milliseconds as in 1 of 3 rows, "
+            "expected seconds as in 2 rows (my.csv:2): write all in one unit",
+        ),
+        (
+            ["1700000000000000", "1700000000000", "1700000000001"],
+            "my.csv:2: found timestamp '1700000000000000', which is microseconds as in 1 of 3",
+        ),
+        (
+            ["1700000000000000000", "1700000000", "1700000001.5"],
+            "my.csv:2: found timestamp '1700000000000000000', which is nanoseconds as in 1 of 3",
+        ),
     ],
-)  # fmt: skip
+)
 def test_two_units_are_told_with_their_lines_and_counts(texts, said):
     _, clock = read(texts)
     with pytest.raises(InputError) as error:

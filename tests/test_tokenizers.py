@@ -30,10 +30,14 @@ def sentencepiece() -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
-    tokenizer.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-        decoders.Strip(" ", 1, 0),
-    ])  # fmt: skip
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
@@ -85,9 +89,9 @@ def test_titles_come_back_and_end_in_eos_without_bos(encoder, kind):
         assert made.tokenizer.decode(ids[:-1]) == title
 
 
-@pytest.mark.parametrize(("kind", "bos"), [
-    ("sentencepiece", True), ("byte-level with BOS", True), ("byte-level", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "bos"), [("sentencepiece", True), ("byte-level with BOS", True), ("byte-level", False)]
+)
 def test_a_prompt_begins_with_bos_exactly_where_the_tokenizer_has_one(encoder, kind, bos):
     made = encoder(kind)
     (example,) = made.examples("train", [0], [[0, 1]])
@@ -151,9 +155,9 @@ def test_prompt_and_answer_are_joined_as_ids_never_as_text(encoder):
     np.testing.assert_array_equal(example.prompt, alone)
 
 
-@pytest.mark.parametrize(("title", "words"), [
-    ("", "encodes to"), ("</s>", "encodes to"), ("a</s>b", "encodes to"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("title", "words"), [("", "encodes to"), ("</s>", "encodes to"), ("a</s>b", "encodes to")]
+)
 def test_a_title_of_nothing_or_of_special_tokens_is_told(encoder, title, words):
     with pytest.raises(InputError, match=words) as error:
         check_titles({7: title}, encoder("byte-level").tokenizer)

@@ -37,14 +37,23 @@ def unbroken(flags, tmp_path_factory):
 
 def test_one_command_runs_both_stages_and_learns(unbroken):
     run, output = unbroken
-    stages = {name: json.loads((run / "stages" / f"{name}.json").read_text()) for name in
-              ("sft", "sdpo")}  # fmt: skip
+    stages = {
+        name: json.loads((run / "stages" / f"{name}.json").read_text()) for name in ("sft", "sdpo")
+    }
     curve = read_metrics(run / "metrics")
     first = {m["stage"]: m["validation/loss"] for m in reversed(curve) if "validation/loss" in m}
     assert first["sdpo"] == pytest.approx(np.log(4), rel=1e-4)
     assert stages["sft"]["validation_loss"] < first["sft"]
-    assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-            "logps/chosen", "logps/rejected", "loss", "grad_norm"} <= set(curve[-2])  # fmt: skip
+    assert {
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+        "loss",
+        "grad_norm",
+    } <= set(curve[-2])
     assert list((run / "metrics").glob("sdpo/events.*"))
     assert "--- train example 0, 1 target(s) ---" in output
     assert "sdpo_jax.evaluate" in output.splitlines()[-2]

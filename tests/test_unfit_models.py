@@ -74,16 +74,27 @@ def V_of(folder):
 def add_token(folder, name, role):
     """A special token beyond the model's table, as Llama-2 was first released with."""
     V = V_of(folder)
-    entry = {"id": V, "content": name, "special": True, "single_word": False, "lstrip": False,
-             "rstrip": False, "normalized": False}  # fmt: skip
+    entry = {
+        "id": V,
+        "content": name,
+        "special": True,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+    }
 
     def change(file, content):
         if file == "tokenizer.json":
             content["added_tokens"].append(entry)
             padding = {
-                "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None,
-                "pad_id": V, "pad_type_id": 0, "pad_token": name,
-            }  # fmt: skip
+                "strategy": {"Fixed": 8},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": V,
+                "pad_type_id": 0,
+                "pad_token": name,
+            }
             content["padding"] = padding if role == "pad_token" else None
         else:
             content[role] = name
@@ -148,9 +159,13 @@ def test_a_sentencepiece_file_alone_is_read_with_that_package(folder, tmp_path):
     texts = ["heat", "alien", "the thing", "taxi driver", "twelve monkeys", "quiz", "big fish job"]
     (tmp_path / "text").write_text("\n".join(texts))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"), model_prefix=str(folder / "tokenizer"), model_type="bpe",
-        vocab_size=V_of(folder), hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
+        input=str(tmp_path / "text"),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=V_of(folder),
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     convert(str(folder), str(tmp_path / "out"))

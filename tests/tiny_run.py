@@ -67,8 +67,14 @@ def save(run: Path, stage: str, step: int, lora, loss: float | None = 1.0) -> No
 
 
 def finish(run: Path, stage: str, step: int) -> None:
-    result = {"stage": stage, "steps": step, "best_step": step, "validation_loss": 1.0,
-              "seconds": 7.0, "examples": 8 * step}  # fmt: skip
+    result = {
+        "stage": stage,
+        "steps": step,
+        "best_step": step,
+        "validation_loss": 1.0,
+        "seconds": 7.0,
+        "examples": 8 * step,
+    }
     write_stage_result(run, stage, result)
 
 

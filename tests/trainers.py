@@ -35,20 +35,38 @@ def train(config: ConfigDict, run: Path, stop=NEVER, experiment: str = "") -> No
 
 def environment(devices: int = 1, **changes: str) -> dict[str, str]:
     """That of a process with its own number of devices, not with the tests' eight."""
-    return os.environ | {
-        "XLA_FLAGS": XLA_FLAGS, "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices), "PYTHON": sys.executable, "GRACE": "1",
-    } | changes  # fmt: skip
+    return (
+        os.environ
+        | {
+            "XLA_FLAGS": XLA_FLAGS,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "PYTHON": sys.executable,
+            "GRACE": "1",
+        }
+        | changes
+    )
 
 
 def config_flags(run: Path, dataset: Path, model: Path, steps: int, **changes) -> list[str]:
     keys = {
-        "dataset": dataset, "model": model, "dtype": "float32", "remat": "none",
-        "batch_size": 4, "microbatch": 2, "lora.dropout": 0.1,
-        "sft.epochs": 8, "sft.max_steps": steps, "sft.learning_rate": 0.01,
-        "sdpo.epochs": 8, "sdpo.max_steps": steps, "sdpo.learning_rate": 0.01,
-        "eval_every": 6, "checkpoint_every": 2, "validation_windows": 6,
-    } | changes  # fmt: skip
+        "dataset": dataset,
+        "model": model,
+        "dtype": "float32",
+        "remat": "none",
+        "batch_size": 4,
+        "microbatch": 2,
+        "lora.dropout": 0.1,
+        "sft.epochs": 8,
+        "sft.max_steps": steps,
+        "sft.learning_rate": 0.01,
+        "sdpo.epochs": 8,
+        "sdpo.max_steps": steps,
+        "sdpo.learning_rate": 0.01,
+        "eval_every": 6,
+        "checkpoint_every": 2,
+        "validation_windows": 6,
+    } | changes
     return [
         "--config=configs/movielens.py",
         f"--workdir={run}",
@@ -62,9 +80,16 @@ def history_flags(run: Path, dataset: Path, model: Path, steps: int, **changes) 
     Adam turns a gradient of rounding's size into a step as large as any other.
     """
     keys = {
-        "prompt": "history", "segment": 4, "history": 3, "negatives": "uniform", "redraw": True,
-        "batch_size": 8, "microbatch": 1, "sft.learning_rate": 0.002, "sdpo.learning_rate": 0.002,
-    }  # fmt: skip
+        "prompt": "history",
+        "segment": 4,
+        "history": 3,
+        "negatives": "uniform",
+        "redraw": True,
+        "batch_size": 8,
+        "microbatch": 1,
+        "sft.learning_rate": 0.002,
+        "sdpo.learning_rate": 0.002,
+    }
     return config_flags(run, dataset, model, steps, **keys | changes)
 
 
@@ -73,9 +98,14 @@ def start(flags: Sequence[str], *, processes: int = 1, **settings) -> subprocess
     one = [sys.executable, "-m", "sdpo_jax.train"]
     command = one if processes == 1 else ["launch/local.sh", str(processes)]
     return subprocess.Popen(
-        [*command, *flags], cwd=ROOT, env=environment(**settings), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        [*command, *flags],
+        cwd=ROOT,
+        env=environment(**settings),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def end(process: subprocess.Popen, expected: int = 0) -> str:

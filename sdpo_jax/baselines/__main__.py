@@ -50,10 +50,15 @@ SHOWN = results.CUTOFF  # items of a ranking that a prediction holds
 
 
 def run(
-    model: str, dataset: str, workdir: str, split: str = "test", limit: int = 0,
-    candidates_only: bool = False, settings: trainer.Settings | None = None,
+    model: str,
+    dataset: str,
+    workdir: str,
+    split: str = "test",
+    limit: int = 0,
+    candidates_only: bool = False,
+    settings: trainer.Settings | None = None,
     text: morec.Text | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """Evaluates `model`, after training where it is a network; returns the summaries written.
 
     `text` is MoRec's. Raises InputError for a data set, split, workdir or encoder that is not there
@@ -76,11 +81,17 @@ def run(
     start = time.monotonic()
     scores_NI, about = _scores(model, data, Path(workdir), split, rows, found, settings, text)
     about |= {
-        "protocol": data.meta.get("protocol"), "split": split, "limit": limit, "stage": model,
-        "decoder": "score", "candidates": found.candidates_NC.shape[1], "seed": settings.seed,
-        "dataset": dataset, "dataset_fingerprint": data.meta["fingerprint"],
+        "protocol": data.meta.get("protocol"),
+        "split": split,
+        "limit": limit,
+        "stage": model,
+        "decoder": "score",
+        "candidates": found.candidates_NC.shape[1],
+        "seed": settings.seed,
+        "dataset": dataset,
+        "dataset_fingerprint": data.meta["fingerprint"],
         "seconds": round(time.monotonic() - start, 2),
-    }  # fmt: skip
+    }
     exposure, summaries = results.exposure_of(data), []
     for rank in results.RANKS[: 1 if candidates_only else None]:
         predictions = list(_predictions(data, split, rows, found, scores_NI, rank))
@@ -94,9 +105,15 @@ def run(
 
 
 def _scores(
-    model: str, data: Dataset, workdir: Path, split: str, rows: Sequence[int], found: Arrays,
-    settings: trainer.Settings, text: morec.Text,
-) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
+    model: str,
+    data: Dataset,
+    workdir: Path,
+    split: str,
+    rows: Sequence[int],
+    found: Arrays,
+    settings: trainer.Settings,
+    text: morec.Text,
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Scores of every item for each window, [N, I], and what there is to tell of the model."""
     items = len(data.titles)
     if model == "random":
@@ -129,10 +146,13 @@ def _network(
 
         fitted = trainer.fit(recipe, train, validation, settings, report)
     about = {
-        "step": fitted.epoch, "l2": fitted.l2, "validation_split": _validation(data),
-        "validation_hit_ratio_at_1": fitted.hit_ratio, "validation_by_l2": fitted.tried,
+        "step": fitted.epoch,
+        "l2": fitted.l2,
+        "validation_split": _validation(data),
+        "validation_hit_ratio_at_1": fitted.hit_ratio,
+        "validation_by_l2": fitted.tried,
         **recipe.about,
-    }  # fmt: skip
+    }
     trained.write(path, key, data.meta["fingerprint"], fitted.state, about)
     return graphdef, fitted.state, frozen, about
 
@@ -180,10 +200,15 @@ def _predictions(
         first = among_X[np.argsort(-scores_X, kind="stable")[:SHOWN]]
         top = {"top": [ids[i] for i in first]} if ranked == "catalogue" else {}
         yield {
-            "row": row, "user": data.splits[split][row].user, "target": titles[target],
-            "ranked": [[titles[i], round(float(scores_I[i]), 4)] for i in first], **top,
-            "rank": rank, "valid": True, "hit": rank == 1,
-        }  # fmt: skip
+            "row": row,
+            "user": data.splits[split][row].user,
+            "target": titles[target],
+            "ranked": [[titles[i], round(float(scores_I[i]), 4)] for i in first],
+            **top,
+            "rank": rank,
+            "valid": True,
+            "hit": rank == 1,
+        }
 
 
 def main(argv: Sequence[str]) -> None:
@@ -191,8 +216,16 @@ def main(argv: Sequence[str]) -> None:
     if wrong := [value for value in args.l2 if not math.isfinite(value)]:
         raise InputError(f"--l2: found {wrong[0]}, expected a number: give one, as 1e-6")
     settings = trainer.Settings(epochs=args.epochs, l2=tuple(args.l2), seed=args.seed)
-    run(args.model, args.dataset, args.workdir, args.split, args.limit or 0, args.candidates_only,
-        settings, morec.Text(args.encoder, args.train_encoder))  # fmt: skip
+    run(
+        args.model,
+        args.dataset,
+        args.workdir,
+        args.split,
+        args.limit or 0,
+        args.candidates_only,
+        settings,
+        morec.Text(args.encoder, args.train_encoder),
+    )
     if (Path(args.workdir) / "config.json").exists():
         print(f"next: python -m sdpo_jax.report --workdir={args.workdir}")
 
@@ -202,13 +235,19 @@ if __name__ == "__main__":
     flags.DEFINE_string("dataset", None, "prepared folder", required=True)
     flags.DEFINE_string("workdir", None, "folder of a run, or any other", required=True)
     flags.DEFINE_enum("split", "test", SPLITS[1:], "windows to evaluate on")
-    flags.DEFINE_integer("limit", None, "this many windows, evenly spread over the split; "
-                         "default: all", lower_bound=1)  # fmt: skip
+    flags.DEFINE_integer(
+        "limit",
+        None,
+        "this many windows, evenly spread over the split; default: all",
+        lower_bound=1,
+    )
     flags.DEFINE_bool("candidates_only", False, "leave out the ranking of the whole catalogue")
     flags.DEFINE_multi_float(
-        "l2", trainer.Settings.l2, "weights of the L2 regularisation, each with a --l2 of its own; "
-        "validation chooses", lower_bound=0,
-    )  # fmt: skip
+        "l2",
+        trainer.Settings.l2,
+        "weights of the L2 regularisation, each with a --l2 of its own; validation chooses",
+        lower_bound=0,
+    )
     flags.DEFINE_integer("epochs", trainer.Settings.epochs, "at most", lower_bound=1)
     flags.DEFINE_string("encoder", None, "of the titles, for morec: BERT folder or name on the Hub")
     flags.DEFINE_bool("train_encoder", False, "train it too, for morec")

@@ -16,8 +16,17 @@ class Caser(nnx.Module):
     The paper's vector of the user is left out: the users of validation and test are new.
     """
 
-    def __init__(self, items: int, size: int = SIZE, horizontal: int = 16, vertical: int = 4,
-                 dropout: float = 0.5, *, T: int = MAX_HISTORY, rngs: nnx.Rngs):  # fmt: skip
+    def __init__(
+        self,
+        items: int,
+        size: int = SIZE,
+        horizontal: int = 16,
+        vertical: int = 4,
+        dropout: float = 0.5,
+        *,
+        T: int = MAX_HISTORY,
+        rngs: nnx.Rngs,
+    ):
         self.items = Items(items, size, rngs=rngs)
         # As products: XLA's gradient of a convolution is ten times as slow on a CPU.
         self.horizontal = nnx.List(

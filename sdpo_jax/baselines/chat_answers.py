@@ -24,9 +24,14 @@ from sdpo_jax.system.files import (
 )
 
 ANSWER = {
-    "key": TEXT, "endpoint": TEXT, "text": TEXT, "finish": TEXT,
-    "tokens_in?": COUNT, "tokens_out?": COUNT, "seconds": NUMBER,
-}  # fmt: skip
+    "key": TEXT,
+    "endpoint": TEXT,
+    "text": TEXT,
+    "finish": TEXT,
+    "tokens_in?": COUNT,
+    "tokens_out?": COUNT,
+    "seconds": NUMBER,
+}
 Request = dict[str, Any]
 Answer = dict[str, Any]
 

@@ -179,7 +179,7 @@ class Endpoint:
         texts = {"text": said, "finish": str(choice.get("finish_reason", "no answer"))}
         # Half of a surrogate pair could not be written.
         answer = {k: text.encode("utf-8", "replace").decode() for k, text in texts.items()}
-        usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
+        usage = body["usage"] if isinstance(body.get("usage"), dict) else {}
         tokens = {"tokens_in": "prompt_tokens", "tokens_out": "completion_tokens"}
         return answer | {k: usage[v] for k, v in tokens.items() if COUNT[1](usage.get(v))}
 

@@ -75,8 +75,7 @@ def standardised(text_IE: jax.Array) -> jax.Array:
     return text_IE * jax.lax.rsqrt(jnp.square(text_IE).mean() + 1e-12)
 
 
-def recipe(titles: Sequence[str], text: Text, learning_rate: float,
-           T: int = MAX_HISTORY) -> Recipe:  # fmt: skip
+def recipe(titles: Sequence[str], text: Text, learning_rate: float, T: int = MAX_HISTORY) -> Recipe:
     """Of the network over `titles`. Raises InputError where the encoder is not there or is none."""
     folder = encoder_folder(text.encoder)
     digest = source_digest(folder)
@@ -88,9 +87,10 @@ def recipe(titles: Sequence[str], text: Text, learning_rate: float,
         return SASRec(TextItems(module, bert.config.E, rngs=rngs), T=T, rngs=rngs)
 
     about = {
-        "encoder": text.encoder or "==".join(MINILM[:2]), "encoder_sha256": digest,
+        "encoder": text.encoder or "==".join(MINILM[:2]),
+        "encoder_sha256": digest,
         "encoder_trained": text.trained,
-    }  # fmt: skip
+    }
     return Recipe(make, optimizer(learning_rate), (digest, text.trained), about)
 
 

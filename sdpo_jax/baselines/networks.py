@@ -1,10 +1,18 @@
 """What the networks share: items as vectors, and dropout that is off without a key."""
 
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 SIZE = 64  # D
+
+
+class Vectors(Protocol):
+    """A module that gives a vector an item, [I, D]."""
+
+    def vectors(self) -> jax.Array: ...
 
 
 class Items(nnx.Module):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sdpo_jax.baselines.networks import SIZE, Items, dropped, looked_up
+from sdpo_jax.baselines.networks import SIZE, Items, Vectors, dropped, looked_up
 from sdpo_jax.data.sequences import MAX_HISTORY
 
 
@@ -35,8 +35,17 @@ class SASRec(nnx.Module):
     items at most.
     """
 
-    def __init__(self, items: int | nnx.Module, size: int = SIZE, blocks: int = 2, heads: int = 1,
-                 dropout: float = 0.3, *, T: int = MAX_HISTORY, rngs: nnx.Rngs):  # fmt: skip
+    def __init__(
+        self,
+        items: int | Vectors,
+        size: int = SIZE,
+        blocks: int = 2,
+        heads: int = 1,
+        dropout: float = 0.3,
+        *,
+        T: int = MAX_HISTORY,
+        rngs: nnx.Rngs,
+    ):
         self.items = Items(items, size, rngs=rngs) if isinstance(items, int) else items
         self.places = nnx.Param(jax.random.normal(rngs.params(), (T, size)) * 0.02)
         self.blocks = nnx.List(Block(size, heads, dropout, rngs=rngs) for _ in range(blocks))

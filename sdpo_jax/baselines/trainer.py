@@ -72,8 +72,9 @@ class Scores:
         self._scores, self._frozen = jax.jit(scores), frozen
 
     def __call__(self, state: nnx.State, history_NT: np.ndarray) -> np.ndarray:
-        pad = np.resize(history_NT, (-(-len(history_NT) // self.BATCH) * self.BATCH,
-                                     history_NT.shape[1]))  # fmt: skip
+        pad = np.resize(
+            history_NT, (-(-len(history_NT) // self.BATCH) * self.BATCH, history_NT.shape[1])
+        )
         parts = pad.reshape(-1, self.BATCH, pad.shape[1])
         cut = [self._scores(state, self._frozen, part) for part in parts]
         return np.concatenate(jax.device_get(cut))[: len(history_NT)]
@@ -121,9 +122,12 @@ def make_epoch(
 
 
 def fit(
-    recipe: Recipe, train: Arrays, validation: Arrays, settings: Settings,
+    recipe: Recipe,
+    train: Arrays,
+    validation: Arrays,
+    settings: Settings,
     report: Callable[[str], Any] = print,
-) -> Fitted:  # fmt: skip
+) -> Fitted:
     """The best of one training for each L2 weight; `report` hears a line of each epoch.
 
     What of a network is no `nnx.Param` stays as it is. Raises InputError where training diverges.
@@ -145,6 +149,7 @@ def fit(
         tried[f"{l2:g}"] = value
         if best is None or value > best.hit_ratio:
             best = Fitted(state, l2, at, value, tried)
+    assert best is not None  # there is an L2 weight
     return best
 
 

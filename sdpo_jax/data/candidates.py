@@ -12,9 +12,12 @@ NUM_CANDIDATES = 20
 
 
 def independent(
-    windows: Sequence[Window], titles: dict[int, str], seed: int, split: str,
+    windows: Sequence[Window],
+    titles: dict[int, str],
+    seed: int,
+    split: str,
     count: int = NUM_CANDIDATES,
-) -> list[Window]:  # fmt: skip
+) -> list[Window]:
     """Windows with `count` candidates drawn by (seed, split, row), independently of the target.
 
     A candidate's title differs from every other candidate's and from every title of the
@@ -29,9 +32,14 @@ def independent(
 
 
 def _draw(
-    window: Window, row: int, ids: list[int], titles: dict[int, str], seed: int, split: str,
+    window: Window,
+    row: int,
+    ids: list[int],
+    titles: dict[int, str],
+    seed: int,
+    split: str,
     count: int,
-) -> Window:  # fmt: skip
+) -> Window:
     """Takes negatives from one random order of all items, the target only being skipped."""
     rng = generator(seed, "candidates", split, row)
     place = int(rng.integers(count))

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from sdpo_jax.data.interactions import Interactions
 from sdpo_jax.data.readers.amazon import read_amazon
@@ -25,7 +24,7 @@ class Source:
     """
 
     domain: str
-    read: Callable[[Any], Interactions | Sequences | Sessions]
+    read: Callable[..., Interactions | Sequences | Sessions]
     kept: str
     files: str = ""
     rated: bool = True

@@ -39,28 +39,41 @@ class Rows:
 
     def __init__(self):
         self.users: dict[User, int] = {}
-        self.items: dict[int | str, int] = {}
-        self._columns = array("i"), array("i"), array("d"), array("d")
+        self.items: dict[int, int] = {}
+        self._columns: tuple[array, ...] = array("i"), array("i"), array("d"), array("d")
 
     def __len__(self) -> int:
         return len(self._columns[0])
 
-    def add(self, user: User, item: int | str, rating: float, seconds: float) -> None:
+    def add(self, user: User, item: int, rating: float, seconds: float) -> None:
         users, items = self.users, self.items
         row = (users.setdefault(user, len(users)), items.setdefault(item, len(items)))
         for column, value in zip(self._columns, (*row, rating, seconds), strict=True):
             column.append(value)
 
     def done(
-        self, titles: dict[int, str], attributes: dict[int, dict], count: int,
-        source: dict[str, str], *, rated: bool = True,
-    ) -> Interactions:  # fmt: skip
-        """What was read; nothing can be added any more. Items must be integers by now."""
+        self,
+        titles: dict[int, str],
+        attributes: dict[int, dict],
+        count: int,
+        source: dict[str, str],
+        *,
+        rated: bool = True,
+    ) -> Interactions:
+        """What was read; nothing can be added any more."""
         user_N, item_N, rating_N, time_N = (
             np.frombuffer(c, c.typecode) if c else np.array(c) for c in self._columns
         )
         whole = {item: attributes.get(item, {}) for item in titles}
         return Interactions(
-            titles, whole, [*self.users], [*self.items], user_N, item_N,
-            rating_N if rated else None, time_N, count, source,
-        )  # fmt: skip
+            titles,
+            whole,
+            [*self.users],
+            [*self.items],
+            user_N,
+            item_N,
+            rating_N if rated else None,
+            time_N,
+            count,
+            source,
+        )

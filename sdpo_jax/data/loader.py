@@ -146,9 +146,10 @@ def _best_cut(sizes: np.ndarray) -> tuple[int, int]:
 def _needs(examples: Sequence[Example], rows: int) -> tuple[int, int, int, int, int]:
     """Tokens of the fullest row; prompt, packed, predicting tokens and targets at their most."""
     fullest = np.reshape([e.tokens for e in examples], (rows, -1)).sum(-1).max()
-    most = [max(of) for of in zip(
-        *((len(e.prompt), e.packed, e.heads, e.M) for e in examples), strict=True
-    )]  # fmt: skip
+    most = [
+        max(of)
+        for of in zip(*((len(e.prompt), e.packed, e.heads, e.M) for e in examples), strict=True)
+    ]
     return int(fullest), *most
 
 

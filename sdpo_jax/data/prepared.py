@@ -163,8 +163,10 @@ def _digest(path: Path, history: int) -> str:
 
 
 def _write_files(folder: Path, dataset: Dataset) -> None:
-    rows = ({"id": item, "title": title} | dataset.attributes[item]
-            for item, title in dataset.titles.items())  # fmt: skip
+    rows = (
+        {"id": item, "title": title} | dataset.attributes[item]
+        for item, title in dataset.titles.items()
+    )
     _write_lines(folder / "items.jsonl", rows)
     rows = ({key: getattr(s, key) for key in _SEQUENCE_KEYS} for s in dataset.sequences.values())
     _write_lines(folder / "sequences.jsonl", rows)
@@ -334,9 +336,12 @@ def _read_own(
 
 
 def _read_windows(
-    rows: Iterable[tuple[str, dict]], titles: dict[int, str],
-    sequences: dict[User, UserSequence], history: int, size: int | None,
-) -> list[Window]:  # fmt: skip
+    rows: Iterable[tuple[str, dict]],
+    titles: dict[int, str],
+    sequences: dict[User, UserSequence],
+    history: int,
+    size: int | None,
+) -> list[Window]:
     windows = []
     for where, record in rows:
         window = _window(where, record, titles, sequences, history)
@@ -348,9 +353,12 @@ def _read_windows(
 
 
 def _window(
-    where: str, record: dict, titles: dict[int, str], sequences: dict[User, UserSequence],
+    where: str,
+    record: dict,
+    titles: dict[int, str],
+    sequences: dict[User, UserSequence],
     history: int,
-) -> Window:  # fmt: skip
+) -> Window:
     user, place = record["user"], record["place"]
     if type(user) not in (int, str) or user not in sequences:
         raise _bad(where, f"user {shown(user)}", "a user of sequences.jsonl")

@@ -111,12 +111,20 @@ def _notes_of(titles: dict[int, str]) -> list[str]:
     wrong = [(title, before) for title, before in read if before and "\ufffd" not in before]
     return [
         *([f"HTML entities are resolved in {entities:,} titles"] if entities else ()),
-        *([f"{lost:,} titles hold a character that was lost before, in another encoding"]
-          if lost else ()),
-        *([f"{len(wrong):,} titles seem to be UTF-8 that was read as Latin-1, as "
-           f"{shown(wrong[0][0])} for {shown(wrong[0][1])}: they are kept as they are"]
-          if wrong else ()),
-    ]  # fmt: skip
+        *(
+            [f"{lost:,} titles hold a character that was lost before, in another encoding"]
+            if lost
+            else ()
+        ),
+        *(
+            [
+                f"{len(wrong):,} titles seem to be UTF-8 that was read as Latin-1, as "
+                f"{shown(wrong[0][0])} for {shown(wrong[0][1])}: they are kept as they are"
+            ]
+            if wrong
+            else ()
+        ),
+    ]
 
 
 def _titles_again(found: Found) -> list[str]:
@@ -197,10 +205,20 @@ def _from_interactions(
     core = f"users and items with {least} or more; " if least > 1 else ""
     protocol = f"{known.kept}; {core}{_SPLIT[split].format(f'{shortest} to {N}')}"
     return Found(
-        titles, {item: read.attributes[item] for item in titles}, users, windows, protocol, split,
-        N, least, sum(len(user.items) for user in users.values()), read.count, read.untitled,
-        read.source, notes,
-    )  # fmt: skip
+        titles,
+        {item: read.attributes[item] for item in titles},
+        users,
+        windows,
+        protocol,
+        split,
+        N,
+        least,
+        sum(len(user.items) for user in users.values()),
+        read.count,
+        read.untitled,
+        read.source,
+        notes,
+    )
 
 
 def _from_splits(read: Sequences | Sessions, dataset: str, options: Options) -> Found:
@@ -226,6 +244,16 @@ def _from_splits(read: Sequences | Sessions, dataset: str, options: Options) -> 
     kept = sum(len(user.items) for user in users.values())
     attributes: dict[int, dict] = {item: {} for item in read.titles}
     return Found(
-        read.titles, attributes, users, windows, protocol, "fixed", N, 1, kept, kept, (0, 0),
+        read.titles,
+        attributes,
+        users,
+        windows,
+        protocol,
+        "fixed",
+        N,
+        1,
+        kept,
+        kept,
+        (0, 0),
         read.source,
-    )  # fmt: skip
+    )

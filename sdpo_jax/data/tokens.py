@@ -118,9 +118,17 @@ class Encoder:
     item's place in items.jsonl.
     """
 
-    def __init__(self, dataset: Dataset, tokenizer, templates: Sequence[str], seed: int,
-                 max_length: int, first_vector: int | None = None,
-                 prompt: str = "candidates", history: int = 10):  # fmt: skip
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer,
+        templates: Sequence[str],
+        seed: int,
+        max_length: int,
+        first_vector: int | None = None,
+        prompt: str = "candidates",
+        history: int = 10,
+    ):
         self.dataset, self.tokenizer, self.templates = dataset, tokenizer, templates
         self.seed, self.max_length = seed, max_length
         self.prompt, self.history = prompt, history
@@ -174,8 +182,13 @@ class Encoder:
             self._answers[item] = title_ids(item, title, self.tokenizer, self.end)
         return self._answers[item]
 
-    def examples(self, split: str, rows: Sequence[int], items: Sequence[Sequence[int]],
-                 vectors: Sequence[bool] | None = None) -> list[Example]:  # fmt: skip
+    def examples(
+        self,
+        split: str,
+        rows: Sequence[int],
+        items: Sequence[Sequence[int]],
+        vectors: Sequence[bool] | None = None,
+    ) -> list[Example]:
         """Examples of `rows`, the answers of each being the titles of `items[i]`, in that order.
 
         `vectors`: whether item vectors stand in each prompt; by default where there are any.
@@ -255,6 +268,7 @@ class Encoder:
         for parts in cut:
             ids = list(next(encoded))
             for number in parts[1::2]:
+                assert self.first_vector is not None
                 ids += [self.first_vector + int(number), *next(encoded)]
             found.append(ids)
         return found

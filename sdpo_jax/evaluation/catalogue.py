@@ -23,10 +23,23 @@ NEVER = -1e30  # the log-prob of what must not be recommended; finite, so that s
 HEAD_BLOCK = 128  # places whose logits are there at once
 
 
-@partial(jax.tree_util.register_dataclass,
-         data_fields=["token_X", "parent_X", "depth_X", "leaf_X", "end_X", "first_X", "children",
-                      "path_IA", "node_ZS", "seen_ZNK", "mask_ZNQK"],
-         meta_fields=["degree", "roots"])  # fmt: skip
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "token_X",
+        "parent_X",
+        "depth_X",
+        "leaf_X",
+        "end_X",
+        "first_X",
+        "children",
+        "path_IA",
+        "node_ZS",
+        "seen_ZNK",
+        "mask_ZNQK",
+    ],
+    meta_fields=["degree", "roots"],
+)
 @dataclasses.dataclass(frozen=True)
 class Catalogue:
     """Trie and pieces on the device; `degree`: most children of a node below the root, `roots`: the
@@ -106,8 +119,10 @@ def _piece_hidden(decoder, prefix, catalogue, node_S, seen_NK, mask_NQK) -> jax.
 
     def attention(q, k, v, prompt):
         k_prompt, v_prompt = (jnp.repeat(x, N, 0) for x in prompt)
-        seen = [(k_prompt, v_prompt, prompt_mask),
-                (blocks(k), blocks(v), own_mask.reshape(B * N, Q, K))]  # fmt: skip
+        seen = [
+            (k_prompt, v_prompt, prompt_mask),
+            (blocks(k), blocks(v), own_mask.reshape(B * N, Q, K)),
+        ]
         out = attend(q.reshape(B * N, Q, *q.shape[2:]), seen, decoder.dtype)
         return out.reshape(B, N * Q, -1), None
 
@@ -138,12 +153,6 @@ def beam(
     place_BP = prompt_positions(prefix.mask_BP)
     open_BX = _open(catalogue, allowed_BI)
 
-    def best(logp_BY, node_BY, parent_BY):
-        """The W best continuations: log-prob, node, and the beam that each continues."""
-        logp_BW, at_BW = jax.lax.top_k(logp_BY, W)
-        node_BW, parent_BW = (jnp.take_along_axis(x, at_BW, 1) for x in (node_BY, parent_BY))
-        return logp_BW, jnp.where(logp_BW > NEVER / 2, node_BW, 0), parent_BW
-
     def step(carry):
         t, logp_BW, node_BW, slot_BWA, cache = carry
         now_BW = jnp.broadcast_to((length_B + t)[:, None], (B, W))
@@ -173,7 +182,7 @@ def beam(
         )
         beams_BWY = jnp.broadcast_to(jnp.arange(W)[:, None], next_node.shape)
         flat = (x.reshape(B, -1) for x in (next_logp, next_node, beams_BWY))
-        logp_BW, node_BW, parent_BW = best(*flat)
+        logp_BW, node_BW, parent_BW = _best(W, *flat)
         slot_BWA = jnp.take_along_axis(slot_BWA, parent_BW[..., None], 1)
         slot_BWA = slot_BWA.at[:, :, t + 1].set(jnp.arange(W), mode="drop")
         return t + 1, logp_BW, node_BW, slot_BWA, cache
@@ -183,20 +192,37 @@ def beam(
         inner = (catalogue.leaf_X[node_BW] < 0) & (logp_BW > NEVER / 2)
         return (t < A) & inner.any()
 
-    root_BV = jax.nn.log_softmax(decoder.logits(prefix.last_BD[:, None])[:, 0])
-    roots = catalogue.children[: catalogue.roots]
-    logp_BY = jnp.where(open_BX[:, roots], root_BV[:, catalogue.token_X[roots]], NEVER)
-    node_BY = jnp.broadcast_to(roots, logp_BY.shape)
-    if (missing := W - catalogue.roots) > 0:
-        logp_BY = jnp.pad(logp_BY, ((0, 0), (0, missing)), constant_values=NEVER)
-        node_BY = jnp.pad(node_BY, ((0, 0), (0, missing)))
-    logp_BW, node_BW, _ = best(logp_BY, node_BY, node_BY)
+    logp_BW, node_BW = _roots(decoder.logits(prefix.last_BD[:, None])[:, 0], catalogue, open_BX, W)
     slot_BWA = jnp.zeros((B, W, A), jnp.int32).at[:, :, 0].set(jnp.arange(W))
     cache = (jnp.zeros((L, B, A, W, G, H), prefix.keys_LBPGH.dtype),) * 2
     carry = (jnp.int32(0), logp_BW, node_BW, slot_BWA, cache)
     _, logp_BW, node_BW, _, _ = jax.lax.while_loop(goes_on, step, carry)
     title_BW = jnp.where(logp_BW > NEVER / 2, catalogue.leaf_X[node_BW], -1)
     return title_BW, logp_BW
+
+
+def _best(
+    W: int, logp_BY: jax.Array, node_BY: jax.Array, parent_BY: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The W best continuations: log-prob, node, and the beam that each continues, [B, W]."""
+    logp_BW, at_BW = jax.lax.top_k(logp_BY, W)
+    node_BW, parent_BW = (jnp.take_along_axis(x, at_BW, 1) for x in (node_BY, parent_BY))
+    return logp_BW, jnp.where(logp_BW > NEVER / 2, node_BW, 0), parent_BW
+
+
+def _roots(
+    logits_BV: jax.Array, catalogue: Catalogue, open_BX: jax.Array, W: int
+) -> tuple[jax.Array, jax.Array]:
+    """The W best first tokens of titles: log-prob and node, [B, W]."""
+    root_BV = jax.nn.log_softmax(logits_BV)
+    roots = catalogue.children[: catalogue.roots]
+    logp_BY = jnp.where(open_BX[:, roots], root_BV[:, catalogue.token_X[roots]], NEVER)
+    node_BY = jnp.broadcast_to(roots, logp_BY.shape)
+    if (missing := W - catalogue.roots) > 0:
+        logp_BY = jnp.pad(logp_BY, ((0, 0), (0, missing)), constant_values=NEVER)
+        node_BY = jnp.pad(node_BY, ((0, 0), (0, missing)))
+    logp_BW, node_BW, _ = _best(W, logp_BY, node_BY, node_BY)
+    return logp_BW, node_BW
 
 
 def _open(catalogue: Catalogue, allowed_BI: jax.Array) -> jax.Array:
@@ -221,5 +247,7 @@ def _continue(logits_BWV, logp_BW, node_BW, catalogue: Catalogue, open_BX):
     there = (index < last_BW[..., None]) & open_child & live_BW[..., None]
     logp = jnp.where(there, logp_BW[..., None] + logit - sums_BW[..., None], NEVER)
     kept = jnp.where(finished_BW, logp_BW, NEVER)
-    return (jnp.concatenate([kept[..., None], logp], -1),
-            jnp.concatenate([node_BW[..., None], child], -1))  # fmt: skip
+    return (
+        jnp.concatenate([kept[..., None], logp], -1),
+        jnp.concatenate([node_BW[..., None], child], -1),
+    )

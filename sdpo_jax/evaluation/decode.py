@@ -30,7 +30,7 @@ class Prefix:
 
 
 # (logits_BV, number of the new token, state) -> (token_B, done_B, state)
-Choose = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
+Choose = Callable[[jax.Array, jax.Array | int, Any], tuple[jax.Array, jax.Array, Any]]
 
 
 def prefill(decoder: Decoder, batch: Batch) -> Prefix:

@@ -50,8 +50,15 @@ class Evaluator:
       InputError: a missing or changed data set or model, a split that the data set has not.
     """
 
-    def __init__(self, run: Run, split: str, limit: int = 0, batch_size: int = 0,
-                 rank: str = "candidates", beams: int = 20):  # fmt: skip
+    def __init__(
+        self,
+        run: Run,
+        split: str,
+        limit: int = 0,
+        batch_size: int = 0,
+        rank: str = "candidates",
+        beams: int = 20,
+    ):
         c = run.config
         set_up_jax(c.dtype)
         inputs = open_inputs(c, run.templates, split)
@@ -144,8 +151,10 @@ class Evaluator:
                     decoder, prefix, titles, batch["allowed_BY"], self.beams
                 )
             )
-            decoders = {name: lambda *args, f=f: f(*args, titles)
-                        for name, f in (("score", score), ("beam", beam))}  # fmt: skip
+            decoders = {
+                name: lambda *args, f=f: f(*args, titles)
+                for name, f in (("score", score), ("beam", beam))
+            }
         return jitted(decode.prefill), decoders
 
     def run(
@@ -157,7 +166,7 @@ class Evaluator:
         compilation where it was the first. `advance` hears how many windows were done.
         """
         found: dict[str, dict[int, Prediction]] = {name: {} for name in decoders}
-        seconds: dict[str, float] = collections.Counter()
+        seconds: dict[str, float] = collections.defaultdict(float)
         examples = [[self.examples[i] for i in part] for part in self._batches]
         shapes = max(1, min(loader.MAX_SHAPES, len(examples) // BATCHES_PER_SHAPE))
         batches = loader.batches(examples, rows=self._rows, limit=shapes)
@@ -180,7 +189,7 @@ class Evaluator:
         ordered = {name: [of[i] for i in range(len(self.rows))] for name, of in found.items()}
         return ordered, dict(seconds)
 
-    def _prediction(self, decoder: str, i: int, value: np.ndarray) -> Prediction:
+    def _prediction(self, decoder: str, i: int, value: Any) -> Prediction:
         """Judges what a decoder gave for window i.
 
         `trie` and `score` choose a candidate, so they are valid whatever its title contains.
@@ -204,9 +213,7 @@ class Evaluator:
         else:
             text = self._text(value.tolist())
             chosen = metrics.recommended(text, titles)
-        return record | {
-            "generation": text, "valid": chosen is not None, "hit": chosen == target
-        }  # fmt: skip
+        return record | {"generation": text, "valid": chosen is not None, "hit": chosen == target}
 
     def _text(self, tokens: list[int]) -> str:
         return self.model.tokenizer.decode(

@@ -32,7 +32,7 @@ def recommended(generation: str, candidates: Sequence[str]) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def target_rank(scores: Sequence[float], target: int) -> int:
+def target_rank(scores: Sequence[float] | np.ndarray, target: int) -> int:
     """The target's place, 1 to C, by descending score.
 
     Candidates that score as high as the target stand before it. A system that gives every

@@ -27,10 +27,12 @@ class RankedItems:
         self.items = np.array(list(dataset.titles))
         self._place = {item: place for place, item in enumerate(dataset.titles)}
         by_ids: dict[tuple[int, ...], int] = {}
-        self.title_I = np.array([
-            by_ids.setdefault(tuple(encoder.answer(item).tolist()), len(by_ids))
-            for item in dataset.titles
-        ])  # fmt: skip
+        self.title_I = np.array(
+            [
+                by_ids.setdefault(tuple(encoder.answer(item).tolist()), len(by_ids))
+                for item in dataset.titles
+            ]
+        )
         self.trie = title_trie.build(list(by_ids))
 
     def allowed_items(self, window: Window) -> np.ndarray:
@@ -79,5 +81,8 @@ class RankedItems:
         titles, top = self.dataset.titles, self.items[places].tolist()
         return {
             "ranked": [[titles[i], round(float(x), 4)] for i, x in zip(top, logp, strict=False)],
-            "top": top, "rank": rank, "valid": True, "hit": rank == 1,
-        }  # fmt: skip
+            "top": top,
+            "rank": rank,
+            "valid": True,
+            "hit": rank == 1,
+        }

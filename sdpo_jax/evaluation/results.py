@@ -49,25 +49,40 @@ METRICS: dict[str, dict[str, Metric]] = {
         **{f"ndcg_at_{k}": functools.partial(metrics.ndcg_at, k) for k in gains},
         "mrr": metrics.reciprocal_rank,
     }
-    for rank, hits, gains in (("candidates", (5, 10), (5, 10)),
-                              ("catalogue", (1, 5, 10, 20), (5, 10, 20)))
-}  # fmt: skip
+    for rank, hits, gains in (
+        ("candidates", (5, 10), (5, 10)),
+        ("catalogue", (1, 5, 10, 20), (5, 10, 20)),
+    )
+}
 INTERVAL = ("two numbers", lambda value: files.list_of(NUMBER)[1](value) and len(value) == 2)
-_SHARES = ("valid_ratio", "coverage_at_10", "gini_at_10",
-           *dict.fromkeys(name for of_rank in METRICS.values() for name in of_rank))  # fmt: skip
+_SHARES = (
+    "valid_ratio",
+    "coverage_at_10",
+    "gini_at_10",
+    *dict.fromkeys(name for of_rank in METRICS.values() for name in of_rank),
+)
 # Stage, step, decoder, rank and split are also parts of names of files.
 SUMMARY = {
-    **{f"{name}?": SHARE for name in _SHARES}, **{f"{name}_ci95?": INTERVAL for name in _SHARES},
+    **{f"{name}?": SHARE for name in _SHARES},
+    **{f"{name}_ci95?": INTERVAL for name in _SHARES},
     "mean_popularity_at_10?": NUMBER,
-    "stage": one_of("base", *STAGES, *SYSTEMS), "step": COUNT,
-    "decoder": one_of(*DECODERS), "rank": one_of(*RANKS),
-    "split": one_of(*SPLITS), "n": POSITIVE, "hit_ratio_at_1": SHARE, "seconds?": NUMBER,
-    "users?": POSITIVE, "candidates?": POSITIVE, "items?": POSITIVE,
-}  # fmt: skip
+    "stage": one_of("base", *STAGES, *SYSTEMS),
+    "step": COUNT,
+    "decoder": one_of(*DECODERS),
+    "rank": one_of(*RANKS),
+    "split": one_of(*SPLITS),
+    "n": POSITIVE,
+    "hit_ratio_at_1": SHARE,
+    "seconds?": NUMBER,
+    "users?": POSITIVE,
+    "candidates?": POSITIVE,
+    "items?": POSITIVE,
+}
 PREDICTION = {
-    "row": COUNT, "hit": ("true or false", lambda value: type(value) is bool),
+    "row": COUNT,
+    "hit": ("true or false", lambda value: type(value) is bool),
     "user?": ("a number or a text", lambda value: type(value) in (int, str)),
-}  # fmt: skip
+}
 AGAIN = "remove it and evaluate again"
 Prediction = dict[str, Any]
 Exposure = tuple[int, Mapping[Hashable, int]]  # the number of all items, item -> training count
@@ -75,8 +90,8 @@ Exposure = tuple[int, Mapping[Hashable, int]]  # the number of all items, item -
 
 def exposure_of(dataset: Dataset) -> Exposure:
     """What recommended items are compared with; an item's count is that of training targets."""
-    counts = collections.Counter(window.target for window in dataset.splits["train"])
-    return len(dataset.titles), counts
+    targets: list[Hashable] = [window.target for window in dataset.splits["train"]]
+    return len(dataset.titles), collections.Counter(targets)
 
 
 def summarise(
@@ -96,8 +111,9 @@ def summarise(
         summary |= _share(name, [p[key] for p in predictions], users)
     if rank == "candidates" and decoder in RANKING_DECODERS:
         ranks = [p["rank"] for p in predictions]
-        summary |= {name: metrics.mean([metric(r) for r in ranks])
-                    for name, metric in METRICS[rank].items()}  # fmt: skip
+        summary |= {
+            name: metrics.mean([metric(r) for r in ranks]) for name, metric in METRICS[rank].items()
+        }
     if rank == "catalogue":
         summary |= _of_catalogue(predictions, users)
         summary |= {} if exposure is None else _of_items(predictions, *exposure)
@@ -201,8 +217,10 @@ def line(summary: dict[str, Any], path: Path) -> str:
         measured = [_with_interval(summary, "AUC", "hit_ratio_at_1")]
     else:
         how = summary["decoder"]
-        measured = [_with_interval(summary, "HR@1", "hit_ratio_at_1"),
-                    f"valid {summary['valid_ratio']:.4f}"]  # fmt: skip
+        measured = [
+            _with_interval(summary, "HR@1", "hit_ratio_at_1"),
+            f"valid {summary['valid_ratio']:.4f}",
+        ]
         further = (("HR@5", "hit_ratio_at_5"), ("NDCG@10", "ndcg_at_10"), ("MRR", "mrr"))
     measured += [f"{name} {summary[key]:.4f}" for name, key in further if key in summary]
     return (

@@ -73,9 +73,15 @@ def build(titles: Sequence[Sequence[int]]) -> TitleTrie:
     children = 1 + np.argsort(parent_X[1:], kind="stable")
     first_X = np.concatenate([[0], np.cumsum(np.bincount(parent_X[1:], minlength=len(token)))])
     return TitleTrie(
-        np.array(token, np.int32), parent_X, depth_X, np.array(leaf, np.int32),
-        _ends(parent_X), first_X.astype(np.int32), children.astype(np.int32), path_IA,
-    )  # fmt: skip
+        np.array(token, np.int32),
+        parent_X,
+        depth_X,
+        np.array(leaf, np.int32),
+        _ends(parent_X),
+        first_X.astype(np.int32),
+        children.astype(np.int32),
+        path_IA,
+    )
 
 
 def _ends(parent_X: np.ndarray) -> np.ndarray:

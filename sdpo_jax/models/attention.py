@@ -7,6 +7,7 @@ a key/value head, and S the keys of a block.
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ def attend(q_BTNH: jax.Array, blocks: Sequence[KeyBlock], dtype) -> jax.Array:
     keys = tuple(k_BSGH.transpose(0, 2, 1, 3) for k_BSGH, _, _ in blocks)
     values = tuple(v_BSGH.transpose(0, 2, 1, 3) for _, v_BSGH, _ in blocks)
     masks = tuple(jnp.repeat(mask_BTS, N // G, 1)[:, None] for _, _, mask_BTS in blocks)
-    out_BGXH = _attend(q_BGTnH.reshape(B, G, -1, H), keys, values, masks, dtype)
+    out_BGXH: Any = _attend(q_BGTnH.reshape(B, G, -1, H), keys, values, masks, dtype)
     return out_BGXH.reshape(B, G, T, N // G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N * H)
 
 
@@ -84,7 +85,7 @@ def _forward(q_BGXH, keys, values, masks, dtype):
     largest = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for s in scores))
     weights = [jnp.exp(s - largest) for s in scores]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
-    out_BGXH = sum(
+    out_BGXH: Any = sum(
         contract("bgxs,bgsh->bgxh", w.astype(q_BGXH.dtype), v, dtype)
         for w, v in zip(weights, values, strict=True)
     )

@@ -62,7 +62,8 @@ def read_weights(path: Path, abstract_tree: Any) -> Iterator[tuple[str, jax.Arra
             stored = checkpointer.metadata(path).item_metadata
             problem = "found unreadable weights"
             if stored is not None and not (problem := _difference(stored.tree, abstract_tree)):
-                for name, leaf in flatten_dict(abstract_tree, sep="/").items():
+                leaves: dict[str, Any] = flatten_dict(abstract_tree, sep="/")
+                for name, leaf in leaves.items():
                     yield name, _read_one(checkpointer, path, name, leaf)
                 return
         except (ValueError, OSError, KeyError) as error:
@@ -78,16 +79,18 @@ def _read_one(checkpointer, path: Path, name: str, leaf: jax.ShapeDtypeStruct) -
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),
         partial_restore=True,
     )
-    return flatten_dict(checkpointer.restore(path, args=args), sep="/")[name]
+    found: dict[str, Any] = flatten_dict(checkpointer.restore(path, args=args), sep="/")
+    return found[name]
 
 
 def _difference(stored: Any, expected: Any) -> str:
     def described(tree: Any) -> dict[str, str]:
         return {
-            jax.tree_util.keystr(key, simple=True, separator="/"):
-                f"{jax.numpy.dtype(leaf.dtype).name}{list(leaf.shape)}"
+            jax.tree_util.keystr(
+                key, simple=True, separator="/"
+            ): f"{jax.numpy.dtype(leaf.dtype).name}{list(leaf.shape)}"
             for key, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }  # fmt: skip
+        }
 
     found, wanted = described(stored), described(expected)
     return "; ".join(

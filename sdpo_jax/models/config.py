@@ -150,9 +150,13 @@ def _turns(config: DecoderConfig) -> bool:
 
 def _sizes(config: dict[str, Any], family: str) -> dict[str, Any]:
     heads, width = config["num_attention_heads"], config["hidden_size"]
-    groups = config.get("num_key_value_heads") if family in ("llama", "gpt_neox") else (
-        config["num_key_value_heads"]  # transformers' default is not the number of heads
-    )  # fmt: skip
+    groups = (
+        config.get("num_key_value_heads")
+        if family in ("llama", "gpt_neox")
+        else (
+            config["num_key_value_heads"]  # transformers' default is not the number of heads
+        )
+    )
     return {
         "V": config["vocab_size"],
         "L": config["num_hidden_layers"],
@@ -185,9 +189,12 @@ def _rope(config: dict[str, Any], where: str) -> Rope:
     if kind == "llama3":
         positions = found.get("original_max_position_embeddings", positions)
     rope = Rope(
-        float(found.get("rope_theta", theta)), kind, float(fraction), positions=int(positions),
+        float(found.get("rope_theta", theta)),
+        kind,
+        float(fraction),
+        positions=int(positions),
         **{key: float(found[key]) for key in ROPE_KEYS[kind]},
-    )  # fmt: skip
+    )
     numbers = {k: v for k, v in dataclasses.asdict(rope).items() if k != "kind"}
     wrong = [f"{key}={value}" for key, value in numbers.items() if not 0 < value < MOST_OF_ROPE]
     if rope.low_freq_factor >= rope.high_freq_factor:

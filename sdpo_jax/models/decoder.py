@@ -60,9 +60,17 @@ def piece_by_piece(mlp, x_BTD: jax.Array, dropout_keys_W) -> jax.Array:
 class Decoder(nnx.Module):
     """Embedding, L stacked layers under one scan, final norm and (tied or own) head."""
 
-    def __init__(self, config: DecoderConfig, lora: LoraConfig, *, dtype=jnp.float32,
-                 base_dtype: str = "same", remat: str = "none",
-                 vectors: tuple[int, int] | None = None, rngs: nnx.Rngs):  # fmt: skip
+    def __init__(
+        self,
+        config: DecoderConfig,
+        lora: LoraConfig,
+        *,
+        dtype=jnp.float32,
+        base_dtype: str = "same",
+        remat: str = "none",
+        vectors: tuple[int, int] | None = None,
+        rngs: nnx.Rngs,
+    ):
         """`vectors`: shape of the item vectors that prompts may hold, or None."""
         self.config, self.dtype, self.remat = config, dtype, remat
         options = LinearOptions(lora.on(config.projections), dtype, base_dtype)

@@ -34,9 +34,15 @@ DIGITS_THEN_BYTES = ("smollm", "starcoder", "refact", "command-r")
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 # The reader trusts offsets, counts and types of the file, so a damaged one fails in these ways.
 BROKEN = (
-    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError, OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    OSError,
     RecursionError,
-)  # fmt: skip
+)
 
 
 def open_gguf(path: Path) -> Source:
@@ -139,8 +145,9 @@ def _config(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": meta.get("llama.attention.head_count_kv", heads),
         "head_dim": head_dim,
         "intermediate_size": meta["llama.feed_forward_length"],
-        "rms_norm_eps": float(np.format_float_positional(
-            np.float32(meta["llama.attention.layer_norm_rms_epsilon"]))),
+        "rms_norm_eps": float(
+            np.format_float_positional(np.float32(meta["llama.attention.layer_norm_rms_epsilon"]))
+        ),
         "rope_theta": meta.get("llama.rope.freq_base", 10000.0),
         "max_position_embeddings": meta["llama.context_length"],
         "hidden_act": "silu",
@@ -150,7 +157,7 @@ def _config(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
         "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
         "torch_dtype": "float32",
-    }  # fmt: skip
+    }
     scaling = meta.get("llama.rope.scaling.type", "none")
     if scaling != "none":
         config["rope_scaling"] = {"rope_type": scaling}
@@ -198,19 +205,27 @@ def _build_tokenizer(meta: dict[str, Any], path: Path) -> tuple[list[str], list[
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     space = meta.get("tokenizer.ggml.add_space_prefix", False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=True),
-    ])  # fmt: skip
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=True),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([
-        AddedToken(token, special=True, normalized=False)
-        for token, kind in zip(tokens, types, strict=True) if kind == CONTROL
-    ])  # fmt: skip
-    tokenizer.add_tokens([
-        AddedToken(token, normalized=False)
-        for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED
-    ])  # fmt: skip
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind == CONTROL
+        ]
+    )
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind == USER_DEFINED
+        ]
+    )
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
     if meta.get("tokenizer.ggml.add_bos_token", False):
         index = meta["tokenizer.ggml.bos_token_id"]

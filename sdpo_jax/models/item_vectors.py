@@ -5,6 +5,7 @@ sections 3.1 and 3.2. A token id from V on is an item; V is the vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +45,13 @@ class ItemVectors(nnx.Module):
     def __call__(self, item_BT: jax.Array) -> jax.Array:
         """[B, T, D]"""
         vectors_BTE = self.vectors[...][item_BT].astype(jnp.float32)
-        x_BTD = product("bte,ed->btd", vectors_BTE, self.inner[...], self.dtype)
+        x_BTD: Any = product("bte,ed->btd", vectors_BTE, self.inner[...], self.dtype)
         x_BTD = jax.nn.gelu(x_BTD + self.inner_bias[...])
-        x_BTD = product("btd,de->bte", x_BTD, self.outer[...], self.dtype) + self.outer_bias[...]
-        return self.token_rms[...] * x_BTD
+        x_BTD = product("btd,de->bte", x_BTD, self.outer[...], self.dtype)
+        return self.token_rms[...] * (x_BTD + self.outer_bias[...])
 
 
-def fill(base: nnx.State, vectors_IE: np.ndarray, place: Callable) -> None:
+def fill(base: Any, vectors_IE: np.ndarray, place: Callable) -> None:
     """Puts a recommender's vectors into a decoder's base, scaled to a root mean square of 1.
 
     How long they are depends on the recommender's training; the network's start should not.

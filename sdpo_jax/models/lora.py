@@ -131,7 +131,7 @@ class LinearOptions:
         return {"f32": jnp.float32, "bf16": jnp.bfloat16}.get(self.base_dtype, self.dtype)
 
 
-def fold_in(dropout_keys_W: jax.Array | None, number) -> jax.Array | None:
+def fold_in(dropout_keys_W: Any, number: Any) -> Any:
     """One dropout key a row, each folded with `number`; no keys stay none."""
     if dropout_keys_W is None:
         return None
@@ -155,8 +155,17 @@ def dropout(x_WTI: jax.Array, keys_W: jax.Array, rate: float) -> jax.Array:
 class Linear(nnx.Module):
     """A frozen linear map, [..., I] -> [..., O], with an adapter where targeted."""
 
-    def __init__(self, name: str, size_in: int, size_out: int, letters: str,
-                 options: LinearOptions, *, bias: bool = False, rngs: nnx.Rngs):  # fmt: skip
+    def __init__(
+        self,
+        name: str,
+        size_in: int,
+        size_out: int,
+        letters: str,
+        options: LinearOptions,
+        *,
+        bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
         self.index, self.options = PROJECTIONS.index(name), options
         self.adapted = name in options.lora.targets
         kernel = size_in**-0.5 * jax.random.normal(
@@ -200,7 +209,7 @@ class Linear(nnx.Module):
         dtype, lora = self.options.dtype, self.options.lora
         x_TI = x.reshape(-1, x.shape[-1])
         if lora.full:
-            y_TO = product("ti,io->to", x_TI, self.kernel[...], dtype)
+            y_TO: Any = product("ti,io->to", x_TI, self.kernel[...], dtype)
         else:
             y_TO = frozen_product(x_TI, self.weight, dtype)
         if self.adapted:

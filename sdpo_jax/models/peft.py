@@ -27,16 +27,27 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # What an adapter may not use, with the values that mean that it does not.
 PLAIN = {
-    "peft_type": ("LORA",), "bias": ("none",), "use_rslora": (False, None),
-    "use_dora": (False, None), "lora_bias": (False, None), "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []), "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
-    "layers_to_transform": (None, []), "layer_replication": (None, []),
-    "target_parameters": (None, []), "trainable_token_indices": (None, [], {}),
-    "alora_invocation_tokens": (None, []), "use_qalora": (False, None),
-    "use_bdlora": (False, None), "arrow_config": (None, {}), "kasa_config": (None, {}),
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_rslora": (False, None),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layers_to_transform": (None, []),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "arrow_config": (None, {}),
+    "kasa_config": (None, {}),
     # Other initialisations (PiSSA, OLoRA, LoftQ, …) take a part out of the base.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}  # fmt: skip
+}
 
 
 def adapted_modules(config: DecoderConfig) -> dict[str, str]:
@@ -45,8 +56,14 @@ def adapted_modules(config: DecoderConfig) -> dict[str, str]:
     return {name: names[name] for name in config.projections}
 
 
-def write_adapter(folder: Path, tree: dict[str, Any], lora: LoraConfig, config: DecoderConfig,
-                  base: str, revision: str | None = None) -> None:  # fmt: skip
+def write_adapter(
+    folder: Path,
+    tree: dict[str, Any],
+    lora: LoraConfig,
+    config: DecoderConfig,
+    base: str,
+    revision: str | None = None,
+) -> None:
     """Writes both files into `folder`, which exists.
 
     Args:
@@ -57,7 +74,7 @@ def write_adapter(folder: Path, tree: dict[str, Any], lora: LoraConfig, config: 
       base: what loads the base model in transformers, a path or a name on the Hub.
       revision: of that name.
     """
-    flat = flatten_dict(tree["layers"], sep="/")
+    flat: dict[str, Any] = flatten_dict(tree["layers"], sep="/")
     used = {name: m for name, m in adapted_modules(config).items() if f"{name}/a" in flat}
     tensors = {
         f"{PREFIX}{module.format(layer)}.lora_{part.upper()}.weight": np.ascontiguousarray(
@@ -126,7 +143,8 @@ def adapter_shapes(lora: LoraConfig, config: DecoderConfig) -> dict[str, tuple[i
     """Path ("layers/q/a") -> [L, in, R] or [L, R, out]."""
     make = functools.partial(Decoder, config, lora)
     adapter = nnx.state(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), nnx.LoRAParam)
-    return {k: x.shape for k, x in flatten_dict(nnx.to_pure_dict(adapter), sep="/").items()}
+    arrays: dict[str, Any] = flatten_dict(nnx.to_pure_dict(adapter), sep="/")
+    return {name: array.shape for name, array in arrays.items()}
 
 
 def _check_plain(folder: Path, lora: LoraConfig) -> None:
@@ -185,8 +203,11 @@ def _refuse_keys(folder: Path, tensors, expected: set[str], config: DecoderConfi
         targets = tuple(name for module, name in known.items() if module in present)
         hint = f': it adapts --config.lora.targets="{targets}"'
     missing, unused = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
-    told = [f"{len(keys)} {what}, as {keys[0]}" for what, keys in
-            (("missing", missing), ("not used", unused)) if keys]  # fmt: skip
+    told = [
+        f"{len(keys)} {what}, as {keys[0]}"
+        for what, keys in (("missing", missing), ("not used", unused))
+        if keys
+    ]
     raise InputError(
         f"{folder}/{TENSORS}: found other tensors than this model's adapter has "
         f"({'; '.join(told)}){hint}"

@@ -17,16 +17,32 @@ BASE_DTYPES = ("same", "f32", "bf16", "int8", "nf4")  # "same": that of products
 QUANTISED = ("int8", "nf4")
 BLOCK = 64
 # Quantiles of a normal distribution, scaled to [-1, 1], with a zero: the values of bitsandbytes.
-NF4 = np.array([
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
-], np.float32)  # fmt: skip
+NF4 = np.array(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    np.float32,
+)
 
 
-@functools.partial(jax.tree_util.register_dataclass,
-                   data_fields=["codes", "scale"], meta_fields=["kind"])  # fmt: skip
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["kind"]
+)
 @dataclasses.dataclass(frozen=True)
 class Quantised:
     """A kernel [I, O]. int8: codes [I, O], scale [1, O]. nf4: two codes a byte [I/2, O], the first

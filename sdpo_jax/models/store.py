@@ -23,9 +23,13 @@ from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.files import COUNT, OBJECT, TEXT, check_keys, one_of, read_object
 
 META = {
-    "source": TEXT, "family": TEXT, "parameters": COUNT, "sha256": TEXT, "files": OBJECT,
+    "source": TEXT,
+    "family": TEXT,
+    "parameters": COUNT,
+    "sha256": TEXT,
+    "files": OBJECT,
     "dtype": one_of(*weights.DTYPES.values()),
-}  # fmt: skip
+}
 Placement = Callable[[nnx.Variable], jax.sharding.Sharding]
 
 
@@ -80,9 +84,14 @@ def load_model(
 
     def make(key: jax.Array) -> Decoder:
         return Decoder(
-            config, lora, dtype=dtype, base_dtype=base_dtype, remat=remat,
-            vectors=None if vectors_IE is None else vectors_IE.shape, rngs=nnx.Rngs(key),
-        )  # fmt: skip
+            config,
+            lora,
+            dtype=dtype,
+            base_dtype=base_dtype,
+            remat=remat,
+            vectors=None if vectors_IE is None else vectors_IE.shape,
+            rngs=nnx.Rngs(key),
+        )
 
     key = jax.random.key(seed)
     graphdef, abstract_lora, abstract_base = nnx.split(nnx.eval_shape(make, key), lora.trained, ...)
@@ -155,7 +164,7 @@ def _read_base(path: Path, abstract: nnx.State, config: DecoderConfig, stored: s
       place: function from an abstract variable to its sharding.
     """
     placed = flatten_dict(nnx.to_pure_dict(_placed(abstract, place)), sep="/")
-    shapes = flatten_dict(nnx.to_pure_dict(abstract), sep="/")
+    shapes: dict[str, Any] = flatten_dict(nnx.to_pure_dict(abstract), sep="/")
     target = {
         name: jax.ShapeDtypeStruct(
             leaf.shape, stored, sharding=placed.get(name) or placed[_part(name, "codes")]

@@ -42,7 +42,7 @@ def check_vocabulary(tokenizer: Any, V: int, where: str) -> None:
     # Not their number: a vocabulary may have gaps, and JAX reads beyond a table in silence.
     beyond = {name: i for name, i in tokenizer.get_vocab().items() if i >= V}
     if beyond:
-        name = max(beyond, key=beyond.get)
+        name = max(beyond, key=beyond.__getitem__)
         raise InputError(
             f"{where}: the tokenizer's largest token is {beyond[name]} ({shown(name)}), the model "
             f"has {V} of them: these files do not belong together"

@@ -62,14 +62,28 @@ LAYOUT = "1"  # of weights/: a folder written under another number is not the sa
 TOLD = 20  # tensors that a message lists
 # Buffers of old checkpoints that hold nothing learnt.
 IGNORED_SUFFIXES = (
-    "rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", "embeddings.position_ids",
-)  # fmt: skip
+    "rotary_emb.inv_freq",
+    ".attention.bias",
+    ".attention.masked_bias",
+    "embeddings.position_ids",
+)
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # How tensors of GPTQ, AWQ, bitsandbytes, compressed-tensors, float8, MLX, HQQ and EXL2 end.
 PACKED = (
-    ".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".SCB", ".weight_packed",
-    ".weight_scale", ".weight_scale_inv", ".weight_zero_point", ".scales", ".W_q", ".q_weight",
-)  # fmt: skip
+    ".qweight",
+    ".qzeros",
+    ".g_idx",
+    ".absmax",
+    ".quant_map",
+    ".SCB",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_zero_point",
+    ".scales",
+    ".W_q",
+    ".q_weight",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +140,8 @@ def abstract_base(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path ("layers/q/kernel") -> shape of every array of the base."""
     make = functools.partial(Decoder, config, LoraConfig(targets=()))
     base = nnx.state(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
-    return flatten_dict(nnx.to_pure_dict(base), sep="/")
+    arrays: dict[str, Any] = flatten_dict(nnx.to_pure_dict(base), sep="/")
+    return arrays
 
 
 def read_base(source: Source, config: DecoderConfig) -> tuple[dict[str, Any], str]:
@@ -297,10 +312,17 @@ def _opened(path: Path):
 
 # And the file that says, with config.json, which tokens end what a model generates.
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
     "generation_config.json",
-)  # fmt: skip
+)
 
 
 def _copy_tokenizer(folder: Path, target: Path) -> None:
@@ -311,10 +333,15 @@ def _copy_tokenizer(folder: Path, target: Path) -> None:
 
 def source_digest(model: Path) -> str:
     """SHA-256 over the names and bytes of every file that is read."""
-    files = [model] if model.is_file() else [
-        model / "config.json", *safetensors_files(model),
-        *(model / name for name in TOKENIZER_FILES if os.path.lexists(model / name)),
-    ]  # fmt: skip
+    files = (
+        [model]
+        if model.is_file()
+        else [
+            model / "config.json",
+            *safetensors_files(model),
+            *(model / name for name in TOKENIZER_FILES if os.path.lexists(model / name)),
+        ]
+    )
     digest = hashlib.sha256(LAYOUT.encode())
     for path in files:
         try:

@@ -29,6 +29,7 @@ token and on no other, and an answer's end is a target, never an input.
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ import jax.numpy as jnp
 from sdpo_jax.models.attention import CAUSAL_BLOCK, attend, attend_causal, near
 from sdpo_jax.models.decoder import Decoder
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]  # arrays of numpy or of JAX
 Keys = tuple[jax.Array, jax.Array]  # k_BSGH, v_BSGH
 
 
@@ -225,9 +226,7 @@ def padded_hidden(decoder: Decoder, batch: Batch, dropout_keys_W=None):
     answer's tokens.
     """
     B, M, C, A = batch["answers_BMCA"].shape
-    prompt_ZP, mask_ZP = (
-        jnp.repeat(x.reshape(B * M, -1), C, 0) for x in prompts_apart(batch)
-    )  # fmt: skip
+    prompt_ZP, mask_ZP = (jnp.repeat(x.reshape(B * M, -1), C, 0) for x in prompts_apart(batch))
     answers_ZA = batch["answers_BMCA"].reshape(-1, A)
     answers_mask_ZA = batch["answers_mask_BMCA"].reshape(-1, A)
     tokens_ZT = jnp.concatenate([prompt_ZP, answers_ZA[:, :-1]], 1)

@@ -25,8 +25,9 @@ def over(name: str, at: Sequence[float], values: Sequence[Interval], axis: str, 
 
     def fill(axes) -> None:
         heights, errors = _errors(values)
-        axes.errorbar(range(len(at)), heights, yerr=errors, fmt="o-", capsize=4, color=BLUE,
-                      ecolor=GREY)  # fmt: skip
+        axes.errorbar(
+            range(len(at)), heights, yerr=errors, fmt="o-", capsize=4, color=BLUE, ecolor=GREY
+        )
         axes.set_xticks(range(len(at)), [f"{value:g}" for value in at])
         axes.set_xlabel(axis)
         axes.set_ylabel(unit)

@@ -127,8 +127,10 @@ def _results(run: Run, stage: str, step: int) -> str:
     ]
     for summary in found:
         low, high = summary.get("hit_ratio_at_1_ci95", (math.nan, math.nan))
-        ranking = (f"{summary[key]:.4f}" if key in summary else "–"
-                   for key in ("hit_ratio_at_10", "ndcg_at_10"))  # fmt: skip
+        ranking = (
+            f"{summary[key]:.4f}" if key in summary else "–"
+            for key in ("hit_ratio_at_10", "ndcg_at_10")
+        )
         lines.append(
             f"| {summary['split']} | {summary['rank']} | {summary['decoder']} | "
             f"{summary['hit_ratio_at_1']:.4f} [{low:.4f}, {high:.4f}] | {' | '.join(ranking)} | "

@@ -22,8 +22,12 @@ from sdpo_jax.system.errors import InputError
 # Column and key of the summary: of the score decoder among the candidates, and of the catalogue.
 RANKING = (("HR@5", "hit_ratio_at_5"), ("NDCG@10", "ndcg_at_10"), ("MRR", "mrr"))
 HIT_RATIOS = tuple((f"HR@{k} [95%]", f"hit_ratio_at_{k}") for k in (1, 5, 10, 20))
-FURTHER = (("NDCG@10", "ndcg_at_10"), ("MRR", "mrr"), ("coverage@10", "coverage_at_10"),
-           ("Gini@10", "gini_at_10"))  # fmt: skip
+FURTHER = (
+    ("NDCG@10", "ndcg_at_10"),
+    ("MRR", "mrr"),
+    ("coverage@10", "coverage_at_10"),
+    ("Gini@10", "gini_at_10"),
+)
 
 
 def names(run: Run) -> dict[str, str]:
@@ -54,13 +58,13 @@ def choose_rows(run: Run, split: str | None = None) -> tuple[str, Rows]:
             f"{run.path}/eval: found no evaluation, expected one: run python -m "
             f"sdpo_jax.evaluate --workdir={run.path} --stage=base,sft,sdpo --decoder=greedy,score"
         )
-    split = split or found[-1]["split"]
-    if split not in (known := sorted({summary["split"] for summary in found})):
+    chosen = split or found[-1]["split"]
+    if chosen not in (known := sorted({summary["split"] for summary in found})):
         raise InputError(
-            f"--split: found {split}, expected one that was evaluated: {', '.join(known)}"
+            f"--split: found {chosen}, expected one that was evaluated: {', '.join(known)}"
         )
-    return split, {
-        rank: _rows(run, [s for s in found if (s["split"], s["rank"]) == (split, rank)])
+    return chosen, {
+        rank: _rows(run, [s for s in found if (s["split"], s["rank"]) == (chosen, rank)])
         for rank in RANKS
     }
 
@@ -70,7 +74,7 @@ def _rows(run: Run, found: Sequence[dict[str, Any]]) -> list[Row]:
     for stage in names(run):
         steps = [summary["step"] for summary in found if summary["stage"] == stage]
         if steps:
-            best = (stage_result(run.path, stage) or {}).get("best_step")
+            best = (stage_result(run.path, stage) or {}).get("best_step", -1)
             latest = steps[-1] if stage in SYSTEMS else max(steps)
             step = best if best in steps else latest
             decoders = {s["decoder"]: s for s in found if (s["stage"], s["step"]) == (stage, step)}
@@ -146,12 +150,17 @@ def catalogue_table(run: Run, rows: Sequence[Row]) -> list[list[str]]:
     for row in rows:
         for decoder, s in row.by_decoder.items():
             popularity = s.get("mean_popularity_at_10")
-            cells.append([
-                names(run)[row.stage], str(row.step), decoder,
-                *(_ratio(s.get(key), s.get(f"{key}_ci95")) for _, key in HIT_RATIOS),
-                *(_number(s.get(key)) for _, key in FURTHER),
-                "–" if popularity is None else f"{popularity:.1f}", str(s["n"]),
-            ])  # fmt: skip
+            cells.append(
+                [
+                    names(run)[row.stage],
+                    str(row.step),
+                    decoder,
+                    *(_ratio(s.get(key), s.get(f"{key}_ci95")) for _, key in HIT_RATIOS),
+                    *(_number(s.get(key)) for _, key in FURTHER),
+                    "–" if popularity is None else f"{popularity:.1f}",
+                    str(s["n"]),
+                ]
+            )
     return cells
 
 

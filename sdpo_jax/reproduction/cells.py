@@ -16,8 +16,17 @@ DOMAIN = {"movielens": "movie", "lastfm": "music", "goodreads": "book"}
 BACKBONES = {"llama1": "LLaMA1-7B", "mistral": "Mistral-7B", "pythia": "Pythia-2.8B"}
 K, BETA = 3, 1.0  # [paper]
 # Keys of a config that make a training the one that its row names.
-KEYS = ("dataset", "model", "stages", "num_negatives", "beta", "objective", "lora.init_from",
-        "prompt_file", "item_vectors")  # fmt: skip
+KEYS = (
+    "dataset",
+    "model",
+    "stages",
+    "num_negatives",
+    "beta",
+    "objective",
+    "lora.init_from",
+    "prompt_file",
+    "item_vectors",
+)
 DECODERS = ("greedy", "score")  # the paper's metric, and the ranking of all candidates
 
 
@@ -37,20 +46,30 @@ class Scale:
 SCALES = {
     "smoke": Scale(
         "A few steps, to see that all is in place: these figures say nothing of any system.",
-        ":smoke", "test_all", 16, (1, 3, 5), (0.1, 1.0), ("--epochs=1", "--l2=1e-4"),
+        ":smoke",
+        "test_all",
+        16,
+        (1, 3, 5),
+        (0.1, 1.0),
+        ("--epochs=1", "--l2=1e-4"),
     ),
     "small": Scale(
         "Not the paper's setting: a small language model that sees some hundred training windows "
         "a stage, the networks see all. Prompts for the default model are in its chat format, but "
         "for TALLRec's.",
-        ":small", "test_all", 200, network=("--l2=1e-6",),
+        ":small",
+        "test_all",
+        200,
+        network=("--l2=1e-6",),
     ),
     "medium": Scale(
         "Every training window once in each stage with a small model: not the paper's setting.",
-        ":medium", "test_all", 1000,
+        ":medium",
+        "test_all",
+        1000,
     ),
     "paper": Scale("The paper's setting.", "", "test", 0),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +163,11 @@ class Row:
 def prepared(place: Place) -> Cell:
     source = place.study.sources.get(place.dataset)
     command = (
-        "sdpo_jax.prepare", f"--dataset={place.dataset}",
-        *([f"--source={source}"] if source else []), f"--output={place.data}",
-    )  # fmt: skip
+        "sdpo_jax.prepare",
+        f"--dataset={place.dataset}",
+        *([f"--source={source}"] if source else []),
+        f"--output={place.data}",
+    )
     return Cell(place.data, (Step(command, ("dataset.json",)),))
 
 
@@ -167,22 +188,31 @@ def converted(place: Place) -> tuple[Cell, ...]:
 
 
 def trained(
-    place: Place, name: str, stage: str, evaluated: Iterable[str], needs: tuple[Cell, ...] = (),
+    place: Place,
+    name: str,
+    stage: str,
+    evaluated: Iterable[str],
+    needs: tuple[Cell, ...] = (),
     **keys: object,
-) -> Cell:  # fmt: skip
+) -> Cell:
     """A run of one stage with these keys of its config, and its evaluation."""
     folder, study = place.folder / name, place.study
     own = {} if converted(place) else {"chat_template": False}  # not every model has a format
     keys = {"dataset": place.data, "model": place.model, "stages": f'("{stage}",)'} | own | keys
     train = (
-        "sdpo_jax.train", f"--config=configs/{place.dataset}.py{study.scale.variant}",
-        f"--workdir={folder}", *(f"--config.{key}={value}" for key, value in keys.items()),
+        "sdpo_jax.train",
+        f"--config=configs/{place.dataset}.py{study.scale.variant}",
+        f"--workdir={folder}",
+        *(f"--config.{key}={value}" for key, value in keys.items()),
         *study.options,
-    )  # fmt: skip
+    )
     evaluate = (
-        "sdpo_jax.evaluate", f"--workdir={folder}", f"--stage={','.join(evaluated)}",
-        f"--decoder={','.join(DECODERS)}", *place.windows,
-    )  # fmt: skip
+        "sdpo_jax.evaluate",
+        f"--workdir={folder}",
+        f"--stage={','.join(evaluated)}",
+        f"--decoder={','.join(DECODERS)}",
+        *place.windows,
+    )
     leaves = tuple(f"eval/{s}-*-{decoder}.json" for s in evaluated for decoder in DECODERS)
     steps = (Step(train, (f"stages/{stage}.json",)), Step(evaluate, leaves))
     return Cell(folder, steps, (prepared(place), *converted(place), *needs))
@@ -202,27 +232,38 @@ def tuned(place: Place, negatives: int = K, beta: float = BETA, objective: str =
     first = sft(place)
     name = f"{objective}-k{negatives}-beta{beta:g}"
     keys = {
-        "lora.init_from": first.folder / "adapter", "num_negatives": negatives, "beta": beta,
+        "lora.init_from": first.folder / "adapter",
+        "num_negatives": negatives,
+        "beta": beta,
         "objective": objective,
-    }  # fmt: skip
+    }
     return trained(place, name, "sdpo", ("sdpo",), (first,), **keys)
 
 
 def network(place: Place, name: str) -> Cell:
     folder = place.folder / name
     command = (
-        "sdpo_jax.baselines", f"--model={name}", f"--dataset={place.data}", f"--workdir={folder}",
-        "--candidates_only", *place.windows, *place.study.scale.network,
-    )  # fmt: skip
+        "sdpo_jax.baselines",
+        f"--model={name}",
+        f"--dataset={place.data}",
+        f"--workdir={folder}",
+        "--candidates_only",
+        *place.windows,
+        *place.study.scale.network,
+    )
     return Cell(folder, (Step(command, (f"eval/{name}-candidates.json",)),), (prepared(place),))
 
 
 def chatrec(place: Place) -> Cell:
     folder, study = place.folder / "chatrec", place.study
     command = (
-        "sdpo_jax.chatrec", f"--dataset={place.data}", f"--workdir={folder}",
-        f"--endpoint={study.endpoint}", f"--model={study.chat_model}", *place.windows,
-    )  # fmt: skip
+        "sdpo_jax.chatrec",
+        f"--dataset={place.data}",
+        f"--workdir={folder}",
+        f"--endpoint={study.endpoint}",
+        f"--model={study.chat_model}",
+        *place.windows,
+    )
     return Cell(folder, (Step(command, ("eval/chatrec-greedy.json",)),), (prepared(place),))
 
 
@@ -273,10 +314,15 @@ def table2(place: Place) -> list[Row]:
 
 def backbones(place: Place) -> dict[str, list[Row]]:
     """Table 4: the rows of each backbone that is given."""
-    places = {name: dataclasses.replace(place, backbone=name)
-              for name in BACKBONES if place.study.backbones.get(name)}  # fmt: skip
-    return {name: [row(at, system) for system in ("base", "sft", "dpo", "sdpo")]
-            for name, at in places.items()}  # fmt: skip
+    places = {
+        name: dataclasses.replace(place, backbone=name)
+        for name in BACKBONES
+        if place.study.backbones.get(name)
+    }
+    return {
+        name: [row(at, system) for system in ("base", "sft", "dpo", "sdpo")]
+        for name, at in places.items()
+    }
 
 
 def table4(place: Place) -> list[Row]:
@@ -305,9 +351,13 @@ def over_betas(place: Place) -> list[Row]:
 
 # The rows of each; Table 3 is of data alone.
 TARGETS: dict[str, Callable[[Place], list[Row]]] = {
-    "table1": table1, "table2": table2, "table3": lambda place: [], "table4": table4,
-    "fig2": figure2, "fig3": lambda place: over_negatives(place) + over_betas(place),
-}  # fmt: skip
+    "table1": table1,
+    "table2": table2,
+    "table3": lambda place: [],
+    "table4": table4,
+    "fig2": figure2,
+    "fig3": lambda place: over_negatives(place) + over_betas(place),
+}
 
 
 def plan(study: Study, wanted: Mapping[str, Iterable[str]]) -> list[Cell]:

@@ -20,10 +20,13 @@ from sdpo_jax.runs.curves import read_metrics
 
 TITLE = "The tables and figures of S-DPO"
 TITLES = {
-    "table1": "Table 1: recommenders", "table2": "Table 2: what several negatives are for",
-    "table3": "Table 3: data sets", "table4": "Table 4: other language models",
-    "fig2": "Figure 2: SFT, DPO and S-DPO", "fig3": "Figure 3: number of negatives, and beta",
-}  # fmt: skip
+    "table1": "Table 1: recommenders",
+    "table2": "Table 2: what several negatives are for",
+    "table3": "Table 3: data sets",
+    "table4": "Table 4: other language models",
+    "fig2": "Figure 2: SFT, DPO and S-DPO",
+    "fig3": "Figure 3: number of negatives, and beta",
+}
 LEGEND = (
     "HR@1 and valid are the paper's metric: what the model says names exactly one of the "
     "candidates, and it is the target. Systems that rank take their first candidate. HR@1 by score "
@@ -39,9 +42,16 @@ LEGEND = (
     "tells; “–”: not there.",
 )
 HEADER = (
-    "", "HR@1 [95%]", "valid [95%]", "HR@1 by score [95%]", "n", "step", "seed",
-    "S-DPO minus it [95%]", "p",
-)  # fmt: skip
+    "",
+    "HR@1 [95%]",
+    "valid [95%]",
+    "HR@1 by score [95%]",
+    "n",
+    "step",
+    "seed",
+    "S-DPO minus it [95%]",
+    "p",
+)
 Summary = dict[str, Any]
 
 
@@ -105,11 +115,13 @@ def _line(found: Found, ours: Summary | None) -> list[str]:
     if found.said and ours and found.said["path"] != ours["path"]:
         difference = paired(ours, found.said)
     return [
-        found.row.label, _ratio(found.said, "hit_ratio_at_1"), _ratio(found.said, "valid_ratio"),
+        found.row.label,
+        _ratio(found.said, "hit_ratio_at_1"),
+        _ratio(found.said, "valid_ratio"),
         _ratio(found.scored, "hit_ratio_at_1"),
         *(str(said.get(key, "–")) for key in ("n", "step", "seed")),
         *(("–", "–") if difference is None else _difference(difference)),
-    ]  # fmt: skip
+    ]
 
 
 def _published(value: float | None) -> str:
@@ -124,7 +136,8 @@ def _difference(d: metrics.Difference) -> tuple[str, str]:
 def interval(summary: Summary, key: str) -> figures.Interval:
     """A ratio of the summary with its interval."""
     value, n = summary[key], summary["n"]
-    return value, *(summary.get(f"{key}_ci95") or metrics.wilson(value * n, n))
+    low, high = summary.get(f"{key}_ci95") or metrics.wilson(value * n, n)
+    return value, low, high
 
 
 def _ratio(summary: Summary | None, key: str) -> str:
@@ -181,8 +194,9 @@ def _table3(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -
             notes.append(f"{DATASETS[dataset]}: {failed.get(cell.folder, 'not run yet')}")
         else:
             meta = read_meta(cell.folder)
-            sizes = [meta.get("counts", {}).get(key, "–")
-                     for key in ("users", "items", "interactions")]  # fmt: skip
+            sizes = [
+                meta.get("counts", {}).get(key, "–") for key in ("users", "items", "interactions")
+            ]
             stand_in = "a stand-in, as the paper's sequences are not public; "
             about = stand_in if STAND_IN[0] in meta.get("source", {}) else ""
             notes.append(f"{DATASETS[dataset]}: {about}{meta.get('protocol')}.")
@@ -201,20 +215,30 @@ def _table4(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -
         for backbone, rows in cells.backbones(Place(study, dataset)).items():
             page.append(Heading(f"{DATASETS[dataset]}, {BACKBONES[backbone]}", 3))
             page += results(Place(study, dataset, backbone), rows, failed)
-    lacking = [f"{title}: needs --{name}=FOLDER, as sdpo_jax.convert writes it"
-               for name, title in BACKBONES.items() if not study.backbones.get(name)]  # fmt: skip
+    lacking = [
+        f"{title}: needs --{name}=FOLDER, as sdpo_jax.convert writes it"
+        for name, title in BACKBONES.items()
+        if not study.backbones.get(name)
+    ]
     return [*page, *([Notes(lacking)] if lacking else [])]
 
 
 def _figure2(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -> list[Part]:
     def make(place: Place) -> list[Part]:
         rows = cells.figure2(place)
-        return [*results(place, rows, failed), *_pictures(
-            lambda: _bars(place, rows),
-            lambda: _curves(place, rows, "validation/loss",
-                            "(b) loss on validation windows, at first log(K + 1)"),
-            lambda: _curves(place, rows, "rewards/chosen", "(c) reward of the preferred title"),
-        )]  # fmt: skip
+        return [
+            *results(place, rows, failed),
+            *_pictures(
+                lambda: _bars(place, rows),
+                lambda: _curves(
+                    place,
+                    rows,
+                    "validation/loss",
+                    "(b) loss on validation windows, at first log(K + 1)",
+                ),
+                lambda: _curves(place, rows, "rewards/chosen", "(c) reward of the preferred title"),
+            ),
+        ]
 
     return _by_dataset(study, datasets, make)
 
@@ -226,9 +250,11 @@ def _figure3(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) 
             *results(place, negatives, failed),
             *_pictures(lambda: _over(place, negatives, "a", "K negatives", "hit_ratio_at_1")),
             *results(place, betas, failed),
-            *_pictures(lambda: _over(place, betas, "b", "beta", "hit_ratio_at_1"),
-                       lambda: _over(place, betas, "c", "beta", "valid_ratio")),
-        ]  # fmt: skip
+            *_pictures(
+                lambda: _over(place, betas, "b", "beta", "hit_ratio_at_1"),
+                lambda: _over(place, betas, "c", "beta", "valid_ratio"),
+            ),
+        ]
 
     return _by_dataset(study, datasets, make)
 
@@ -242,11 +268,11 @@ def _pictures(*draw: Callable[[], Picture | None]) -> list[Part]:
 
 
 def _bars(place: Place, rows: Sequence[Row]) -> Picture | None:
-    found = [one for row in rows if (one := find(place, row)).said]
+    found = [(row, said) for row in rows if (said := find(place, row).said)]
     if not found:
         return None
-    values = [interval(one.said, "hit_ratio_at_1") for one in found]
-    svg = figures.bars(f"{place.dataset} 2a", [one.row.label for one in found], values, "HR@1")
+    values = [interval(said, "hit_ratio_at_1") for _, said in found]
+    svg = figures.bars(f"{place.dataset} 2a", [row.label for row, _ in found], values, "HR@1")
     return Picture(svg, f"{DATASETS[place.dataset]}: (a) HR@1")
 
 
@@ -265,19 +291,28 @@ def _curves(place: Place, rows: Sequence[Row], key: str, caption: str) -> Pictur
 
 
 def _over(place: Place, rows: Sequence[Row], part: str, axis: str, key: str) -> Picture | None:
-    found = [one for row in rows if (one := find(place, row)).said]
+    found = [(row, said) for row in rows if (said := find(place, row).said)]
     if not found:
         return None
     unit = "HR@1" if key == "hit_ratio_at_1" else "valid ratio"
-    svg = figures.over(f"{place.dataset} 3{part}", [one.row.at for one in found],
-                        [interval(one.said, key) for one in found], axis, unit)  # fmt: skip
+    svg = figures.over(
+        f"{place.dataset} 3{part}",
+        [row.at for row, _ in found],
+        [interval(said, key) for _, said in found],
+        axis,
+        unit,
+    )
     return Picture(svg, f"{DATASETS[place.dataset]}: ({part}) {unit} over {axis}")
 
 
 SECTIONS = {
-    "table1": _table("table1"), "table2": _table("table2"), "table3": _table3,
-    "table4": _table4, "fig2": _figure2, "fig3": _figure3,
-}  # fmt: skip
+    "table1": _table("table1"),
+    "table2": _table("table2"),
+    "table3": _table3,
+    "table4": _table4,
+    "fig2": _figure2,
+    "fig3": _figure3,
+}
 
 
 def _commands(study: Study, every: Sequence[Cell], failed: Mapping[Path, str]) -> list[Part]:

@@ -41,8 +41,11 @@ class KeepForJudge:
         self._judged = judged
 
     def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
-        scores = {step: score for step, score in self._judged().items()
-                  if step in {checkpoint.step for checkpoint in checkpoints}}  # fmt: skip
+        scores = {
+            step: score
+            for step, score in self._judged().items()
+            if step in {checkpoint.step for checkpoint in checkpoints}
+        }
         best = best_of(scores) if scores else None
         return [c.step not in scores or c.step == best for c in checkpoints]
 

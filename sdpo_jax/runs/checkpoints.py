@@ -61,13 +61,18 @@ class Checkpoints:
       judged: step -> score of another judge than the loss; what it has not seen is kept too.
     """
 
-    def __init__(self, directory: Path, read_only: bool = False,
-                 judged: Callable[[], Mapping[int, float]] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        directory: Path,
+        read_only: bool = False,
+        judged: Callable[[], Mapping[int, float]] | None = None,
+    ):
         policies = ocp.checkpoint_managers
         best = policies.BestN(
-            get_metric_fn=lambda metrics: -metrics["loss"], n=1,
+            get_metric_fn=lambda metrics: -metrics["loss"],
+            n=1,
             keep_checkpoints_without_metrics=False,
-        )  # fmt: skip
+        )
         keep = [policies.LatestN(2), KeepForJudge(judged) if judged else best]
         # Without a best_fn Orbax neither writes nor reads metrics, whatever the policy says.
         options = ocp.CheckpointManagerOptions(
@@ -107,10 +112,10 @@ class Checkpoints:
             if (metrics := self._manager.metrics(step)) is not None
         }
 
-    def best_step(self) -> int | None:
-        """The step with the lowest validation loss, else the latest; None if there is none."""
-        losses, steps = self.losses(), self.steps()
-        return min(losses, key=losses.__getitem__) if losses else steps[-1] if steps else None
+    def best_step(self) -> int:
+        """The step with the lowest validation loss, else the latest of those that are there."""
+        losses = self.losses()
+        return min(losses, key=losses.__getitem__) if losses else self.steps()[-1]
 
     def save(self, state: Any, position: dict[str, Any], loss: float | None = None) -> None:
         """Starts writing a step in the background.
@@ -191,7 +196,7 @@ class Checkpoints:
         """Items of a step and its position; raises CheckpointGone unless they are as saved."""
         with self._reading(step):
             args = ocp.args.Composite(position=ocp.args.JsonRestore(), **items)
-            found = self._manager.restore(step, args=args)
+            found: Any = self._manager.restore(step, args=args)
             saved = found.position.get("bits", {})  # steps of an earlier version have none
             for name in items:
                 if name in saved and saved[name] != int(bit_sum(found[name])):

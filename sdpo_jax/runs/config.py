@@ -302,8 +302,11 @@ def _check_together(config: RunConfig) -> None:
                     "set --config.prompt=candidates"
                 )
     if config.tune == "full":
-        found = {"base_dtype": config.base_dtype, "item_vectors": config.item_vectors,
-                 "lora.init_from": config.lora.init_from}  # fmt: skip
+        found = {
+            "base_dtype": config.base_dtype,
+            "item_vectors": config.item_vectors,
+            "lora.init_from": config.lora.init_from,
+        }
         able = {"base_dtype": ("same", "f32")}
         for name, value in found.items():
             if value not in able.get(name, ("",)):

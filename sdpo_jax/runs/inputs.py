@@ -36,9 +36,15 @@ class Inputs:
         c = self.config
         first_vector = None if self.vectors_IE is None else V
         return Encoder(
-            self.dataset, tokenizer, self.templates, c.seed, c.max_length, first_vector,
-            c.prompt, c.history,
-        )  # fmt: skip
+            self.dataset,
+            tokenizer,
+            self.templates,
+            c.seed,
+            c.max_length,
+            first_vector,
+            c.prompt,
+            c.history,
+        )
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of everything but the config, by kind."""
@@ -58,8 +64,11 @@ class Inputs:
 
         The adapter that its first stage started from is no longer needed.
         """
-        paths = {"dataset": self.config.dataset, "model": self.config.model,
-                 "item_vectors": self.config.item_vectors}  # fmt: skip
+        paths = {
+            "dataset": self.config.dataset,
+            "model": self.config.model,
+            "item_vectors": self.config.item_vectors,
+        }
         without = dataclasses.replace(self.config.lora, init_from="")
         inputs = dataclasses.replace(self, config=dataclasses.replace(self.config, lora=without))
         for kind, found in inputs.fingerprints().items():

@@ -24,9 +24,13 @@ from sdpo_jax.system.files import (
 
 LOCK = ".lock"
 RESULT = {
-    "stage": TEXT, "steps": COUNT, "best_step": COUNT, "seconds": NUMBER, "examples": COUNT,
+    "stage": TEXT,
+    "steps": COUNT,
+    "best_step": COUNT,
+    "seconds": NUMBER,
+    "examples": COUNT,
     "validation_loss": NUMBER,
-}  # fmt: skip
+}
 RESTORE = "restore it or choose another --workdir"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
@@ -42,8 +46,13 @@ class Run:
     templates: tuple[str, ...]
 
 
-def open_run(workdir: Path, config: RunConfig, fingerprints: dict[str, str],
-             wordings: Sequence[str], templates: Sequence[str]) -> None:  # fmt: skip
+def open_run(
+    workdir: Path,
+    config: RunConfig,
+    fingerprints: dict[str, str],
+    wordings: Sequence[str],
+    templates: Sequence[str],
+) -> None:
     """Starts a run in `workdir`, or checks that what is there is this very run.
 
     `wordings`: its templates before the model's chat format; `templates`: after it. A chat format
@@ -57,17 +66,21 @@ def open_run(workdir: Path, config: RunConfig, fingerprints: dict[str, str],
     if not os.path.lexists(path):
         versions = {name: version(name) for name in PACKAGES}
         content = {
-            "config": config.to_dict(), "fingerprints": fingerprints, "versions": versions,
-            "wordings": [*wordings], "templates": [*templates],
-        }  # fmt: skip
+            "config": config.to_dict(),
+            "fingerprints": fingerprints,
+            "versions": versions,
+            "wordings": [*wordings],
+            "templates": [*templates],
+        }
         try:
             write_json(path, content)
         except OSError as error:
             raise _not_writable(workdir, error) from error
 
 
-def check_run(workdir: Path, config: RunConfig, fingerprints: dict[str, str],
-              wordings: Sequence[str]) -> None:  # fmt: skip
+def check_run(
+    workdir: Path, config: RunConfig, fingerprints: dict[str, str], wordings: Sequence[str]
+) -> None:
     """Raises InputError where `workdir` holds anything but this run, naming the keys."""
     path = workdir / "config.json"
     if not os.path.lexists(path):
@@ -156,8 +169,12 @@ def read_run(workdir: Path) -> Run:
             "sdpo_jax.train --config=configs/quickstart.py --workdir=DIR"
         )
     stored = read_json(path, f"expected that of a run: {RESTORE}")
-    kinds = {"config": OBJECT, "fingerprints": OBJECT,
-             "wordings": list_of(TEXT), "templates": list_of(TEXT)}  # fmt: skip
+    kinds = {
+        "config": OBJECT,
+        "fingerprints": OBJECT,
+        "wordings": list_of(TEXT),
+        "templates": list_of(TEXT),
+    }
     check_keys(path, stored, kinds, RESTORE)
     check_keys(path, stored["fingerprints"], dict.fromkeys(stored["fingerprints"], TEXT), RESTORE)
     return Run(

@@ -1,6 +1,7 @@
 """Commands: absl's flags, errors as one line, exit status 2."""
 
 import gc
+import io
 import os
 import re
 import sys
@@ -24,7 +25,8 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
         gc.freeze()
         gc.set_threshold(10_000, 20, 50)
         for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding still shows titles
-            stream.reconfigure(errors="backslashreplace")
+            if isinstance(stream, io.TextIOWrapper):  # what a notebook puts there is none
+                stream.reconfigure(errors="backslashreplace")
         if not flags.FLAGS["verbosity"].present:
             # absl shows INFO by default, and Orbax writes thirty such lines a checkpoint.
             logging.set_verbosity(logging.WARNING)
@@ -56,9 +58,18 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS([_at_home(_underscored(argument)) for argument in argv])
     except (
-        flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError,
-        SyntaxError, RecursionError, MemoryError, InputError,
-    ) as error:  # fmt: skip
+        flags.Error,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+        ImportError,
+        SyntaxError,
+        RecursionError,
+        MemoryError,
+        InputError,
+    ) as error:
         fail(_told(error))
         raise
 

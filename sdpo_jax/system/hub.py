@@ -35,8 +35,11 @@ def hub_folder(model: str, option: str = "--model") -> Path:
 
     name, revision = name_and_revision(model)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED,
-                                      ignore_patterns=UNWANTED))  # fmt: skip
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED
+            )
+        )
     except GatedRepoError as error:
         raise InputError(
             f"{option}={model}: its terms must be accepted on its page first, then give a token: "

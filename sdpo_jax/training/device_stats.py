@@ -3,9 +3,11 @@
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
+Device = Any  # jax.Device, which its stubs declare as a variable
 # Dense bfloat16 FLOP/s of a device, by the beginning of JAX's `device_kind`: vendors' data sheets.
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
@@ -29,7 +31,7 @@ def model_flops(parameters: int, tokens: int, full: bool = False) -> int:
     return (6 if full else 4) * parameters * tokens
 
 
-def peak_flops(device: jax.Device, dtype: str) -> float | None:
+def peak_flops(device: Device, dtype: str) -> float | None:
     """FLOP/s that `device` could do in bfloat16; None where unknown, and in float32."""
     if dtype != "bfloat16":
         return None
@@ -37,7 +39,7 @@ def peak_flops(device: jax.Device, dtype: str) -> float | None:
     return next(kinds, None)
 
 
-def peak_bytes(device: jax.Device) -> int:
+def peak_bytes(device: Device) -> int:
     """The most that was in use on `device`; of a CPU, by this process."""
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:

@@ -29,9 +29,15 @@ class Inference:
             make_logp(model.graphdef, layout), out_shardings=sharding.replicated(mesh)
         )
 
-    def logp(self, lora, examples: Sequence[Example], stop: StopSignal, name: str = "",
-             known_NC: np.ndarray | None = None,
-             save: Callable[[np.ndarray], None] = lambda _: None) -> np.ndarray:  # fmt: skip
+    def logp(
+        self,
+        lora,
+        examples: Sequence[Example],
+        stop: StopSignal,
+        name: str = "",
+        known_NC: np.ndarray | None = None,
+        save: Callable[[np.ndarray], None] = lambda _: None,
+    ) -> np.ndarray:
         """`logp_NC` in nats, N being the targets of all examples, in their order.
 
         Args:
@@ -50,13 +56,19 @@ class Inference:
         shape = (int(ends[-1]), examples[0].C)
         out = np.full(shape, np.nan, np.float32) if known_NC is None else known_NC
         parts = [out[end - e.M : end] for e, end in zip(examples, ends, strict=True)]
-        first = sum(1 for _ in itertools.takewhile(
-            lambda part: all(np.isfinite(parts[i]).all() for i in part), cut
-        ))  # fmt: skip
+        first = sum(
+            1
+            for _ in itertools.takewhile(
+                lambda part: all(np.isfinite(parts[i]).all() for i in part), cut
+            )
+        )
         batches = loader.batches(
-            [[examples[i] for i in part] for part in cut], start=first, rows=self.rows, limit=1,
+            [[examples[i] for i in part] for part in cut],
+            start=first,
+            rows=self.rows,
+            limit=1,
             own=sharding.local_shards(self.mesh),
-        )  # fmt: skip
+        )
         todo = zip(cut[first:], batches, strict=True)
         if name:
             todo = progress_bar(todo, name, len(examples), first * self.batch_size, self.batch_size)

@@ -37,7 +37,7 @@ def plan(config: RunConfig, stage: str, units: int) -> list[int]:
             f"{stage}: {units} examples x {of_stage.epochs} epochs give no batch of "
             f"{config.batch_size}: lower --config.batch_size or raise --config.{stage}.epochs"
         )
-    order = loader.stream(units, config.seed + (stage == "sdpo"), of_stage.epochs)
+    order: Any = loader.stream(units, config.seed + (stage == "sdpo"), of_stage.epochs)
     return [int(order[i]) for i in range(steps * config.batch_size)]
 
 
@@ -61,17 +61,25 @@ def redrawn(order: Sequence[Key], units: int) -> list[Key]:
 
 
 def encode(
-    encoder: Encoder, split: str, units: Sequence[Unit], keys: Iterable[Key],
-    negatives: Negatives, count: int,
-) -> dict[Key, Example]:  # fmt: skip
+    encoder: Encoder,
+    split: str,
+    units: Sequence[Unit],
+    keys: Iterable[Key],
+    negatives: Negatives,
+    count: int,
+) -> dict[Key, Example]:
     """Key -> Example, with each target and `count` drawn negatives as answers."""
     found = sorted(set(keys))
     rows = [units[key.unit] for key in found]
     items = [
-        [[encoder.window(split, row).target, *drawn]
-         for row, drawn in zip(of, _drawn(encoder, split, of, key, negatives, count), strict=True)]
+        [
+            [encoder.window(split, row).target, *drawn]
+            for row, drawn in zip(
+                of, _drawn(encoder, split, of, key, negatives, count), strict=True
+            )
+        ]
         for key, of in zip(found, rows, strict=True)
-    ]  # fmt: skip
+    ]
     if encoder.prompt == "history":
         return {
             key: encoder.segment(split, of, of_rows)

@@ -26,9 +26,14 @@ class NotANumber(Exception):
 def bar(total: int, done: int, name: str, **settings: Any) -> tqdm:
     """A bar of examples that process 0 shows."""
     return tqdm(
-        total=total, initial=done, unit="ex", desc=name, mininterval=1,
-        disable=jax.process_index() > 0, **settings,
-    )  # fmt: skip
+        total=total,
+        initial=done,
+        unit="ex",
+        desc=name,
+        mininterval=1,
+        disable=jax.process_index() > 0,
+        **settings,
+    )
 
 
 def progress_bar(batches: Iterable, name: str, total: int, done: int, batch_size: int) -> Iterator:
@@ -69,9 +74,19 @@ class Progress:
       full: whether all weights are trained.
     """
 
-    def __init__(self, folder: Path, stage: str, first: int, steps: int, batch_size: int,
-                 log_every: int, schedule: Callable, parameters: int, dtype: str,
-                 full: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        folder: Path,
+        stage: str,
+        first: int,
+        steps: int,
+        batch_size: int,
+        log_every: int,
+        schedule: Callable,
+        parameters: int,
+        dtype: str,
+        full: bool = False,
+    ):
         self._stage, self._done, self._steps = stage, first, steps
         self._batch_size, self._log_every, self._schedule = batch_size, log_every, schedule
         self._full = full
@@ -108,8 +123,9 @@ class Progress:
         """Waits for the steps taken; raises NotANumber for the first that went wrong."""
         self._pending = jax.device_get(self._pending)
         for step, values in enumerate(self._pending, self._done - len(self._pending) + 1):
-            broken = {k: float(values[k]) for k in ("loss", "grad_norm")
-                      if not np.isfinite(values[k])}  # fmt: skip
+            broken = {
+                k: float(values[k]) for k in ("loss", "grad_norm") if not np.isfinite(values[k])
+            }
             if broken:
                 raise NotANumber(step, broken)
 

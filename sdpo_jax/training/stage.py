@@ -27,10 +27,11 @@ from sdpo_jax.runs.workdir import stage_result, write_stage_result
 from sdpo_jax.system import sharding
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.files import write_json
-from sdpo_jax.system.processes import Interrupted, StopSignal, first_process
+from sdpo_jax.system.processes import StopSignal, first_process
 from sdpo_jax.training import reference
 from sdpo_jax.training.device_stats import traced
 from sdpo_jax.training.inference import Inference, by_example
+from sdpo_jax.training.loop import Loop
 from sdpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from sdpo_jax.training.order import Key, chosen_in_band, curriculum, dealt, encode, plan, redrawn
 from sdpo_jax.training.progress import NotANumber, Progress
@@ -59,8 +60,17 @@ def most_shapes(steps: int, platform: str) -> int:
 class Stage:
     """What one stage works on. `train` runs it to its end or to an interruption."""
 
-    def __init__(self, name: str, config: RunConfig, workdir: Path, model, encoder: Encoder, mesh,
-                 inference: Inference, stop: StopSignal):  # fmt: skip
+    def __init__(
+        self,
+        name: str,
+        config: RunConfig,
+        workdir: Path,
+        model,
+        encoder: Encoder,
+        mesh,
+        inference: Inference,
+        stop: StopSignal,
+    ):
         self.name, self.config, self.workdir = name, config, workdir
         self.model, self.mesh, self.inference, self.stop = model, mesh, inference, stop
         self.encoder, self.K = encoder, config.num_negatives if name == "sdpo" else 0
@@ -106,8 +116,10 @@ class Stage:
             for k in ("dtype", "base_dtype", "batch_layout", "microbatch")
         }
         found = []
-        for part, examples in (("train", list(self.train_examples.values())),
-                               ("validation", self.validation_examples)):  # fmt: skip
+        for part, examples in (
+            ("train", list(self.train_examples.values())),
+            ("validation", self.validation_examples),
+        ):
             path = self.workdir / "reference" / f"{part}.npz"
             key = reference.fingerprint(self.model.meta["sha256"], lora, examples, settings)
             logp_NC = reference.read_reference(path, key)
@@ -158,7 +170,9 @@ class Stage:
         self, references: dict[Key, np.ndarray] | None, start: int
     ) -> Iterator[dict[str, np.ndarray]]:
         """Batches [number of microbatches, this process's part, ...] from step `start` on."""
-        found = references and [[references[key] for key in part] for part in self.cut]
+        found = None
+        if references is not None:
+            found = [[references[key] for key in part] for part in self.cut]
         limit = most_shapes(self.steps, self.mesh.devices.flat[0].platform)
         examples = [[self.train_examples[key] for key in part] for part in self.cut]
         count, shards = self.config.batch_size // self.inference.batch_size, self.inference.rows
@@ -173,6 +187,7 @@ class Stage:
         batch = loader.collate(examples, shape)
         if references:
             batch["reference_logp_BMC"] = loader.stack_targets(references, shape.M)
+        logp_BMC: Any
         if references and int(state.step) == 0:  # the policy still is the reference
             logp_BMC = batch["reference_logp_BMC"]
         else:
@@ -217,67 +232,42 @@ class Stage:
         optimizer = make_optimizer(
             learning_rate, self.steps, warmup=c.warmup, clip=c.clip, weight_decay=c.weight_decay
         )
-        step = self.compiled_step(lora, optimizer)
+        compiled = self.compiled_step(lora, optimizer)
         # All weights may be in it: a second copy would be memory that `memory` does not count.
-        state = init_state(lora, optimizer, self.mesh, donate=True)
-        before = 0.0
+        state, before = init_state(lora, optimizer, self.mesh, donate=True), 0.0
         checkpoints = Checkpoints(self.workdir / self.name, judged=self.judged())
         if checkpoints.steps():
             state, position = checkpoints.restore_newest(state)
             before = position["seconds"]
         first = int(state.step)
-        progress = Progress(
-            self.workdir / "metrics", self.name, first, self.steps, c.batch_size, c.log_every,
-            learning_rate_schedule(learning_rate, self.steps, c.warmup),
-            self.model.meta["parameters"], c.dtype, c.tune == "full",
-        )  # fmt: skip
-
-        def due(step: int) -> bool:
-            return step == self.steps or step % c.eval_every == 0
-
-        def save(loss: float | None = None) -> None:
-            progress.settle()
-            checkpoints.save(state, {"seconds": before + time.monotonic() - started}, loss)
-
-        def validate_and_save() -> None:
-            try:
-                progress.settle()
-                with progress.paused():
-                    values = self.validate(state, validation_references)
-            except Interrupted:
-                save()  # the next run validates this step first
-                raise
-            progress.validation(values)
-            if not np.isfinite(values["loss"]):
-                raise InputError(
-                    f"{self.name} step {int(state.step)}: the validation loss is "
-                    f"{values['loss']}, expected a number: the step before is kept; start in "
-                    f"another --workdir with a lower --config.{self.name}.learning_rate"
-                )
-            save(values["loss"])
-
+        loop = Loop(
+            name=self.name,
+            state=state,
+            steps=self.steps,
+            eval_every=c.eval_every,
+            checkpoint_every=c.checkpoint_every,
+            validate=lambda state: self.validate(state, validation_references),
+            checkpoints=checkpoints,
+            progress=self.progress(first),
+            stop=self.stop,
+            seconds=before,
+            started=started,
+        )
+        del state  # the loop donates it
         placed = sharding.batch_sharding(self.mesh, leading=1)
+        batches = loop.progress.waited_for(self.batches(train_references, first))
+        batches = traced(batches, self.workdir / "profile" / self.name, c.profile_steps)
+
+        def step(state, batch):
+            return compiled(state, self.model.base, sharding.put(batch, placed))
+
         try:
-            if due(first) and first not in checkpoints.losses():
-                validate_and_save()
-            batches = progress.waited_for(self.batches(train_references, first))
-            batches = traced(batches, self.workdir / "profile" / self.name, c.profile_steps)
-            for done, batch in enumerate(batches, first + 1):
-                state, metrics = step(state, self.model.base, sharding.put(batch, placed))
-                progress.step(metrics, self.tokens(done))
-                stop = self.stop.ask()
-                if due(done):
-                    validate_and_save()
-                elif stop or done % c.checkpoint_every == 0:
-                    save()
-                if done < self.steps:
-                    self.stop.check()
-            checkpoints.wait()
+            loop.run(step, batches, self.tokens)
             losses, best = checkpoints.losses(), self.best_step(checkpoints)
         except NotANumber as error:
             self.refuse(error)
         finally:
-            progress.close()
+            loop.progress.close()
             checkpoints.close()
         return {
             "stage": self.name,
@@ -285,8 +275,24 @@ class Stage:
             "best_step": best,
             "validation_loss": losses[best],
             "examples": len(self.order),
-            "seconds": round(before + time.monotonic() - started, 1),
+            "seconds": round(loop.elapsed(), 1),
         }
+
+    def progress(self, first: int) -> Progress:
+        """The bar and the curves from step `first` on."""
+        c, learning_rate = self.config, getattr(self.config, self.name).learning_rate
+        return Progress(
+            self.workdir / "metrics",
+            self.name,
+            first,
+            self.steps,
+            c.batch_size,
+            c.log_every,
+            learning_rate_schedule(learning_rate, self.steps, c.warmup),
+            self.model.meta["parameters"],
+            c.dtype,
+            c.tune == "full",
+        )
 
     def judged(self) -> Callable[[], dict[int, float]] | None:
         """What gives step -> HR@1 so far, where not the loss decides on the best step."""
@@ -323,8 +329,12 @@ class Stage:
         """Writes which windows a broken step took; raises InputError."""
         file = self.workdir / "stages" / f"{self.name}-broken-step.json"
         rows = [row for key in self.cut[error.step - 1] for row in self.units[key.unit]]
-        content = {"stage": self.name, "step": error.step, "found": error.found,
-                   "lines": [row + 1 for row in rows]}  # fmt: skip
+        content = {
+            "stage": self.name,
+            "step": error.step,
+            "found": error.found,
+            "lines": [row + 1 for row in rows],
+        }
         first_process(lambda: write_json(file, content))
         raise InputError(
             f"{self.name} {error}, expected numbers: the lines of train.jsonl that it took are in "

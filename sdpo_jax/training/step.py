@@ -23,14 +23,15 @@ from sdpo_jax.system import sharding
 Objective = Callable[[jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 
 
-@functools.partial(jax.tree_util.register_dataclass,
-                   data_fields=["step", "lora", "opt_state"], meta_fields=[])  # fmt: skip
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["step", "lora", "opt_state"], meta_fields=[]
+)
 @dataclasses.dataclass
 class TrainState:
     """What a checkpoint holds: steps done, the adapter in float32, the optimizer's moments."""
 
-    step: jax.Array
-    lora: nnx.State
+    step: Any
+    lora: Any
     opt_state: Any
 
 
@@ -71,8 +72,14 @@ def make_logp(graphdef: nnx.GraphDef, layout: str):
     return logp
 
 
-def make_train_step(logp, objective: Objective, optimizer: optax.GradientTransformation,
-                    state_shardings: TrainState, mesh: Mesh, dropout_key=None):  # fmt: skip
+def make_train_step(
+    logp,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    state_shardings: TrainState,
+    mesh: Mesh,
+    dropout_key=None,
+):
     """Jitted `step(state, base, batches) -> (state, metrics)`; the state is donated.
 
     `batches` holds arrays [number of microbatches, microbatch, ...]: the global batch, whose

@@ -8,6 +8,7 @@ import functools
 import os
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.system import sharding
+from sdpo_jax.training.device_stats import Device
 from sdpo_jax.training.optimizer import make_optimizer
 from sdpo_jax.training.step import (
     first_state,
@@ -65,13 +67,22 @@ def step_memory(*args, **settings) -> StepMemory:
 
 
 def memory_of(lowered: LoweredStep, compiled: jax.stages.Compiled, seconds: float) -> StepMemory:
-    temporary = compiled.memory_analysis().temp_size_in_bytes
+    analysis: Any = compiled.memory_analysis()
+    temporary = analysis.temp_size_in_bytes
     return StepMemory(lowered.base, lowered.state, lowered.batch, temporary, seconds)
 
 
-def lower_step(config: DecoderConfig, lora: LoraConfig, examples: Sequence[Example], *, dtype,
-               remat: str, layout: str, mesh: Mesh,
-               base_dtype: str = "same") -> LoweredStep:  # fmt: skip
+def lower_step(
+    config: DecoderConfig,
+    lora: LoraConfig,
+    examples: Sequence[Example],
+    *,
+    dtype,
+    remat: str,
+    layout: str,
+    mesh: Mesh,
+    base_dtype: str = "same",
+) -> LoweredStep:
     """The step of one microbatch, traced on abstract arrays.
 
     Args:
@@ -148,7 +159,7 @@ def _bytes_a_device(tree) -> int:
     return sum(int(np.prod(shape)) * jnp.dtype(dtype).itemsize for shape, dtype in shapes)
 
 
-def limit_of(device: jax.Device) -> int:
+def limit_of(device: Device) -> int:
     """Bytes that a program may use on `device`; on a CPU what the machine has free."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:

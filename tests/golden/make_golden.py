@@ -30,24 +30,45 @@ def rope(kind: str = "default", theta: float = 10000.0, **keys) -> dict:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **keys}}
 
 
-LLAMA3 = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=16)  # fmt: skip
+LLAMA3 = dict(
+    factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+)
 MODELS = {
-    "llama-old": ("llama", dict(**SHAPE, num_key_value_heads=4, head_dim=12,
-                                tie_word_embeddings=False, rms_norm_eps=1e-5, **rope(theta=500.0))),
+    "llama-old": (
+        "llama",
+        dict(
+            **SHAPE,
+            num_key_value_heads=4,
+            head_dim=12,
+            tie_word_embeddings=False,
+            rms_norm_eps=1e-5,
+            **rope(theta=500.0),
+        ),
+    ),
     "llama-new": ("llama", dict(**GROUPED, tie_word_embeddings=True, rms_norm_eps=1e-6, **rope())),
-    "llama3": ("llama", dict(**GROUPED, attention_bias=True, mlp_bias=True,
-                             **rope("llama3", **LLAMA3))),
+    "llama3": (
+        "llama",
+        dict(**GROUPED, attention_bias=True, mlp_bias=True, **rope("llama3", **LLAMA3)),
+    ),
     "linear": ("llama", dict(**GROUPED, **rope("linear", factor=2.0))),
     "dynamic": ("llama", dict(**GROUPED, max_position_embeddings=8, **rope("dynamic", factor=2.0))),
     "mistral": ("mistral", dict(**GROUPED, head_dim=12, sliding_window=5, **rope(theta=1e6))),
     "qwen2": ("qwen2", dict(**GROUPED, tie_word_embeddings=True, **rope(theta=1e6))),
     "qwen3": ("qwen3", dict(**GROUPED, head_dim=12, **rope(theta=1e6))),
-    "neox": ("gpt_neox", dict(**SHAPE, use_parallel_residual=True,
-                              **rope(partial_rotary_factor=0.5))),
-    "neox-old": ("gpt_neox", dict(**SHAPE, use_parallel_residual=False, hidden_act="gelu_new",
-                                  **rope(theta=500.0, partial_rotary_factor=0.25))),
-}  # fmt: skip
+    "neox": (
+        "gpt_neox",
+        dict(**SHAPE, use_parallel_residual=True, **rope(partial_rotary_factor=0.5)),
+    ),
+    "neox-old": (
+        "gpt_neox",
+        dict(
+            **SHAPE,
+            use_parallel_residual=False,
+            hidden_act="gelu_new",
+            **rope(theta=500.0, partial_rotary_factor=0.25),
+        ),
+    ),
+}
 
 
 def make_model(name: str, seed: int) -> torch.nn.Module:
@@ -111,8 +132,12 @@ def logits_of(model: torch.nn.Module, seed: int) -> dict[str, np.ndarray]:
     with torch.no_grad():
         unpadded = model(tokens).logits
         padded = model(tokens, attention_mask=mask, position_ids=positions).logits
-    return dict(tokens=tokens.int().numpy(), mask=mask.bool().numpy(),
-                unpadded=unpadded.numpy(), padded=padded.numpy())  # fmt: skip
+    return dict(
+        tokens=tokens.int().numpy(),
+        mask=mask.bool().numpy(),
+        unpadded=unpadded.numpy(),
+        padded=padded.numpy(),
+    )
 
 
 if __name__ == "__main__":

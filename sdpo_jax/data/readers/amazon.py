@@ -5,6 +5,7 @@ import dataclasses
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,27 +68,28 @@ def _read_reviews(reviews: Path, meta: Path) -> Interactions:
         _, first = next(records, ("", {}))
     user, item, time, second = _KEYS_2018 if _KEYS_2023[0] not in first else _KEYS_2023
     kinds, rows, clock = {user: UTF8, item: UTF8, time: NUMBER}, Rows(), Clock()
+    numbers: dict[str, int] = {}
     for where, record in raw.records(reviews, kinds):
         clock.number(where, str(record[time]), record[time])
-        rows.add(record[user], record[item], 0.0, record[time] / second)
+        number = numbers.setdefault(record[item], len(numbers))
+        rows.add(record[user], number, 0.0, record[time] / second)
     clock.checked()
-    titles, attributes = _read_meta(meta, item, rows.items)
+    titles, attributes = _read_meta(meta, item, numbers)
     found = rows.done({}, {}, len(rows), raw.file_digests(reviews, meta), rated=False)
     # An item's number in the file -> its id: items with a title, by their first review.
-    id_I = np.full(len(rows.items), -1, np.int32)
-    titled = [number for asin, number in rows.items.items() if asin in titles]
-    id_I[titled] = range(len(titled))
+    id_I = np.full(len(numbers), -1, np.int32)
+    asins = [asin for asin in numbers if asin in titles]
+    id_I[[numbers[asin] for asin in asins]] = range(len(asins))
     kept_N = id_I[found.item_N] >= 0
-    asins = [found.items[number] for number in titled]
     return dataclasses.replace(
         found,
         titles={id: titles[asin] for id, asin in enumerate(asins)},
         attributes={id: {"asin": asin} | attributes[asin] for id, asin in enumerate(asins)},
-        items=[*range(len(titled))],
+        items=[*range(len(asins))],
         user_N=found.user_N[kept_N],
         item_N=id_I[found.item_N][kept_N],
         time_N=found.time_N[kept_N],
-        untitled=(len(rows.items) - len(titled), int((~kept_N).sum())),
+        untitled=(len(numbers) - len(asins), int((~kept_N).sum())),
     )
 
 
@@ -112,13 +114,14 @@ def _attributes(record: dict) -> dict:
     return {key: value for key, value in found.items() if value}
 
 
-def _clean(text: object) -> str:
+def _clean(text: Any) -> str:
     return plain(text) if UTF8[1](text) else ""
 
 
-def _price(value: object) -> float | None:
-    if type(value) is str and (match := _PRICE.fullmatch(value.strip())):
-        value = float(match[1].replace(",", ""))
+def _price(value: Any) -> float | None:
+    if type(value) is str:
+        match = _PRICE.fullmatch(value.strip())
+        value = float(match[1].replace(",", "")) if match else 0.0
     return float(value) if type(value) in (int, float) and 0 < value < 1e9 else None
 
 

@@ -61,10 +61,13 @@ class Form:
                     f"{', '.join(known)}: as user=reviewerID,item=asin"
                 )
             names[name] = found
-        delimiter = {None: "", "tab": "\t"}.get(delimiter, delimiter)
-        quote = {None: '"', "none": ""}.get(quote, quote)
-        given = {"delimiter": (delimiter, " or tab"), "quote": (quote, " or none"),
-                 "escape": (escape, "")}  # fmt: skip
+        delimiter = "\t" if delimiter == "tab" else delimiter or ""
+        quote = '"' if quote is None else "" if quote == "none" else quote
+        given = {
+            "delimiter": (delimiter, " or tab"),
+            "quote": (quote, " or none"),
+            "escape": (escape, ""),
+        }
         for flag, (value, words) in given.items():
             if len(value) > 1 or value in ("\n", "\r"):
                 raise InputError(f"--{flag}: found {shown(value)}, expected a character{words}")
@@ -74,9 +77,14 @@ class Form:
         """A strict `csv.reader`, in which what is no CSV raises csv.Error."""
         quoting = csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE
         return csv.reader(
-            lines, strict=True, delimiter=delimiter, quotechar=self.quote or None, quoting=quoting,
-            escapechar=self.escape or None, skipinitialspace=True,
-        )  # fmt: skip
+            lines,
+            strict=True,
+            delimiter=delimiter,
+            quotechar=self.quote or None,
+            quoting=quoting,
+            escapechar=self.escape or None,
+            skipinitialspace=True,
+        )
 
 
 def read_csv(path: Path, form: Form | None = None) -> Interactions:
@@ -186,18 +194,19 @@ def _places(path: Path, header: list[str], form: Form) -> tuple[dict[str, int], 
         if count > 1 or (count == 0 and (name != "rating" or form.columns.get(name))):
             found = f"{count} columns {column!r} in {shown(header)}"
             raise raw.bad(
-                f"{path}:1", found, f"one of each of {', '.join(COLUMNS)}, or --columns="
-                f"{name}=NAME"
-            )  # fmt: skip
-    places = {name: header.index(column) for name, column in names.items()
-              if column and column in header}  # fmt: skip
+                f"{path}:1", found, f"one of each of {', '.join(COLUMNS)}, or --columns={name}=NAME"
+            )
+    places = {
+        name: header.index(column) for name, column in names.items() if column and column in header
+    }
     if "rating" not in places and "rating" not in form.columns:
         _check_ratings(path, header)
     used = {*places.values()}
     further = {
-        name: place for place, name in enumerate(header)
+        name: place
+        for place, name in enumerate(header)
         if name and place not in used and name not in _OURS
-    }  # fmt: skip
+    }
     if twice := [name for name in further if header.count(name) > 1]:
         raise raw.bad(f"{path}:1", f"2 columns {shown(twice[0])}", "each column once")
     return places, further

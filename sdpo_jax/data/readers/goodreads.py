@@ -16,9 +16,19 @@ _EXPECTED = (
     f"or with {' and '.join(STAND_IN)}: correct --source"
 )
 _MONTHS = dict(
-    Jan="01", Feb="02", Mar="03", Apr="04", May="05", Jun="06",
-    Jul="07", Aug="08", Sep="09", Oct="10", Nov="11", Dec="12",
-)  # fmt: skip
+    Jan="01",
+    Feb="02",
+    Mar="03",
+    Apr="04",
+    May="05",
+    Jun="06",
+    Jul="07",
+    Aug="08",
+    Sep="09",
+    Oct="10",
+    Nov="11",
+    Dec="12",
+)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _YEAR_1900 = (datetime(1900, 1, 1, tzinfo=UTC) - _EPOCH).total_seconds()
 _ID: Kind = (
@@ -27,8 +37,12 @@ _ID: Kind = (
 )
 _BOOK = {"book_id": _ID, "title": UTF8}
 _INTERACTION = {
-    "user_id": UTF8, "book_id": _ID, "rating": NUMBER, "read_at": TEXT, "date_updated": TEXT,
-}  # fmt: skip
+    "user_id": UTF8,
+    "book_id": _ID,
+    "rating": NUMBER,
+    "read_at": TEXT,
+    "date_updated": TEXT,
+}
 
 
 def read_goodreads(path: Path) -> Interactions | Sequences:

@@ -20,10 +20,25 @@ _YEAR = re.compile(r"\s*\((\d{4})(?:[-\u2013](?:\d{4})?)?\)(\s*\(V\))?$")
 _FORMS = (("u.data", "u.item"), ("ratings.dat", "movies.dat"), ("ratings.csv", "movies.csv"))
 _COLUMNS = ("user id", "item id", "rating")
 _GENRES = (
-    "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama",
-    "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War",
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children's",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+    "Film-Noir",
+    "Horror",
+    "Musical",
+    "Mystery",
+    "Romance",
+    "Sci-Fi",
+    "Thriller",
+    "War",
     "Western",
-)  # fmt: skip
+)
 
 
 def read_movielens(path: Path | None) -> Interactions:
@@ -70,18 +85,18 @@ def _items(files: raw.Files, name: str) -> Iterator[tuple[str, str, str, str, li
         for line, fields in raw.fields(where, lines, "|", 2):
             flags = zip(_GENRES, fields[6:], strict=False)
             genres = [genre for genre, flag in flags if flag == "1"]
-            yield line, *fields[:2], _year(fields[1]), genres
+            yield line, fields[0], fields[1], _year(fields[1]), genres
     elif name == "movies.dat":
         for line, fields in raw.fields(where, lines, "::", 3):
             title = "::".join(fields[1:-1])
             yield line, fields[0], title, _year(title), _genres(fields[-1].split("|"))
     elif name == "movies.csv":
         for line, fields in _csv(where, text_lines(where, lines)):
-            yield line, *fields[:2], _year(fields[1]), _genres(fields[2].split("|"))
+            yield line, fields[0], fields[1], _year(fields[1]), _genres(fields[2].split("|"))
     else:
         for line, fields in raw.fields(where, lines, "\t", 4, 1):
             year = fields[2] if re.fullmatch(r"\d{4}", fields[2]) else _year(fields[1])
-            yield line, *fields[:2], year, _genres(fields[3].split())
+            yield line, fields[0], fields[1], year, _genres(fields[3].split())
 
 
 def _csv(where: str, text: Iterable[str]) -> Iterator[tuple[str, list[str]]]:

@@ -12,9 +12,9 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from sdpo_jax.data.text import text_lines
 from sdpo_jax.system.errors import InputError, shown
@@ -60,7 +60,7 @@ class Files:
         return found
 
     @contextlib.contextmanager
-    def _open(self, name: str) -> Iterator[BinaryIO]:
+    def _open(self, name: str) -> Iterator[IO[bytes]]:
         with _told(self.path, self.expected):
             if self.zipped:
                 with zipfile.ZipFile(self.path) as archive, archive.open(self.places[name]) as file:
@@ -119,9 +119,17 @@ def _told(path: Path, expected: str) -> Iterator[None]:
         yield
     # The reader trusts offsets and sizes of the file, so a damaged one fails in many ways.
     except (
-        zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError,
-        LookupError, ValueError, OverflowError, MemoryError,
-    ) as error:  # fmt: skip
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        struct.error,
+        EOFError,
+        RuntimeError,
+        LookupError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise InputError(
             f"{path}: found a damaged or unreadable zip ({error}), {expected} or fetch it again"
         ) from error
@@ -136,7 +144,7 @@ def check_file(path: Path, expected: str) -> None:
         raise InputError(f"{path}: found no regular file, {expected}")
 
 
-def _lines(file: BinaryIO, where: str, expected: str) -> Iterator[bytes]:
+def _lines(file: IO[bytes] | gzip.GzipFile, where: str, expected: str) -> Iterator[bytes]:
     while line := file.readline(LONGEST):
         if len(line) == LONGEST:
             raise InputError(f"{where}: found a line of over {LONGEST} bytes, {expected}")
@@ -186,7 +194,7 @@ def whole(where: str, name: str, text: str) -> int:
         raise bad(where, f"{name} {shown(text)}", "a whole number") from error
 
 
-def records(file: Path, kinds: Mapping[str, Kind]) -> Iterator[tuple[str, dict]]:
+def records(file: Path, kinds: Mapping[str, Kind]) -> Generator[tuple[str, dict]]:
     """(file:line, object) of every line of JSON; the file is gzip's where its name ends in .gz.
 
     Raises InputError naming file and line.

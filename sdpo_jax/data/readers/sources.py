@@ -3,6 +3,7 @@
 import dataclasses
 import io
 from pathlib import Path
+from typing import Any
 
 from sdpo_jax.data.prepared import User, UserSequence, Window
 from sdpo_jax.data.readers import raw
@@ -66,7 +67,7 @@ def _user_and_items(
     user, items = number, sequence
     if isinstance(sequence, dict):
         user, items = sequence.get("user"), sequence.get("items")
-    if type(user) not in (int, str):
+    if type(user) is not int and type(user) is not str:
         raise raw.bad(where, f"user {shown(user)}", "an integer or a string")
     if type(items) is not list or any(type(item) is not int for item in items):
         raise raw.bad(where, shown(items), "a list of item ids")
@@ -94,7 +95,7 @@ def read_id2name(
     return titles
 
 
-def read_json(path: Path, name: str, files: dict[str, bytes]) -> object:
+def read_json(path: Path, name: str, files: dict[str, bytes]) -> Any:
     try:
         return parse_json("".join(text_lines(f"{path}/{name}", io.BytesIO(files[name]))))
     except ValueError as error:

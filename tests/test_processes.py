@@ -115,10 +115,8 @@ def test_a_process_takes_its_share_of_the_gpus_that_it_sees(shown, tasks, local,
 
 
 @pytest.mark.parametrize(
-    ("coordinator", "processes", "process"), [("a:1", None, 0), ("", 2, 0), ("auto", 2, None)]
+    ("coordinator", "count", "process"), [("a:1", None, 0), ("", 2, 0), ("auto", 2, None)]
 )
-def test_half_of_the_processes_flags_is_refused(coordinator, processes, process):
+def test_half_of_the_processes_flags_is_refused(coordinator, count, process):
     with pytest.raises(InputError, match="expected all three"):
-        processes.join_processes(
-            coordinator, processes, process, start_seconds=1, heartbeat_seconds=1
-        )
+        processes.join_processes(coordinator, count, process, start_seconds=1, heartbeat_seconds=1)

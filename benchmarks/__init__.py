@@ -1,1 +1,1 @@
-"""The programs behind the speed figures of README."""
+"""The programs behind the speed figures of docs/speed.md."""

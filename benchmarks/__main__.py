@@ -2,7 +2,7 @@
 
     python -m benchmarks --model=runs/quickstart/model --dataset=runs/quickstart/data
 
-What `make bench` runs, in an hour and a quarter on two cores; README has its tables from the
+What `make bench` runs, in an hour and a quarter on two cores; docs/speed.md has its tables from the
 file. Each part is a process of its own, which has the memory to itself, and is in the file as soon
 as it is done: the same command goes on with those that are missing. Leave the machine alone.
 """

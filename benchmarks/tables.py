@@ -1,4 +1,4 @@
-"""The tables of README, in Markdown, from a file of `benchmarks/results`.
+"""The tables of docs/speed.md and docs/training.md, in Markdown, from a file of `benchmarks/results`.
 
 python -m benchmarks.tables --result=benchmarks/results/DEVICE.json
 """
@@ -88,7 +88,7 @@ def memory_table(result: dict) -> str:
 
 
 def tables(file: Path) -> list[str]:
-    """All tables that README shows of a result, of the parts that are in it."""
+    """All tables that docs/ shows of a result, of the parts that are in it."""
     result = workload.read_result(file)
     wanted = {f"{STEP}3": step_table, "score": score_table, "memory": memory_table}
     return [table(result) for part, table in wanted.items() if part in result]

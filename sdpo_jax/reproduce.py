@@ -121,7 +121,7 @@ def study_of(root: Path, asked: Mapping[str, Any]) -> Study:
     if asked["scale"] == "paper" and not asked["model"]:
         raise InputError(
             "--model: found nothing, expected a folder of sdpo_jax.convert with Llama2-7B, as "
-            "--scale=paper is the paper's setting: see the README"
+            "--scale=paper is the paper's setting: see docs/reproduce.md"
         )
     if not os.path.isfile("configs/common.py"):
         raise InputError(

@@ -1,4 +1,4 @@
-"""The tables of docs/speed.md and docs/training.md, in Markdown, from a file of `benchmarks/results`.
+"""The tables of docs/speed.md and docs/training.md, from a file of `benchmarks/results`.
 
 python -m benchmarks.tables --result=benchmarks/results/DEVICE.json
 """

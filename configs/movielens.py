@@ -8,10 +8,12 @@ some hundred examples a stage with it, for a CPU, :medium one epoch of each stag
 
 import ml_collections
 
-from configs import common
+from sdpo_jax.runs import presets
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    config = common.get_config()
+    config = presets.get_config()
     config.dataset = "runs/movielens/data"
-    return common.variant(config, arg, medium=common.medium, small=common.small, smoke=common.smoke)
+    return presets.variant(
+        config, arg, medium=presets.medium, small=presets.small, smoke=presets.smoke
+    )

@@ -8,14 +8,14 @@ configs/quickstart.py:long trains all weights, twice through all training data (
 
 import ml_collections
 
-from configs import common
+from sdpo_jax.runs import presets
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    config = common.small(common.get_config())
+    config = presets.small(presets.get_config())
     config.dataset = "runs/quickstart/data"
     config.chat_template = False
-    config.dtype, config.base_dtype = common.cpu_dtypes()
+    config.dtype, config.base_dtype = presets.cpu_dtypes()
     config.prompt, config.negatives = "history", "uniform"
     # Two segments, about 90 targets per step.
     config.batch_size, config.microbatch = 2, 2
@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.sdpo.max_steps, config.sdpo.learning_rate = 6, 1e-4
     config.validation_split, config.validation_windows = "val_all", 50
     config.eval_every, config.checkpoint_every = 260, 65
-    return common.variant(config, arg, smoke=common.smoke, long=long)
+    return presets.variant(config, arg, smoke=presets.smoke, long=long)
 
 
 def long(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -116,17 +116,12 @@ WANTED = ("targets with their data sets", _wanted)
 
 
 def study_of(root: Path, asked: Mapping[str, Any]) -> Study:
-    """Raises InputError where the scale needs a model, or the configs are not there."""
+    """Raises InputError where the scale needs a model."""
     scale = SCALES[asked["scale"]]
     if asked["scale"] == "paper" and not asked["model"]:
         raise InputError(
             "--model: found nothing, expected a folder of sdpo_jax.convert with Llama2-7B, as "
             "--scale=paper is the paper's setting: see docs/reproduce.md"
-        )
-    if not os.path.isfile("configs/common.py"):
-        raise InputError(
-            f"configs/common.py: found nothing in {os.getcwd()}, expected the configs: run this "
-            "from the root of the clone"
         )
     return Study(
         root,

@@ -301,8 +301,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    # So that a config file's `from configs import common` works in any folder: after this one.
-    sys.path.append(str(Path(__file__).absolute().parents[1]))
     config_flags.DEFINE_config_file("config", None, "config file, with :argument", lock_config=True)
     flags.DEFINE_string("workdir", None, "folder of the run (default: runs/<config's name>/run)")
     flags.DEFINE_string(

@@ -1,6 +1,7 @@
 """The package as a house: which room may lean on which, and what loads without JAX."""
 
 import ast
+import configparser
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,10 @@ def test_files_and_functions_fit_in_a_glance_and_the_formatter_is_obeyed():
     ]
     assert not long
     assert sum(text.count("# fmt: " + "skip") for text in texts.values()) <= 10
+
+
+def test_every_folder_of_the_package_is_installed():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    folders = {module_of(path) for path in PACKAGE.rglob("__init__.py")}
+    assert {*setup["options"]["packages"].split()} == folders | {"sdpo_jax.configs"}

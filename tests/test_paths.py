@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import common
-from sdpo_jax.runs import config
+from sdpo_jax.runs import config, presets
 from sdpo_jax.runs.config import RunConfig
 from sdpo_jax.system import command
 from sdpo_jax.system.errors import InputError
@@ -45,7 +44,7 @@ def test_the_home_of_nobody_is_refused():
 
 
 def test_the_home_folder_stands_for_a_tilde_in_every_path_of_a_config_file():
-    found = common.get_config()
+    found = presets.get_config()
     for key in config.PATHS:
         found.update_from_flattened_dict({key: f"~/{key}"})
     read = dict((name, value) for name, _, value in config.keys(RunConfig.of(found.to_dict())))
@@ -53,7 +52,7 @@ def test_the_home_folder_stands_for_a_tilde_in_every_path_of_a_config_file():
 
 
 def test_a_config_without_a_path_is_left_to_the_check_of_its_keys():
-    found = common.get_config()
+    found = presets.get_config()
     del found.item_vectors
     with found.unlocked(), found.ignore_type():
         found.lora, found.model = None, 7
@@ -63,7 +62,7 @@ def test_a_config_without_a_path_is_left_to_the_check_of_its_keys():
 
 def test_a_config_file_is_read_in_any_folder(tmp_path):
     (tmp_path / "mine.py").write_text((ROOT / "configs" / "quickstart.py").read_text())
-    for file in (ROOT / "configs" / "quickstart.py", "mine.py"):
+    for file in ("configs/quickstart.py", "mine.py"):
         done = subprocess.run(
             [sys.executable, "-m", "sdpo_jax.train", f"--config={file}:smoke"],
             cwd=tmp_path,
@@ -75,3 +74,15 @@ def test_a_config_file_is_read_in_any_folder(tmp_path):
         assert done.returncode == 2
         assert done.stderr.startswith("error: nothing to train on yet: first run"), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+
+
+def test_a_config_of_the_package_is_found_where_the_current_folder_has_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = ROOT / "configs" / "quickstart.py"
+    assert command._of_package("--config=configs/quickstart.py:smoke") == f"--config={file}:smoke"
+    assert command._of_package("configs/quickstart.py") == str(file)
+    assert command._of_package("--config=configs/none.py") == "--config=configs/none.py"
+    own = tmp_path / "configs" / "quickstart.py"
+    own.parent.mkdir()
+    own.touch()
+    assert command._of_package("--config=configs/quickstart.py") == "--config=configs/quickstart.py"

@@ -9,9 +9,9 @@ import pytest
 from conftest import TINY, random_batch, tiny_model
 from flax import nnx
 
-from configs import common
 from sdpo_jax.models.quantize import BLOCK, NF4, Quantised, dense, quantise
 from sdpo_jax.objectives.logprobs import shared_prefix_logp
+from sdpo_jax.runs import presets
 from sdpo_jax.system import sharding
 from sdpo_jax.system.errors import InputError
 
@@ -148,9 +148,9 @@ def test_the_quickstart_multiplies_in_what_the_cpu_is_fast_in(
     flags, version, expected, tmp_path, monkeypatch
 ):
     (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
-    monkeypatch.setattr(common, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(common.importlib.metadata, "version", lambda package: version)
-    assert common.cpu_dtypes() == expected
+    monkeypatch.setattr(presets, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(presets.importlib.metadata, "version", lambda package: version)
+    assert presets.cpu_dtypes() == expected
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

@@ -3,6 +3,7 @@
 import gc
 import io
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -56,7 +57,7 @@ def fail(error: object) -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        return flags.FLAGS([_at_home(_underscored(argument)) for argument in argv])
+        return flags.FLAGS([_of_package(_at_home(_underscored(argument))) for argument in argv])
     except (
         flags.Error,
         AttributeError,
@@ -94,6 +95,17 @@ def _at_home(argument: str) -> str:
     return f"{name}{equals}{at_home(name, value)}"
 
 
+def _of_package(argument: str) -> str:
+    """`configs/…` of the package, in a clone or installed, where the current folder has none."""
+    name, equals, value = argument.rpartition("=")
+    file, colon, variant = value.partition(":")
+    if not file.startswith("configs/") or os.path.exists(file):
+        return argument
+    package = pathlib.Path(__file__).parents[1]
+    found = [home / file for home in (package, package.parent) if (home / file).is_file()]
+    return f"{name}{equals}{found[0]}{colon}{variant}" if found else argument
+
+
 def _told(error: Exception) -> str:
     """What absl or ml_collections found wrong with the command line, without their wrapping."""
     text = str(error)
@@ -106,7 +118,7 @@ def _told(error: Exception) -> str:
         return f"--{missing[1]}: found nothing, expected a value: see --help"
     if error.args and isinstance(error.args[0], KeyError):  # ml_collections wraps it
         key, _, hint = str(error.args[0].args[0]).partition("\n")
-        return f"--config: found the unknown key {key}, expected one of configs/common.py. {hint}"
+        return f"--config: found the unknown key {key}, expected one of --help_config. {hint}"
     if "Traceback (most recent call last)" in text:  # of a config file that raised
         return f"{text.split(': ')[0]}: {text.strip().splitlines()[-1]}"
     return text

@@ -7,20 +7,22 @@ The keys, their defaults and what they mean are in `sdpo_jax.runs.config.RunConf
 import dataclasses
 import importlib.metadata
 import pathlib
+from typing import Any
 
 import ml_collections
 
 from sdpo_jax.runs.config import RunConfig
 
+Config = Any  # an ml_collections.ConfigDict, whose keys type checkers cannot know
 CPUINFO = pathlib.Path("/proc/cpuinfo")
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Config:
     """All keys at their defaults."""
     return ml_collections.ConfigDict(dataclasses.asdict(RunConfig()))
 
 
-def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def smoke(config: Config) -> Config:
     """The same run in a few steps of the quickstart's small model, to see that all is in place."""
     config.model = "runs/quickstart/model"
     config.dtype, config.remat = "float32", "cheap"
@@ -31,7 +33,7 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
-def small(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def small(config: Config) -> Config:
     """Hundreds of examples in each stage with the quickstart's small model: for a CPU."""
     config.model = "runs/quickstart/model"
     # The model is an instruct model: it answers sooner, and ends sooner, in its own chat format.
@@ -63,7 +65,7 @@ def cpu_dtypes() -> tuple[str, str]:
     return "float32", "same"
 
 
-def medium(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def medium(config: Config) -> Config:
     """Every training window once in each stage with the quickstart's small model: for one GPU."""
     config.model = "runs/quickstart/model"
     config.microbatch, config.remat = 32, "cheap"

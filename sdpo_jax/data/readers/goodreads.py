@@ -15,20 +15,8 @@ _EXPECTED = (
     "expected a folder with one goodreads_interactions*.json.gz and one goodreads_books*.json.gz, "
     f"or with {' and '.join(STAND_IN)}: correct --source"
 )
-_MONTHS = dict(
-    Jan="01",
-    Feb="02",
-    Mar="03",
-    Apr="04",
-    May="05",
-    Jun="06",
-    Jul="07",
-    Aug="08",
-    Sep="09",
-    Oct="10",
-    Nov="11",
-    Dec="12",
-)
+_NAMES = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
+_MONTHS = {name: f"{number:02}" for number, name in enumerate(_NAMES, 1)}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _YEAR_1900 = (datetime(1900, 1, 1, tzinfo=UTC) - _EPOCH).total_seconds()
 _ID: Kind = (

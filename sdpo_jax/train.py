@@ -285,7 +285,7 @@ def main(argv: Sequence[str]) -> None:
     experiment = Path(file).name.partition(".py")[0]
     run = Path(args.workdir or f"runs/{experiment}/run")
     if args.help_config:
-        print(explained())
+        print(explained(config))
         return
     if args.explain:
         explain(config, experiment)
@@ -312,6 +312,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("processes", None, "how many processes the run has", lower_bound=1)
     flags.DEFINE_integer("process", None, "the number of this one, from 0", lower_bound=0)
     flags.DEFINE_bool("explain", False, "only say what a step needs of a device's memory")
-    flags.DEFINE_bool("help_config", False, "only print every key with its default and meaning")
+    flags.DEFINE_bool(
+        "help_config", False, "only print every key with its value, default and meaning"
+    )
     flags.mark_flag_as_required("config")
     run_command(main)

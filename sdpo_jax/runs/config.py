@@ -1,6 +1,6 @@
 """Every key of a run: its default, what it means, what it may be, and whether it may change.
 
-A config file builds `default_config()` and changes what differs; commands turn that into a
+A config file takes `presets.get_config()` and changes what differs; commands turn that into a
 `RunConfig`, which is all that the rest of the package reads. [paper] marks the values of the paper
 and its code.
 """
@@ -99,7 +99,9 @@ class LoraKeys:
 
     rank: int = key(8, POSITIVE, "[paper] of the adapter's two matrices")
     alpha: float = key(32.0, ABOVE_ZERO, "[paper] the adapter's product is scaled by alpha / rank")
-    dropout: float = key(0.1, BELOW_ONE, "[paper] of the adapter's input")
+    dropout: float = key(
+        0.1, BELOW_ONE, "[paper] of the adapter's input, in whole 1/256; above 0 at least one"
+    )
     targets: tuple[str, ...] = key(
         ("q", "k", "v", "o", "gate", "up", "down"),
         _some_of(PROJECTIONS),
@@ -333,12 +335,10 @@ def keys(
             yield f"{prefix}{field.name}", field, value
 
 
-PATHS = tuple(name for name, field, _ in keys() if field.metadata["path"])
-
-
-def explained() -> str:
-    """Every key with its default and what it means, for a terminal."""
+def explained(config: RunConfig) -> str:
+    """Every key with its value, its default where that differs, and what it means."""
     lines = []
-    for name, field, value in keys():
-        lines += [f"{name} = {value!r}", f"    {field.metadata['about']}"]
+    for (name, field, value), (_, _, default) in zip(keys(config), keys(), strict=True):
+        told = "" if value == default else f" (default {default!r})"
+        lines += [f"{name} = {value!r}{told}", f"    {field.metadata['about']}"]
     return "\n".join(lines)

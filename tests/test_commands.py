@@ -10,6 +10,7 @@ from trainers import ROOT
 
 import sdpo_jax
 from sdpo_jax.__main__ import COMMANDS, about
+from sdpo_jax.runs.config import keys
 
 
 def sdpo(*arguments: str) -> subprocess.CompletedProcess:
@@ -63,3 +64,23 @@ def test_public_names_are_there_and_others_are_not():
     assert sdpo_jax.sdpo_loss.__name__ == "sdpo_loss"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         sdpo_jax.nothing  # noqa: B018
+
+
+def test_a_help_page_that_nobody_reads_to_its_end_is_no_error():
+    command = [sys.executable, "-m", "sdpo_jax.train", "--help"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()  # as of `| head -0`
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 1
+
+
+def test_help_config_prints_every_key_with_its_value_and_what_it_means():
+    done = sdpo("train", "--config=configs/lastfm.py:small", "--help_config")
+    assert done.returncode == 0, done.stderr
+    for name, field, _ in keys():
+        assert re.search(
+            rf"^{name} = .*\n    {re.escape(field.metadata['about'])}$", done.stdout, re.M
+        )
+    assert "lora.dropout = 0.0 (default 0.1)" in done.stdout

@@ -7,6 +7,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -37,14 +38,13 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
             main(argv)
         except InputError as error:
             fail(error)
-        except BrokenPipeError:  # as of `| head`: whoever read the output has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+        except BrokenPipeError:
+            _end_unread()
 
     app.run(guarded, flags_parser=_parse)
 
 
-def fail(error: object) -> None:
+def fail(error: object) -> NoReturn:
     """Prints `error` on one line and exits with status 2.
 
     What is not printable, as a terminal's control sequences in a file's name, is escaped.
@@ -55,9 +55,17 @@ def fail(error: object) -> None:
     sys.exit(2)
 
 
+def _end_unread() -> NoReturn:
+    """Whoever read the output has gone, as of `| head`: nothing more is said."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS([_of_package(_at_home(_underscored(argument))) for argument in argv])
+    except BrokenPipeError:  # of --help
+        _end_unread()
     except (
         flags.Error,
         AttributeError,
@@ -72,7 +80,6 @@ def _parse(argv: Sequence[str]) -> list[str]:
         InputError,
     ) as error:
         fail(_told(error))
-        raise
 
 
 def _underscored(argument: str) -> str:

@@ -66,66 +66,46 @@ def chatrec(
     given = _parameters(parameters)
     _check(model, prices)
     data, seed = _open(Path(dataset), Path(workdir), split)
-    windows = data.splits[split]
-    rows = evenly_spaced(len(windows), limit)
-    requests = [
-        {"model": model, "messages": _messages(data, seed, split, row)} | given for row in rows
-    ]
+    rows = evenly_spaced(len(data.splits[split]), limit)
+    own = {"model": model} | given
+    requests = [own | {"messages": _messages(data, seed, split, row)} for row in rows]
     keys = [key_of(request) for request in requests]
     path = Path(workdir) / "chatrec" / "answers.jsonl"
-    asked_before = read_answers(path)
-    used = [asked_before[key] for key in dict.fromkeys(keys) if key in asked_before]
-    todo = {
-        key: request for key, request in zip(keys, requests, strict=True) if key not in asked_before
-    }
-    if todo:
-        with chat_client.Endpoint(endpoint, requests_per_minute, answered=bool(used)) as server:
-            _ask(server, path, list(todo.values()), used, parallel, prices)
+    wanted = dict(zip(keys, requests, strict=True))
+    used, asked = _answers(wanted, path, endpoint, requests_per_minute, parallel, prices)
     answers = {answer["key"]: answer for answer in used}
     predictions = [
         _prediction(data, split, row, answers[key]) for row, key in zip(rows, keys, strict=True)
     ]
-    summary = results.summarise("greedy", predictions) | {
-        "limit": limit,
-        "seed": seed,
-        "dataset": str(dataset),
+    head = results.header(
+        data,
+        dataset,
+        split,
+        stage="chatrec",
+        step=0,
+        decoder="greedy",
+        limit=limit,
+        seed=seed,
+        # In any order the same, as the answers come in another one than they are read again.
+        seconds=math.fsum(answer["seconds"] for answer in used),
+    )
+    summary = results.summarise("greedy", predictions) | head | _cost(used, prices)
+    summary |= {
         "model": model,
+        "endpoint": ", ".join(sorted({answer["endpoint"] for answer in used})),
         "parameters": given,
         "finishes": dict(collections.Counter(answers[key]["finish"] for key in keys)),
-        **_header(data, split),
-        **_totals(used, prices),
+        "prompts_fingerprint": prompts.fingerprint(_templates(data)),
     }
     written = results.write_result(Path(workdir) / "eval", summary, predictions)
     print(results.line(summary, written))
-    ends = ", ".join(f"{n} {name}" for name, n in summary["finishes"].items())
-    print(
-        f"asked now: {len(todo)}, in all: {len(used)} ({_spent(used, prices)}), ended by {ends}; "
-        f"{path}"
-    )
+    print(_end(summary, used, asked, prices), path, sep="; ")
     return summary
 
 
-def _header(data: Dataset, split: str) -> dict[str, Any]:
-    """What a result says of its windows and of how they were asked about."""
-    return {
-        "protocol": data.meta.get("protocol"),
-        "split": split,
-        "stage": "chatrec",
-        "step": 0,
-        "decoder": "greedy",
-        "candidates": len(data.splits[split][0].candidates),
-        "dataset_fingerprint": data.meta["fingerprint"],
-        "prompts_fingerprint": prompts.fingerprint(_templates(data)),
-    }
-
-
-def _totals(used: Sequence[Answer], prices: Prices) -> dict[str, Any]:
-    """Seconds, servers, tokens and dollars of the answers, in whatever order they came."""
-    return {
-        "seconds": round(math.fsum(answer["seconds"] for answer in used), 2),
-        "endpoint": ", ".join(sorted({answer["endpoint"] for answer in used})),
-        **_cost(used, prices),
-    }
+def _end(summary: dict[str, Any], used: list[Answer], asked: int, prices: Prices) -> str:
+    ends = ", ".join(f"{n} {name}" for name, n in summary["finishes"].items())
+    return f"asked now: {asked}, in all: {len(used)} ({_spent(used, prices)}), ended by {ends}"
 
 
 def _parameters(text: str) -> dict[str, Any]:
@@ -174,6 +154,24 @@ def _messages(data: Dataset, seed: int, split: str, row: int) -> list[dict[str, 
         [data.titles[item] for item in window.candidates],
     )
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def _answers(
+    wanted: dict[str, Request],
+    path: Path,
+    endpoint: str,
+    requests_per_minute: int,
+    parallel: int,
+    prices: Prices,
+) -> tuple[list[Answer], int]:
+    """The answers to the requests wanted, by key, and how many were asked for now."""
+    before = read_answers(path)
+    used = [before[key] for key in wanted if key in before]
+    todo = [request for key, request in wanted.items() if key not in before]
+    if todo:
+        with chat_client.Endpoint(endpoint, requests_per_minute, answered=bool(used)) as server:
+            _ask(server, path, todo, used, parallel, prices)
+    return used, len(todo)
 
 
 def _ask(

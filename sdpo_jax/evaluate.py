@@ -178,22 +178,22 @@ def _evaluate(
         summary = results.summarise(
             decoder, predictions[decoder], evaluator.rank, evaluator.exposure
         )
+        summary |= results.header(
+            evaluator.dataset,
+            run.config.dataset,
+            evaluator.split,
+            stage=stage,
+            step=step,
+            decoder=decoder,
+            limit=limit,
+            seed=run.config.seed,
+            seconds=seconds[decoder],
+        )
         summary |= {
-            "protocol": evaluator.dataset.meta.get("protocol"),
-            "split": evaluator.split,
-            "limit": limit,
-            "stage": stage,
-            "step": step,
-            "decoder": decoder,
             **({"beams": evaluator.beams} if decoder == "beam" else {}),
             **({"max_new_tokens": evaluator.new_tokens} if decoder == "greedy" else {}),
             "truncated_prompts": evaluator.encoder.truncated,
             "history": run.config.history,
-            "candidates": len(evaluator.dataset.splits[evaluator.split][0].candidates),
-            "seconds": round(seconds[decoder], 2),
-            "seed": run.config.seed,
-            "dataset": run.config.dataset,
-            "dataset_fingerprint": run.fingerprints["dataset"],
             "model": run.config.model,
             "model_fingerprint": run.fingerprints["model"],
             "dtype": run.config.dtype,

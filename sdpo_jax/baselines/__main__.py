@@ -80,18 +80,17 @@ def run(
     found = arrays(data, [data.splits[split][row] for row in rows])
     start = time.monotonic()
     scores_NI, about = _scores(model, data, Path(workdir), split, rows, found, settings, text)
-    about |= {
-        "protocol": data.meta.get("protocol"),
-        "split": split,
-        "limit": limit,
-        "stage": model,
-        "decoder": "score",
-        "candidates": found.candidates_NC.shape[1],
-        "seed": settings.seed,
-        "dataset": dataset,
-        "dataset_fingerprint": data.meta["fingerprint"],
-        "seconds": round(time.monotonic() - start, 2),
-    }
+    about |= results.header(
+        data,
+        dataset,
+        split,
+        stage=model,
+        step=about["step"],
+        decoder="score",
+        limit=limit,
+        seed=settings.seed,
+        seconds=time.monotonic() - start,
+    )
     exposure, summaries = results.exposure_of(data), []
     for rank in results.RANKS[: 1 if candidates_only else None]:
         predictions = list(_predictions(data, split, rows, found, scores_NI, rank))

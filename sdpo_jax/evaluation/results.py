@@ -94,6 +94,34 @@ def exposure_of(dataset: Dataset) -> Exposure:
     return len(dataset.titles), collections.Counter(targets)
 
 
+def header(
+    data: Dataset,
+    folder: str | Path,
+    split: str,
+    *,
+    stage: str,
+    step: int,
+    decoder: str,
+    limit: int,
+    seed: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """What every result says of its windows and of how it came about; `folder`: of `data`."""
+    return {
+        "protocol": data.meta.get("protocol"),
+        "split": split,
+        "limit": limit,
+        "stage": stage,
+        "step": step,
+        "decoder": decoder,
+        "candidates": len(data.splits[split][0].candidates),
+        "seconds": round(seconds, 2),
+        "seed": seed,
+        "dataset": str(folder),
+        "dataset_fingerprint": data.meta["fingerprint"],
+    }
+
+
 def summarise(
     decoder: str,
     predictions: Sequence[Prediction],

@@ -12,7 +12,7 @@ THIRD ?= --limit=169
 QUARTER ?= --limit=127
 OTHERS ?=
 
-.PHONY: setup quickstart long bench parity chat stress types test clean
+.PHONY: setup quickstart long bench parity chat stress docs types test clean
 
 setup: .venv/ready
 
@@ -20,7 +20,7 @@ setup: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "error: $(PYTHON) is older than Python 3.11: run make PYTHON=python3.11 …" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[quickstart,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[quickstart,test,docs]'
 	$(BIN)/python -m sdpo_jax.system.wheels
 	@touch $@
 
@@ -82,6 +82,10 @@ chat: setup .venv-chat/ready
 stress: setup
 	PYTHONPATH=. $(BIN)/python tests/stress.py --kills=200
 
+# README, docs/ and the source as a site: site/html. A warning, such as a broken link, is an error.
+docs: setup
+	$(BIN)/python docs/site.py
+
 types: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
@@ -91,4 +95,4 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
 clean:
-	rm -rf runs .venv .venv-bench .venv-chat
+	rm -rf runs site .venv .venv-bench .venv-chat

@@ -14,7 +14,7 @@ from trainers import ROOT
 from sdpo_jax.__main__ import COMMANDS
 from sdpo_jax.runs.config import keys
 
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 COMMAND = re.compile(
     r"(?:python3? -m sdpo_jax\.|python3? -m (benchmarks)\.|\bsdpo )(\w+)((?: +\S+)*)"
 )

@@ -1,0 +1,1 @@
+"""Tables, pictures and model cards of a run."""

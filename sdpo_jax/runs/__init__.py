@@ -1,0 +1,1 @@
+"""One run on disk: its config, inputs, checkpoints and curves."""

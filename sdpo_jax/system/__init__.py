@@ -1,0 +1,1 @@
+"""What the machine gives and refuses: errors, files, downloads, processes, the mesh."""

@@ -36,7 +36,7 @@ def parts(dataset: str, others: Sequence[str], repeats: int) -> dict[str, list[s
     found["score"] = ["score", here, f"--repeats={repeats}"]
     found["memory"] = ["memory", here]
     found["load"] = ["load"]
-    found["quantised"] = ["quantised", here]
+    found["quantized"] = ["quantized", here]
     found["start"] = ["start", here]
     found["activations kept"] = step(3, "official-keep,ours")
     for data in (dataset, *others):

@@ -192,7 +192,7 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_enum("size", "7b", list(SIZES), "of the model")
     flags.DEFINE_list("k", ["3", "15"], "numbers of negatives")
-    flags.DEFINE_integer("batch", 128, "examples a step", lower_bound=1)
+    flags.DEFINE_integer("batch", 128, "examples per step", lower_bound=1)
     flags.DEFINE_list("microbatch", ["8"], "examples at once")
     flags.DEFINE_list("remat", ["full"], "what is computed again")
     flags.DEFINE_bool("official", False, "the official recipe's step in PyTorch, on a GPU")

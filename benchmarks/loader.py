@@ -1,9 +1,9 @@
-"""Tokens a second of the data pipeline alone: tokenising, then making batches with grain.
+"""Tokens a second of the data pipeline alone: tokenizing, then making batches with grain.
 
     python -m benchmarks.loader --model=runs/quickstart/model --dataset=runs/quickstart/data \
         --windows=4096 --output=FILE.json
 
-A stage tokenises its windows once, before its first step; while it trains, only batches are made.
+A stage tokenizes its windows once, before its first step; while it trains, only batches are made.
 """
 
 import time
@@ -20,16 +20,16 @@ BATCH, ROWS = 32, 8
 
 
 def benchmark(model: Path, dataset: Path, windows: int, num_negatives: int) -> dict:
-    """Real tokens a second of both parts, and the share of real tokens among those fed."""
+    """Real tokens per second of both parts, and the share of real tokens among those fed."""
     work = workload.read_workload(model, dataset)
     started = time.perf_counter()
     examples = work.examples(windows, num_negatives)
-    tokenised = time.perf_counter()
+    tokenized = time.perf_counter()
     lengths = {i: len(example.prompt) for i, example in enumerate(examples)}
     order = [int(i) for i in loader.stream(windows // BATCH * BATCH, 0, 1)]
     cut = []
     for part in loader.grouped_batches(order, lengths, BATCH, 0, alike=True):
-        dealt = loader.deal([examples[i].tokens for i in part], ROWS)
+        dealt = loader.balance([examples[i].tokens for i in part], ROWS)
         cut.append([examples[part[j]] for j in dealt])
     fed = sum(batch["slot_WT"].size for batch in loader.batches(cut, rows=ROWS))
     made = time.perf_counter()
@@ -38,8 +38,8 @@ def benchmark(model: Path, dataset: Path, windows: int, num_negatives: int) -> d
         **workload.environment(),
         "windows": windows,
         "k": num_negatives,
-        "tokenising_tokens_per_second": sum(e.tokens for e in examples) / (tokenised - started),
-        "batching_tokens_per_second": real / (made - tokenised),
+        "tokenizing_tokens_per_second": sum(e.tokens for e in examples) / (tokenized - started),
+        "batching_tokens_per_second": real / (made - tokenized),
         "real_tokens_of_fed": real / fed,
     }
 
@@ -47,7 +47,7 @@ def benchmark(model: Path, dataset: Path, windows: int, num_negatives: int) -> d
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     result = benchmark(Path(args.model), Path(args.dataset), args.windows, args.k)
-    for name in ("tokenising_tokens_per_second", "batching_tokens_per_second"):
+    for name in ("tokenizing_tokens_per_second", "batching_tokens_per_second"):
         print(f"{name:30} {result[name]:12,.0f}")
     print(f"{'real_tokens_of_fed':30} {result['real_tokens_of_fed']:12.3f}")
     workload.write_result(result, args.output)

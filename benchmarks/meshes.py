@@ -99,7 +99,7 @@ def _origin(line: str) -> str:
 
 
 def compile_mesh(shape: Sequence[int], size: str, microbatch: int, remat: str) -> dict:
-    """One row: bytes a device, and collectives by kind, in the layers' loop and outside."""
+    """One row: bytes per device, and collectives by kind, in the layers' loop and outside."""
     config, prompt = SIZES[size]
     mesh = sharding.make_mesh(*shape)
     examples = workload.equal_examples(microbatch * sharding.data_shards(mesh), 3, prompt)
@@ -167,7 +167,7 @@ def main(argv: Sequence[str]) -> None:
             row = compile_mesh(shape, args.size, args.microbatch, args.remat)
             rows.append(row)
             gib = {key: f"{row[key] / 2**30:.2f}" for key in ("base", "temporary", "total")}
-            print(f"mesh {shape}, GiB a device: {gib}", flush=True)
+            print(f"mesh {shape}, GiB per device: {gib}", flush=True)
             for name, of in sorted(row["collectives"].items()):
                 print(f"    {name:36} {of['count']:5}  {of['bytes'] / 2**20:10.1f} MiB", flush=True)
     workload.write_result({**workload.environment(), "rows": rows}, args.output)
@@ -176,7 +176,7 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_list("devices", ["8", "64", "256"], "how many")
     flags.DEFINE_enum("size", "7b", list(SIZES), "of the model")
-    flags.DEFINE_integer("microbatch", 4, "examples a device", lower_bound=1)
+    flags.DEFINE_integer("microbatch", 4, "examples per device", lower_bound=1)
     flags.DEFINE_string("remat", "full", "what the backward pass computes again")
     flags.DEFINE_bool("here", False, "this process has the devices")
     flags.DEFINE_string("output", "", "JSON file; default: printed")

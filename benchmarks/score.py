@@ -3,7 +3,7 @@
     python -m benchmarks.score --model=runs/quickstart/model --dataset=runs/quickstart/data \
         --batch=4 --repeats=5 --output=FILE.json
 
-Sides: `score` (the prompt once, all candidates packed), `copies` (one full row a candidate),
+Sides: `score` (the prompt once, all candidates packed), `copies` (one full row per candidate),
 `greedy` and `trie` (generation from the prompt's cache). All take their turns in every repeat.
 """
 

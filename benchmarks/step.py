@@ -194,7 +194,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("sides", ["official", "strong", "trl", "ours"], "which to measure")
     flags.DEFINE_list("prompts", ["candidates"], "candidates, or candidates,history")
     flags.DEFINE_list("k", ["1", "3", "5", "8", "15"], "numbers of negatives")
-    flags.DEFINE_integer("batch", 4, "examples a step", lower_bound=1)
+    flags.DEFINE_integer("batch", 4, "examples per step", lower_bound=1)
     flags.DEFINE_integer("repeats", 5, "timed steps of each side", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of base and products")
     flags.DEFINE_string("output", "", "JSON file; default: printed")

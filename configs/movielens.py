@@ -3,7 +3,7 @@
 python -m sdpo_jax.train --config=configs/movielens.py --workdir=runs/movielens/run
 
 configs/movielens.py:smoke is the same path in a few steps of the quickstart's small model, :small
-some hundred examples a stage with it, for a CPU, :medium one epoch of each stage, for one GPU.
+some hundred examples per stage with it, for a CPU, :medium one epoch of each stage, for one GPU.
 """
 
 import ml_collections

@@ -33,9 +33,9 @@ from sdpo_jax.data import prompts, thoughts
 from sdpo_jax.data.prepared import SPLITS, Dataset, read_split
 from sdpo_jax.data.rows import evenly_spaced
 from sdpo_jax.evaluation import metrics, results
-from sdpo_jax.runs.workdir import read_run, same
+from sdpo_jax.runs.workdir import check_fingerprint, read_run
 from sdpo_jax.system.command import run_command
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import parse_json
 
 PARAMETERS = '{"temperature": 0, "max_tokens": 64}'
@@ -89,7 +89,7 @@ def chatrec(
         # In any order the same, as the answers come in another one than they are read again.
         seconds=math.fsum(answer["seconds"] for answer in used),
     )
-    summary = results.summarise("greedy", predictions) | head | _cost(used, prices)
+    summary = results.summarize("greedy", predictions) | head | _cost(used, prices)
     summary |= {
         "model": model,
         "endpoint": ", ".join(sorted({answer["endpoint"] for answer in used})),
@@ -116,13 +116,13 @@ def _parameters(text: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"--parameters: found no valid JSON ({error}), {expected}") from error
     if not isinstance(asked, dict) or set(OURS) & set(asked):
-        raise InputError(f"--parameters: found {shown(asked)}, {expected}")
+        raise InputError(f"--parameters: found {brief(asked)}, {expected}")
     return asked
 
 
 def _check(model: str, prices: Prices) -> None:
     if not model or not model.isprintable():
-        raise InputError(f"--model: found {shown(model)}, expected a name that the endpoint knows")
+        raise InputError(f"--model: found {brief(model)}, expected a name that the endpoint knows")
     for flag, price in zip(("price_in", "price_out"), prices, strict=True):
         if price is not None and not 0 <= price <= 1e9:  # nor NaN
             raise InputError(f"--{flag}: found {price}, expected dollars for a million tokens")
@@ -134,7 +134,7 @@ def _open(folder: Path, workdir: Path, split: str) -> tuple[Dataset, int]:
     data = read_split(folder, split)
     if run is None:
         return data, 0
-    same(run, "dataset", folder, data.meta["fingerprint"])
+    check_fingerprint(run, "dataset", folder, data.meta["fingerprint"])
     return data, run.config.seed
 
 

@@ -28,7 +28,7 @@ from sdpo_jax.models.store import file_sizes, read_meta
 from sdpo_jax.models.tokenizer import check_vocabulary, load_tokenizer
 from sdpo_jax.models.weights import Source, open_hf, read_base, source_digest
 from sdpo_jax.system.command import run_command
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import is_free, read_json
 from sdpo_jax.system.hub import hub_folder, is_hub_name
 from sdpo_jax.system.wheels import PINNED, wheel_file
@@ -150,14 +150,14 @@ def _check_tokenizer(source: Source, folder: Path, config: DecoderConfig) -> Non
     tokenizer = load_tokenizer(folder, where=source.where)
     if not tokenizer.eos_token or tokenizer.eos_token not in tokenizer.get_vocab():
         raise InputError(
-            f"{source.where}: found the EOS token {shown(tokenizer.eos_token)}, expected one that "
+            f"{source.where}: found the EOS token {brief(tokenizer.eos_token)}, expected one that "
             "the tokenizer has, as answers end in it: set eos_token in tokenizer_config.json"
         )
     pad = tokenizer.pad_token
     needed = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token)
     if pad and pad not in needed and tokenizer.get_vocab().get(pad, -1) >= config.V:
         leave_out_tokens(folder, {pad})
-        print(f"left out the token {shown(pad)}, which has no row in the model and is not needed")
+        print(f"left out the token {brief(pad)}, which has no row in the model and is not needed")
         tokenizer = load_tokenizer(folder, where=source.where)
     check_vocabulary(tokenizer, config.V, source.where)
 

@@ -175,7 +175,7 @@ def _evaluate(
         predictions, seconds = evaluator.run(lora, decoders, bar.update)
     summaries = []
     for decoder in decoders:
-        summary = results.summarise(
+        summary = results.summarize(
             decoder, predictions[decoder], evaluator.rank, evaluator.exposure
         )
         summary |= results.header(

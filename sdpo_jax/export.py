@@ -36,7 +36,7 @@ from sdpo_jax.reports.model_card import model_card
 from sdpo_jax.runs.checkpoints import CheckpointGone
 from sdpo_jax.runs.inputs import adapter_config
 from sdpo_jax.runs.steps import choose_step, raw_adapter
-from sdpo_jax.runs.workdir import Run, read_run, same
+from sdpo_jax.runs.workdir import Run, check_fingerprint, read_run
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.files import check_room, is_free, read_object, whole_folder
@@ -72,7 +72,7 @@ def export(
         raise InputError(f"--output: found something in {output}, expected a new folder")
     step = choose_step(run, stage, step)
     model = Path(run.config.model)
-    same(run, "model", model, read_meta(model)["sha256"])
+    check_fingerprint(run, "model", model, read_meta(model)["sha256"])
     card = model_card(run, stage, step, form)
     config = DecoderConfig.read(model)
     try:

@@ -50,7 +50,7 @@ from sdpo_jax.data.readers.goodreads import STAND_IN
 from sdpo_jax.data.tokens import check_titles
 from sdpo_jax.models.tokenizer import load_tokenizer
 from sdpo_jax.system.command import run_command
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import is_free, read_json
 
 _CANDIDATES = {
@@ -188,7 +188,7 @@ def _check_same(output: Path, old: dict, new: dict) -> None:
     if differs:
         key = differs[0]
         raise InputError(
-            f"{output}/dataset.json: found {key} {shown(old.get(key))}, expected {shown(new[key])} "
+            f"{output}/dataset.json: found {key} {brief(old.get(key))}, expected {brief(new[key])} "
             f"({', '.join(differs)} differ): choose another --output"
         )
     if old.get("fingerprint") != fingerprint(output):

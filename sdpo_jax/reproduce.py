@@ -5,9 +5,9 @@
         --model=runs/llama2-7b --lastfm=FOLDER --goodreads=FOLDER
 
 Scale `smoke` is a few steps of a small model, to see that all is in place; `small` some hundred
-examples a stage with it, hours on a CPU; `medium` every training window once, for one GPU; `paper`
-the paper's setting with a model that you give. Each cell of a table is a workdir below --workdir.
-The same command goes on where it was stopped, and another target adds to the same page:
+examples per stage with it, hours on a CPU; `medium` every training window once, for one GPU;
+`paper` the paper's setting with a model that you give. Each cell of a table is a workdir below
+--workdir. The same command resumes after a stop, and another target adds to the same page:
 reproduce.html, which needs nothing but itself, and reproduce.md.
 """
 
@@ -35,7 +35,7 @@ from sdpo_jax.reproduction.cells import (
 )
 from sdpo_jax.reproduction.running import Stopped, pasted, run
 from sdpo_jax.system.command import run_command
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import TEXT, check_keys, read_json, whole_file, write_json
 
 ASKED = "reproduce.json"  # what was asked for in a folder so far
@@ -92,7 +92,7 @@ def merged(root: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
         given = key in FIXED or (before[key] and asked[key])
         if given and before[key] != asked[key]:
             raise InputError(
-                f"--{key}: found {shown(asked[key])}, expected {shown(before[key])} as in "
+                f"--{key}: found {brief(asked[key])}, expected {brief(before[key])} as in "
                 f"{root / ASKED}: give that, or another --workdir"
             )
     wanted = {

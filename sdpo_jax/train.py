@@ -58,7 +58,7 @@ def train(config: RunConfig, run: Path, stop: StopSignal, experiment: str = "") 
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     check_batch(config, sharding.data_shards(mesh))
 
-    inputs = open_inputs(config, workdir.kept_templates(run))
+    inputs = open_inputs(config, workdir.stored_templates(run))
     dataset = inputs.dataset
     check_dataset(config, dataset)
     model = load_model(
@@ -123,7 +123,7 @@ def explain(config: RunConfig, experiment: str = "") -> None:
     longest = sorted(made.values(), key=lambda e: -e.tokens)
     limit = step_memory.limit_of(jax.local_devices()[0])
     print(
-        f"GiB a device of {limit / 2**30:.1f} that are there; K={count}, the longest of "
+        f"GiB per device of {limit / 2**30:.1f} that are there; K={count}, the longest of "
         f"{len(longest)} examples, dtype={config.dtype}, remat={config.remat}"
     )
     for microbatch in (1, 2, 4, 8, 16, 32):
@@ -157,7 +157,7 @@ def first_adapter(config: RunConfig, model: Model):
     folder = Path(config.lora.init_from)
     tree = read_adapter(folder, adapter_config(config), model.config)
     placed = jax.tree.map(
-        lambda found, fresh: sharding.put_whole(found, fresh.sharding),
+        lambda found, fresh: sharding.shard_whole(found, fresh.sharding),
         tree,
         {"layers": to_pure_dict(model.lora)["layers"]},
     )

@@ -99,7 +99,7 @@ def test_reviews_become_windows_by_the_time_of_their_target(tmp_path, write_form
         str(tmp_path / "out"),
         options=Options(num_candidates=5),
     )
-    # 7 reviews and so 6 windows a user, the first of one item.
+    # 7 reviews and so 6 windows per user, the first of one item.
     assert meta["counts"] == {
         "users": USERS,
         "items": 12,

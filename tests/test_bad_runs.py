@@ -49,7 +49,7 @@ def run(tmp_path_factory) -> Path:
                 "protocol": "drawn",
                 "candidates": 4,
             }
-            summary = results.summarise(decoder, records, rank, (10, {})) | about
+            summary = results.summarize(decoder, records, rank, (10, {})) | about
             results.write_result(run / "eval", summary, records)
     return run
 

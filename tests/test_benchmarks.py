@@ -15,7 +15,7 @@ from benchmarks import (
     load,
     loader,
     meshes,
-    quantised,
+    quantized,
     score,
     start,
     step,
@@ -72,12 +72,12 @@ def test_scoring_in_one_pass_equals_copies_and_every_decoder_is_timed(model_fold
 
 def test_the_loader_benchmark_counts_tokens_and_what_of_them_is_real(model_folder, dataset_folder):
     found = loader.benchmark(model_folder, dataset_folder, 64, 3)
-    assert found["tokenising_tokens_per_second"] > 0 and found["batching_tokens_per_second"] > 0
+    assert found["tokenizing_tokens_per_second"] > 0 and found["batching_tokens_per_second"] > 0
     assert 0.9 < found["real_tokens_of_fed"] <= 1
 
 
 def test_fewer_bits_are_compared_with_float32(model_folder, dataset_folder):
-    rows = quantised.benchmark(model_folder, dataset_folder, 8, ("bf16", "int8"))["rows"]
+    rows = quantized.benchmark(model_folder, dataset_folder, 8, ("bf16", "int8"))["rows"]
     assert rows["int8"]["base_bytes"] < rows["bf16"]["base_bytes"]
     for row in rows.values():
         assert 0 < row["logits_rms"] < 0.1 * row["logits_std"]

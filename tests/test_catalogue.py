@@ -34,7 +34,7 @@ def case(count: int = 60, B: int = 3, seed: int = 0):
 def ranked(model, titles, examples, width: int = 0, allowed=None, block: int = 8, size: int = 16):
     """Exact log-probs of all titles, or a beam's titles and log-probs."""
     trie = title_trie.build(titles)
-    found = catalogue.put(trie, title_trie.pieces(trie, block, size), jax.devices()[0])
+    found = catalogue.to_devices(trie, title_trie.pieces(trie, block, size), jax.devices()[0])
     batch = collate_padded([Example.single(e.prompt, e.answers_MC[0][:1]) for e in examples])
     prefix = decode.prefill(model.decoder, batch)
     if not width:

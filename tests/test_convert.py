@@ -203,7 +203,7 @@ DAMAGE = {
     ),
     "integers": (
         lambda f: edit_tensors(f, lambda t: t.update({Q0: np.ones((32, 32), np.int8)})),
-        f"found a quantised model .'{Q0}'., expected one whose weights are float32",
+        f"found a quantized model .'{Q0}'., expected one whose weights are float32",
     ),
     "two at once": (
         lambda f: edit_tensors(

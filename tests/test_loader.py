@@ -57,7 +57,7 @@ def test_batches_of_unlike_lengths_have_nearly_equal_sums():
 def test_dealt_sizes_have_nearly_equal_sums():
     rng = np.random.default_rng(0)
     sizes = [int(n) for n in rng.integers(100, 300, 128)]
-    order = loader.deal(sizes, 32)
+    order = loader.balance(sizes, 32)
     assert sorted(order) == list(range(128))
     sums = np.reshape([sizes[i] for i in order], (32, 4)).sum(-1)
     plain = np.reshape(sizes, (32, 4)).sum(-1)

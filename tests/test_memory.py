@@ -38,7 +38,7 @@ def test_a_bfloat16_base_is_counted_in_its_own_width():
     assert needed(dtype="bfloat16").base * 2 == needed().base
 
 
-def test_a_quantised_base_is_counted_in_its_bytes():
+def test_a_quantized_base_is_counted_in_its_bytes():
     kernels = DEEP.L * (DEEP.D * (2 * DEEP.N + 2 * DEEP.G) * DEEP.H + 3 * DEEP.D * DEEP.F)
     less = needed().base - needed(base_dtype="int8").base
     scales = 4 * DEEP.L * ((DEEP.N + 2 * DEEP.G) * DEEP.H + 2 * DEEP.D + 2 * DEEP.F)

@@ -70,10 +70,10 @@ def test_neither_padding_nor_the_batch_changes_a_title(encoder):
     model = bert.read_bert(encoder)
     tokens = bert.title_tokens(encoder, ["a", "the longest of them", "b c"], model.config)
     assert tokens.shape == (3, 19) and (tokens[0] < model.config.V).sum() == 1
-    vectors = morec.at_once(model, tokens)
+    vectors = morec.encode_all(model, tokens)
     wider = np.pad(tokens, ((0, 0), (0, 5)), constant_values=model.config.V)
-    np.testing.assert_allclose(morec.at_once(model, wider), vectors, atol=1e-5)
-    alone = morec.at_once(model, tokens[:1, :1])
+    np.testing.assert_allclose(morec.encode_all(model, wider), vectors, atol=1e-5)
+    alone = morec.encode_all(model, tokens[:1, :1])
     np.testing.assert_allclose(vectors[0], alone[0], atol=1e-5)
 
 

@@ -15,7 +15,7 @@ from sdpo_jax.data.sequences import leave_one_out
 from sdpo_jax.data.tokens import Encoder
 from sdpo_jax.models.tokenizer import load_tokenizer
 from sdpo_jax.system.errors import InputError
-from sdpo_jax.training.order import Key, chosen_in_band, encode, redrawn
+from sdpo_jax.training.order import Key, encode, redrawn, select_in_band
 
 ANY = [kind for kind in NEGATIVES if kind != "shown"]
 COUNT = 7
@@ -154,13 +154,13 @@ BY_LOGP = [2, 3, 1, 9, 8, 7, 6, 5, 4, 10]
     ],
 )
 def test_hard_negatives_are_those_of_a_band_of_the_log_probs(count, band, places):
-    found = chosen_in_band(LOGP, count, band)
+    found = select_in_band(LOGP, count, band)
     assert found.tolist() == [[0, *(BY_LOGP[place] for place in places)]]
 
 
 def test_each_target_has_its_own_band():
     logp_MC = np.random.default_rng(0).normal(size=(5, 33))
-    found = chosen_in_band(logp_MC, 4, (0.05, 0.3))
+    found = select_in_band(logp_MC, 4, (0.05, 0.3))
     for logp_C, chosen in zip(logp_MC, found, strict=True):
         assert chosen[0] == 0 and len(set(chosen.tolist())) == 5
         above = [(logp_C[1:] > logp_C[c]).sum() for c in chosen[1:]]

@@ -56,7 +56,7 @@ def test_titles_lose_their_year_and_start_with_their_article(raw, title):
 
 def test_movielens_windows_follow_the_protocol(tmp_path):
     meta = prepare("movielens", str(write_movielens(tmp_path / "ml")), str(tmp_path / "out"))
-    # 11 of 12 ratings stay: 8 windows a user; 16 train users, 2 val, 2 test.
+    # 11 of 12 ratings stay: 8 windows per user; 16 train users, 2 val, 2 test.
     windows = {"train": 128, "val": 2, "test": 2, "val_all": 16, "test_all": 16}
     assert meta["counts"]["windows"] == windows
     assert meta["counts"]["interactions"] == 220

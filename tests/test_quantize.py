@@ -1,4 +1,4 @@
-"""Quantised kernels: the code book, the blocks, the error, and no gradient or wide copy of them."""
+"""Quantized kernels: the code book, the blocks, the error, and no gradient or wide copy of them."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY, random_batch, tiny_model
 from flax import nnx
 
-from sdpo_jax.models.quantize import BLOCK, NF4, Quantised, dense, quantise
+from sdpo_jax.models.quantize import BLOCK, NF4, Quantized, dense, quantize
 from sdpo_jax.objectives.logprobs import shared_prefix_logp
 from sdpo_jax.runs import presets
 from sdpo_jax.system import sharding
@@ -47,7 +47,7 @@ def test_nf4_is_the_published_code_book():
 
 def test_nf4_takes_the_nearest_value_of_each_block_of_64_inputs():
     kernel = random_kernel()
-    found = np.asarray(dense(quantise(kernel, "nf4"), jnp.float32))
+    found = np.asarray(dense(quantize(kernel, "nf4"), jnp.float32))
     for o in range(kernel.shape[1]):
         for start in range(0, len(kernel), BLOCK):
             block = kernel[start : start + BLOCK, o]
@@ -58,36 +58,36 @@ def test_nf4_takes_the_nearest_value_of_each_block_of_64_inputs():
 
 def test_int8_errs_by_half_a_step_at_most():
     kernel = random_kernel()
-    made = quantise(kernel, "int8")
+    made = quantize(kernel, "int8")
     error = np.abs(np.asarray(dense(made, jnp.float32)) - kernel)
     assert (error <= np.asarray(made.scale) * 0.5001).all()
     assert made.codes.dtype == jnp.int8 and made.scale.shape == (1, 6)
 
 
 def test_nf4_takes_half_a_byte_a_weight_and_four_bytes_a_block():
-    made = quantise(random_kernel(), "nf4")
+    made = quantize(random_kernel(), "nf4")
     assert made.codes.nbytes == 128 * 6 // 2 and made.scale.nbytes == 128 // BLOCK * 6 * 4
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_block_of_zeros_stays_zero(kind):
-    made = dense(quantise(jnp.zeros((64, 3)), kind), jnp.float32)
+    made = dense(quantize(jnp.zeros((64, 3)), kind), jnp.float32)
     np.testing.assert_array_equal(made, 0)
 
 
 def test_a_width_that_blocks_do_not_divide_is_told():
     with pytest.raises(InputError, match="found a width of 65, expected multiples of 64"):
-        quantise(np.ones((65, 2)), "nf4")
+        quantize(np.ones((65, 2)), "nf4")
 
 
-def dequantised(model):
-    """The dense model with the quantised one's kernels."""
+def dequantized(model):
+    """The dense model with the quantized one's kernels."""
     plain = tiny_model(WIDE)
     pure, codes = nnx.to_pure_dict(plain.base), nnx.to_pure_dict(model.base)
     for name, kind in ((n, k) for n in pure["layers"] for k in ("int8", "nf4")):
         found = codes["layers"][name]
         if "codes" in found and (found["codes"].dtype == jnp.int8) == (kind == "int8"):
-            made = jax.vmap(lambda c, s, kind=kind: dense(Quantised(c, s, kind), jnp.float32))
+            made = jax.vmap(lambda c, s, kind=kind: dense(Quantized(c, s, kind), jnp.float32))
             pure["layers"][name]["kernel"] = made(found["codes"], found["scale"])
     base = jax.tree.map(lambda leaf: leaf, plain.base)
     nnx.replace_by_pure_dict(base, pure)
@@ -95,9 +95,9 @@ def dequantised(model):
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_log_probs_and_gradients_are_those_of_the_dequantised_kernels(kind):
+def test_log_probs_and_gradients_are_those_of_the_dequantized_kernels(kind):
     model, batch = tiny_model(WIDE, base_dtype=kind), random_batch(2, 3)
-    plain = dequantised(model)
+    plain = dequantized(model)
 
     def both(m):
         def loss(lora):
@@ -154,7 +154,7 @@ def test_the_quickstart_multiplies_in_what_the_cpu_is_fast_in(
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_quantised_base_on_a_mesh_gives_the_same_log_probs(kind):
+def test_a_quantized_base_on_a_mesh_gives_the_same_log_probs(kind):
     model, batch = tiny_model(WIDE, base_dtype=kind), random_batch(8, 3, rows=4)
     mesh = sharding.make_mesh(2, 2, 2)
     place = sharding.placement(mesh)

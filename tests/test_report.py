@@ -51,7 +51,7 @@ def add(run, stage, step, hits, decoder="score", split="test", rank="candidates"
         "candidates": 20,
     }
     counts = {item: 7 for item in range(25)}
-    summary = results.summarise(decoder, records, rank, (25, counts)) | about
+    summary = results.summarize(decoder, records, rank, (25, counts)) | about
     results.write_result(run / "eval", summary, records)
 
 
@@ -163,7 +163,7 @@ def test_a_system_trained_again_is_shown_whatever_its_older_catalogue_says(run):
 def test_windows_of_one_user_that_agree_widen_the_interval():
     records = [{"row": i, "user": i // 4, "hit": i // 4 < 3, "valid": True} for i in range(N)]
     alike, apart = (
-        results.summarise("greedy", found)
+        results.summarize("greedy", found)
         for found in (records, [record | {"user": record["row"]} for record in records])
     )
     assert (alike["users"], apart["users"]) == (10, 40)

@@ -59,7 +59,7 @@ def add(folder, stage, hits, decoder="greedy", rank="candidates", **about):
         "seconds": 1.0,
         "protocol": "drawn for a test",
     } | about
-    summary = results.summarise(decoder, records, rank) | about
+    summary = results.summarize(decoder, records, rank) | about
     results.write_result(folder / "eval", summary, records)
 
 

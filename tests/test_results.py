@@ -31,7 +31,7 @@ def of_catalogue(ranks=RANKS, tops=TOPS):
 
 def write(folder, stage, step, decoder, rank, split="test", ranks=RANKS):
     records = of_catalogue(ranks, [[0]] * len(ranks))
-    summary = results.summarise(decoder, records, rank, (4, {0: 3})) | {
+    summary = results.summarize(decoder, records, rank, (4, {0: 3})) | {
         "stage": stage,
         "step": step,
         "decoder": decoder,
@@ -43,7 +43,7 @@ def write(folder, stage, step, decoder, rank, split="test", ranks=RANKS):
 
 def test_a_summary_of_the_catalogue_by_hand():
     """Items 0 to 3 are recommended 3, 2, 1 and 0 times."""
-    found = results.summarise("beam", of_catalogue(), "catalogue", (4, {0: 9, 1: 3}))
+    found = results.summarize("beam", of_catalogue(), "catalogue", (4, {0: 9, 1: 3}))
     assert (found["rank"], found["n"], found["users"], found["items"]) == ("catalogue", 4, 2, 4)
     assert [found[f"hit_ratio_at_{k}"] for k in (1, 5, 10, 20)] == [0.25, 0.5, 0.5, 0.75]
     # NDCG: 1, 1 / log2 4 and, within the first 20, 1 / log2 13.
@@ -60,15 +60,15 @@ def test_a_summary_of_the_catalogue_by_hand():
 
 def test_only_the_first_ten_items_count():
     records = of_catalogue([1], [list(range(12))])
-    assert results.summarise("score", records, "catalogue", (20, {}))["coverage_at_10"] == 0.5
-    assert "coverage_at_10" not in results.summarise("score", records, "catalogue")
+    assert results.summarize("score", records, "catalogue", (20, {}))["coverage_at_10"] == 0.5
+    assert "coverage_at_10" not in results.summarize("score", records, "catalogue")
 
 
 @pytest.mark.parametrize(
     ("decoder", "ranking"), [("greedy", False), ("trie", False), ("score", True), ("beam", True)]
 )
 def test_among_candidates_only_decoders_that_rank_have_ranking_metrics(decoder, ranking):
-    found = results.summarise(decoder, of_catalogue(), exposure=(4, {}))
+    found = results.summarize(decoder, of_catalogue(), exposure=(4, {}))
     of_rank = {"hit_ratio_at_5", "hit_ratio_at_10", "ndcg_at_5", "ndcg_at_10", "mrr"}
     assert found.keys() - of_rank == {
         "rank",

@@ -178,7 +178,7 @@ def test_eight_devices_give_what_one_gives(shape, make):
     batch = random_batch(B=8, C=3, rows=8, make=make)
     one, metrics, *_ = run(tiny_model(), batch, count=2, steps=2)
     if shape[0] == 8:
-        batch_count = 1  # eight examples at once, one a device
+        batch_count = 1  # eight examples at once, one per device
     else:
         batch_count = 2
     many, many_metrics, *_ = run(

@@ -142,7 +142,7 @@ def test_a_history_needs_a_tokenizer_with_a_line_break(encoder):
 
 
 def test_a_sentencepiece_title_begins_with_its_space(encoder):
-    """The official code tokenises titles by themselves, so each gets the space of a text."""
+    """The official code tokenizes titles by themselves, so each gets the space of a text."""
     made = encoder("sentencepiece")
     assert made.tokenizer.convert_ids_to_tokens(made.answer(0)[:3].tolist()) == ["▁", "He", "a"]
 

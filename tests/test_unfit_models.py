@@ -1,4 +1,4 @@
-"""Models as other tools saved them: quantised, tokens without a row, tokenizers without an end."""
+"""Models as other tools saved them: quantized, tokens without a row, tokenizers without an end."""
 
 import importlib.util
 import json
@@ -32,16 +32,16 @@ def folder(tmp_path):
         ("model.layers.0.self_attn.q_proj.weight", None, ".weight"),
     ],
 )
-def test_a_quantised_model_is_named_as_such(folder, tmp_path, told, config, suffix):
+def test_a_quantized_model_is_named_as_such(folder, tmp_path, told, config, suffix):
     edit_config(folder, quantization_config=config)
     name = Q0.removesuffix(".weight") + suffix
     edit_tensors(folder, lambda tensors: tensors.update({name: np.zeros(4, np.int32)}))
-    with pytest.raises(InputError, match=f"found a quantised model .'{told}") as error:
+    with pytest.raises(InputError, match=f"found a quantized model .'{told}") as error:
         convert(str(folder), str(tmp_path / "out"))
     assert len(str(error.value)) < 400 and not (tmp_path / "out").exists()
 
 
-def test_a_merged_model_whose_config_still_says_quantised_is_taken(folder, tmp_path):
+def test_a_merged_model_whose_config_still_says_quantized_is_taken(folder, tmp_path):
     convert(str(folder), str(tmp_path / "plain"))
     edit_config(folder, quantization_config={"quant_method": "bitsandbytes"})
     convert(str(folder), str(tmp_path / "out"))

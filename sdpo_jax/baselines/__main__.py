@@ -40,7 +40,7 @@ from sdpo_jax.data.prepared import SPLITS, Dataset, read_dataset
 from sdpo_jax.data.rows import evenly_spaced
 from sdpo_jax.evaluation import metrics, results
 from sdpo_jax.evaluation.systems import TRADITIONAL
-from sdpo_jax.runs.workdir import same_dataset
+from sdpo_jax.runs.workdir import check_same_dataset
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.processes import set_up_jax
@@ -75,7 +75,7 @@ def run(
         raise InputError(
             f"--split: found {split}, expected one that {dataset} has: {', '.join(data.splits)}"
         )
-    same_dataset(Path(workdir), dataset, data.meta["fingerprint"])
+    check_same_dataset(Path(workdir), dataset, data.meta["fingerprint"])
     rows = evenly_spaced(len(data.splits[split]), limit)
     found = arrays(data, [data.splits[split][row] for row in rows])
     start = time.monotonic()
@@ -96,7 +96,7 @@ def run(
         predictions = list(_predictions(data, split, rows, found, scores_NI, rank))
         if not predictions:  # no user has rated an item low
             continue
-        summary = results.summarise("score", predictions, rank, exposure) | about
+        summary = results.summarize("score", predictions, rank, exposure) | about
         path = results.write_result(Path(workdir, "eval"), summary, predictions)
         print(results.line(summary, path), flush=True)
         summaries.append(summary)
@@ -244,7 +244,7 @@ if __name__ == "__main__":
     flags.DEFINE_multi_float(
         "l2",
         trainer.Settings.l2,
-        "weights of the L2 regularisation, each with a --l2 of its own; validation chooses",
+        "weights of the L2 regularization, each with a --l2 of its own; validation chooses",
         lower_bound=0,
     )
     flags.DEFINE_integer("epochs", trainer.Settings.epochs, "at most", lower_bound=1)

@@ -15,11 +15,11 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sdpo_jax.baselines.networks import looked_up
+from sdpo_jax.baselines.networks import embed
 from sdpo_jax.models.config import GELU, MOST, MOST_LAYERS
 from sdpo_jax.models.tokenizer import check_vocabulary, load_tokenizer
 from sdpo_jax.models.weights import Source, open_hf, read_arrays, slots_of
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import SHARE, Kind, check_keys, one_of
 
 BATCH = 64  # titles that are encoded at once
@@ -87,7 +87,7 @@ class BertConfig:
         """Reads a config.json. Raises InputError for another family, or what it lacks or has."""
         if config.get("model_type") != "bert":
             raise InputError(
-                f"{where}: model_type is {shown(config.get('model_type'))}, expected bert: give an "
+                f"{where}: model_type is {brief(config.get('model_type'))}, expected bert: give an "
                 "encoder of that family"
             )
         kinds = {key: kind for key, (_, kind) in KEYS.items()} | SWITCHES
@@ -141,7 +141,7 @@ class Bert(nnx.Module):
 
     def __call__(self, tokens_IS: jax.Array) -> jax.Array:
         """Hidden states after the last layer, [I, S, E]; those of padding mean nothing."""
-        words_ISE = looked_up(self.words[...], tokens_IS)
+        words_ISE = embed(self.words[...], tokens_IS)
         x_ISE = self.norm(words_ISE + self.places[: tokens_IS.shape[1]] + self.types[0])
         graphdef, state = nnx.split(self.layers)
 

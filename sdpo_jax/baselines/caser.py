@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sdpo_jax.baselines.networks import SIZE, Items, dropped, looked_up
+from sdpo_jax.baselines.networks import SIZE, Items, dropout, embed
 from sdpo_jax.data.sequences import MAX_HISTORY
 
 
@@ -40,14 +40,14 @@ class Caser(nnx.Module):
 
     def __call__(self, history_BT: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Scores of every item as the next one, [B, I]."""
-        x_BTD = looked_up(self.items.vectors(), history_BT)
+        x_BTD = embed(self.items.vectors(), history_BT)
         found = [
             nnx.relu(filters(spans(x_BTD, height))).max(1)  # eq. 5, 6
             for height, filters in enumerate(self.horizontal, 1)
         ]
         vertical_BDV = self.vertical(x_BTD.swapaxes(1, 2))  # eq. 7, 8
         o_BF = jnp.concatenate([*found, vertical_BDV.reshape(len(x_BTD), -1)], -1)
-        z_BD = nnx.relu(self.hidden(dropped(o_BF, self.dropout, rngs)))  # eq. 9
+        z_BD = nnx.relu(self.hidden(dropout(o_BF, self.dropout, rngs)))  # eq. 9
         return self.head(z_BD)
 
 

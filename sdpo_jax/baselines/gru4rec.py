@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sdpo_jax.baselines.networks import SIZE, Items, dropped, looked_up
+from sdpo_jax.baselines.networks import SIZE, Items, dropout, embed
 
 
 class GRU4Rec(nnx.Module):
@@ -27,7 +27,7 @@ class GRU4Rec(nnx.Module):
         # The state must not run over padding, so the items are moved to the left.
         places_BT = (jnp.arange(T) - length_B[:, None]) % T
         history_BT = jnp.take_along_axis(history_BT, places_BT, 1)
-        x_BTD = dropped(looked_up(vectors_ID, history_BT), self.dropout, rngs)
+        x_BTD = dropout(embed(vectors_ID, history_BT), self.dropout, rngs)
         start_BD = jnp.zeros_like(x_BTD[:, 0])
         state_BD, _ = self.gru(x_BTD, initial_carry=start_BD, seq_lengths=length_B)
-        return self.head(dropped(state_BD, self.dropout, rngs))
+        return self.head(dropout(state_BD, self.dropout, rngs))

@@ -58,7 +58,7 @@ class Encoded(nnx.Module):
 
 
 class TextItems(nnx.Module):
-    """A vector an item, [I, D]: its title's, through a linear map to the width of SASRec."""
+    """A vector per item, [I, D]: its title's, through a linear map to the width of SASRec."""
 
     def __init__(self, text: nnx.Module, width: int, size: int = SIZE, *, rngs: nnx.Rngs):
         self.text = text
@@ -66,10 +66,10 @@ class TextItems(nnx.Module):
         self.transformed = nnx.Linear(width, size, kernel_init=start, rngs=rngs)
 
     def vectors(self) -> jax.Array:
-        return self.transformed(standardised(self.text()))
+        return self.transformed(standardized(self.text()))
 
 
-def standardised(text_IE: jax.Array) -> jax.Array:
+def standardized(text_IE: jax.Array) -> jax.Array:
     """Mean 0 over the titles, and a spread of 1 over all: encoders differ in both."""
     text_IE -= text_IE.mean(0)
     return text_IE * jax.lax.rsqrt(jnp.square(text_IE).mean() + 1e-12)
@@ -81,7 +81,7 @@ def recipe(titles: Sequence[str], text: Text, learning_rate: float, T: int = MAX
     digest = source_digest(folder)
     bert = read_bert(folder)
     tokens_IS = title_tokens(folder, titles, bert.config)
-    module = Encoded(bert, tokens_IS) if text.trained else EncodedOnce(at_once(bert, tokens_IS))
+    module = Encoded(bert, tokens_IS) if text.trained else EncodedOnce(encode_all(bert, tokens_IS))
 
     def make(rngs: nnx.Rngs) -> SASRec:
         return SASRec(TextItems(module, bert.config.E, rngs=rngs), T=T, rngs=rngs)
@@ -94,7 +94,7 @@ def recipe(titles: Sequence[str], text: Text, learning_rate: float, T: int = MAX
     return Recipe(make, optimizer(learning_rate), (digest, text.trained), about)
 
 
-def at_once(bert: Bert, tokens_IS: np.ndarray) -> jax.Array:
+def encode_all(bert: Bert, tokens_IS: np.ndarray) -> jax.Array:
     """`encoded`, compiled."""
     graphdef, state = nnx.split(bert)
     return jax.jit(lambda state, tokens_IS: encoded(nnx.merge(graphdef, state), tokens_IS))(

@@ -10,13 +10,13 @@ SIZE = 64  # D
 
 
 class Vectors(Protocol):
-    """A module that gives a vector an item, [I, D]."""
+    """A module that gives a vector per item, [I, D]."""
 
     def vectors(self) -> jax.Array: ...
 
 
 class Items(nnx.Module):
-    """A vector an item, [I, D]; that of the padding is zero."""
+    """A vector per item, [I, D]; that of the padding is zero."""
 
     def __init__(self, items: int, size: int = SIZE, *, rngs: nnx.Rngs):
         self.table = nnx.Param(jax.random.normal(rngs.params(), (items, size)) * size**-0.5)
@@ -25,11 +25,11 @@ class Items(nnx.Module):
         return self.table[...]
 
 
-def looked_up(vectors_ID: jax.Array, history_BT: jax.Array) -> jax.Array:
+def embed(vectors_ID: jax.Array, history_BT: jax.Array) -> jax.Array:
     """The vectors of a history, [B, T, D]; zero where there is no item."""
     return jnp.take(vectors_ID, history_BT, axis=0, mode="fill", fill_value=0)
 
 
-def dropped(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
+def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
     """Dropout in training, where `rngs` are given."""
     return nnx.Dropout(rate, deterministic=rngs is None)(x, rngs=rngs)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sdpo_jax.baselines.networks import SIZE, Items, Vectors, dropped, looked_up
+from sdpo_jax.baselines.networks import SIZE, Items, Vectors, dropout, embed
 from sdpo_jax.data.sequences import MAX_HISTORY
 
 
@@ -23,9 +23,9 @@ class Block(nnx.Module):
     def __call__(self, x_BTD: jax.Array, mask: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
         normed_BTD = self.norms[0](x_BTD)
         seen_BTD = self.attention(normed_BTD, mask=mask, deterministic=rngs is None, rngs=rngs)
-        x_BTD += dropped(seen_BTD, self.dropout, rngs)
-        inner_BTD = dropped(nnx.relu(self.inner(self.norms[1](x_BTD))), self.dropout, rngs)
-        return x_BTD + dropped(self.outer(inner_BTD), self.dropout, rngs)
+        x_BTD += dropout(seen_BTD, self.dropout, rngs)
+        inner_BTD = dropout(nnx.relu(self.inner(self.norms[1](x_BTD))), self.dropout, rngs)
+        return x_BTD + dropout(self.outer(inner_BTD), self.dropout, rngs)
 
 
 class SASRec(nnx.Module):
@@ -57,9 +57,9 @@ class SASRec(nnx.Module):
         vectors_ID, T = self.items.vectors(), history_BT.shape[1]
         there_BT = history_BT < len(vectors_ID)
         # Scaled as in the authors' code; places are counted from the end.
-        x_BTD = looked_up(vectors_ID, history_BT) * vectors_ID.shape[1] ** 0.5
+        x_BTD = embed(vectors_ID, history_BT) * vectors_ID.shape[1] ** 0.5
         x_BTD += self.places[...][-T:]
-        x_BTD = dropped(x_BTD, self.dropout, rngs) * there_BT[..., None]
+        x_BTD = dropout(x_BTD, self.dropout, rngs) * there_BT[..., None]
         mask = jnp.tril(jnp.ones((T, T), bool)) & there_BT[:, None, None]
         for block in self.blocks:
             x_BTD = block(x_BTD, mask, rngs)

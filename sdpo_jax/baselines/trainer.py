@@ -1,6 +1,6 @@
 """Trains a network to name the next item of a history, out of all items.
 
-Adam with L2 regularisation, whose weight is chosen on validation, and early stopping. Validation
+Adam with L2 regularization, whose weight is chosen on validation, and early stopping. Validation
 counts hits among a window's candidates, as the evaluation does.
 """
 

@@ -32,7 +32,7 @@ def round_up(n: int, multiple: int = ROUND) -> int:
     return -(-n // multiple) * multiple
 
 
-def deal(sizes: Sequence[int], rows: int) -> list[int]:
+def balance(sizes: Sequence[int], rows: int) -> list[int]:
     """An order in which `rows` equal runs of the sizes have nearly equal sums.
 
     The largest are dealt first, forth and back, as cards are.
@@ -172,7 +172,7 @@ def grouped_batches(
     for start in range(0, len(order), GROUP * batch_size):
         run = sorted(order[start : start + GROUP * batch_size], key=lengths.__getitem__)
         if not alike:
-            run = [run[i] for i in deal([lengths[key] for key in run], len(run) // batch_size)]
+            run = [run[i] for i in balance([lengths[key] for key in run], len(run) // batch_size)]
         cut = [run[i : i + batch_size] for i in range(0, len(run), batch_size)]
         draw = generator(seed, "batches", "train", start).permutation(len(cut))
         batches += [cut[i] for i in draw]

@@ -20,7 +20,7 @@ from pathlib import Path
 from absl import logging
 
 from sdpo_jax.data.text import plain
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import parse_json, read_json, read_text, whole_folder
 
 DOMAINS = ("movie", "music", "book", "product")
@@ -196,7 +196,7 @@ def read_meta(path: Path) -> dict:
     domain = meta.get("domain") if isinstance(meta, dict) else None
     if domain not in DOMAINS:
         raise InputError(
-            f"{file}: found domain {shown(domain)}, expected one of {', '.join(DOMAINS)}: "
+            f"{file}: found domain {brief(domain)}, expected one of {', '.join(DOMAINS)}: "
             "correct the key or prepare the data again"
         )
     return meta
@@ -206,7 +206,7 @@ def _history(file: Path, meta: dict) -> int:
     value = meta.get("history")
     if type(value) is not int or value < 1:
         raise InputError(
-            f"{file}: found history {shown(value)}, expected how many items a window shows, 1 or "
+            f"{file}: found history {brief(value)}, expected how many items a window shows, 1 or "
             "more: prepare the data again"
         )
     return value
@@ -242,11 +242,11 @@ def _read_items(path: Path) -> tuple[dict[int, str], dict[int, dict]]:
     for where, record in _rows(path, ("id", "title")):
         item, title = record.pop("id"), record.pop("title")
         if type(item) is not int:
-            raise _bad(where, f"id {shown(item)}", "an integer")
+            raise _bad(where, f"id {brief(item)}", "an integer")
         if item in titles:
             raise _bad(where, f"id {item} a second time", "each id once")
         if not is_title(title) or not plain(title):
-            raise _bad(where, f"title {shown(title)}", "one line of text that is not empty")
+            raise _bad(where, f"title {brief(title)}", "one line of text that is not empty")
         titles[item], attributes[item] = plain(title), record
     return titles, attributes
 
@@ -266,9 +266,9 @@ def _read_sequences(path: Path, titles: dict[int, str]) -> dict[User, UserSequen
     for where, record in _rows(path, _SEQUENCE_KEYS):
         user = record["user"]
         if type(user) not in (int, str):
-            raise _bad(where, f"user {shown(user)}", "an integer or a string")
+            raise _bad(where, f"user {brief(user)}", "an integer or a string")
         if user in sequences:
-            raise _bad(where, f"user {shown(user)} a second time", "each user once")
+            raise _bad(where, f"user {brief(user)} a second time", "each user once")
         items = _ids(where, "items", record["items"], titles, 2)
         disliked = _disliked(where, record["disliked"], items, titles)
         sequences[user] = UserSequence(user, items, disliked)
@@ -279,14 +279,14 @@ def _disliked(
     where: str, pairs: object, items: tuple[int, ...], titles: dict[int, str]
 ) -> tuple[tuple[int, int], ...]:
     if type(pairs) is not list:
-        raise _bad(where, f"disliked {shown(pairs)}", "a list of [place, item]")
+        raise _bad(where, f"disliked {brief(pairs)}", "a list of [place, item]")
     last = 0
     for pair in pairs:
         if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not int:
-            raise _bad(where, f"{shown(pair)} in disliked", "a list of [place, item]")
+            raise _bad(where, f"{brief(pair)} in disliked", "a list of [place, item]")
         place, item = pair
         if not last <= place <= len(items):
-            raise _bad(where, f"place {shown(place)} in disliked", f"{last} to {len(items)}")
+            raise _bad(where, f"place {brief(place)} in disliked", f"{last} to {len(items)}")
         _ids(where, "disliked", [item], titles, 1)
         if item in items:
             raise _bad(where, f"item {item} in items and disliked", "it in one of them")
@@ -316,13 +316,13 @@ def _read_own(
         for where, record in _rows(path / f"{name}.jsonl", _OWN_KEYS):
             user = record["user"]
             if type(user) not in (int, str):
-                raise _bad(where, f"user {shown(user)}", "an integer or a string")
+                raise _bad(where, f"user {brief(user)}", "an integer or a string")
             history = _ids(where, "history", record["history"], titles, 1)
             (target,) = _ids(where, "target", [record["target"]], titles, 1)
             before = own.setdefault(user, [*history])
             if tuple(before[-len(history) :]) != history:
-                found = f"history {shown(list(history))} of user {shown(user)}"
-                raise _bad(where, found, f"the latest of {shown(before)}, as in those before")
+                found = f"history {brief(list(history))} of user {brief(user)}"
+                raise _bad(where, found, f"the latest of {brief(before)}, as in those before")
             rows[name].append((where, record | {"place": len(before)}))
             before.append(target)
     N = max(len(record["history"]) for of_split in rows.values() for _, record in of_split)
@@ -330,7 +330,7 @@ def _read_own(
         count, expected = len(record["history"]), min(N, record["place"])
         if count != expected:
             found = f"a history of {count} items"
-            raise _bad(where, found, f"the {expected} latest of user {shown(record['user'])}")
+            raise _bad(where, found, f"the {expected} latest of user {brief(record['user'])}")
     sequences = {user: UserSequence(user, tuple(items)) for user, items in own.items()}
     return sequences, rows, N
 
@@ -361,35 +361,35 @@ def _window(
 ) -> Window:
     user, place = record["user"], record["place"]
     if type(user) not in (int, str) or user not in sequences:
-        raise _bad(where, f"user {shown(user)}", "a user of sequences.jsonl")
+        raise _bad(where, f"user {brief(user)}", "a user of sequences.jsonl")
     sequence = sequences[user]
     if type(place) is not int or not 1 <= place < len(sequence.items):
         last = len(sequence.items) - 1
-        raise _bad(where, f"place {shown(place)}", f"1 to {last}, a place in the user's items")
+        raise _bad(where, f"place {brief(place)}", f"1 to {last}, a place in the user's items")
     candidates = _ids(where, "candidates", record["candidates"], titles, 2)
     target = sequence.items[place]
     if target not in candidates:
         raise _bad(where, f"target {target} outside the candidates", "the target among them")
     if len(set(candidates)) < len(candidates):
         raise _bad(
-            where, f"candidates {shown(list(candidates))} with a repeated id", "distinct ids"
+            where, f"candidates {brief(list(candidates))} with a repeated id", "distinct ids"
         )
     if len({titles[item] for item in candidates}) < len(candidates):
         raise _bad(where, "two candidates with the same title", "distinct titles")
     window = sequence.window(place, history, candidates)
     for key, expected in (("history", list(window.history)), ("target", target)):
         if record[key] != expected:
-            found = f"{key} {shown(record[key])}"
-            raise _bad(where, found, f"{shown(expected)}, as in the user's sequence")
+            found = f"{key} {brief(record[key])}"
+            raise _bad(where, found, f"{brief(expected)}, as in the user's sequence")
     return window
 
 
 def _ids(where: str, key: str, value: object, titles: dict[int, str], least: int):
     if type(value) is not list or len(value) < least:
-        raise _bad(where, f"{key} {shown(value)}", f"a list of {least} or more item ids")
+        raise _bad(where, f"{key} {brief(value)}", f"a list of {least} or more item ids")
     for item in value:
         if type(item) is not int:
-            raise _bad(where, f"{shown(item)} in {key}", "integer item ids")
+            raise _bad(where, f"{brief(item)} in {key}", "integer item ids")
         if item not in titles:
             raise _bad(where, f"item {item} in {key}", "an id of items.jsonl")
     return tuple(value)

@@ -267,7 +267,7 @@ def head(template: str) -> str:
 
 
 def render(template: str, history_titles: Sequence[str], candidate_titles: Sequence[str]) -> str:
-    """The prompt text: a placeholder alone on its line becomes one title a line, else ", "."""
+    """The prompt text: a placeholder alone on its line becomes one title per line, else ", "."""
     titles = {"HistoryHere": history_titles, "CansHere": candidate_titles}
 
     def fill(match: re.Match) -> str:
@@ -285,7 +285,7 @@ def template_index(seed: int, split: str, row: int, n: int) -> int:
 
 
 def read_templates(prompt_file: str | Path, prompt: str = "candidates") -> tuple[str, ...]:
-    r"""Templates of a file in the authors' format: one a line, with [HistoryHere] and [CansHere].
+    r"""Templates of a file in the authors' format: one per line, with [HistoryHere] and [CansHere].
 
     The two characters \n stand for a line break (the authors' files have none). A template that
     does not end in one gets a single space at its end, as in the authors' Prompt.py. Templates of

@@ -10,7 +10,7 @@ from sdpo_jax.data.prepared import User, UserSequence, Window, is_title
 from sdpo_jax.data.readers.csv_file import Form
 from sdpo_jax.data.readers.sources import Sequences, Sessions
 from sdpo_jax.data.text import has_entity, misread, plain
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 
 VAGUE = 0.95  # share of a user's neighbours with one time from which on the order is made up
 
@@ -94,7 +94,7 @@ def read_windows(
     for item, title in found.titles.items():
         if not is_title(title):
             raise InputError(
-                f"{where}: found title {shown(title)} of item {item}, expected one line of text: "
+                f"{where}: found title {brief(title)} of item {item}, expected one line of text: "
                 "correct --source"
             )
     seen = {window.user for rows in found.windows.values() for window in rows}
@@ -119,7 +119,7 @@ def _notes_of(titles: dict[int, str]) -> list[str]:
         *(
             [
                 f"{len(wrong):,} titles seem to be UTF-8 that was read as Latin-1, as "
-                f"{shown(wrong[0][0])} for {shown(wrong[0][1])}: they are kept as they are"
+                f"{brief(wrong[0][0])} for {brief(wrong[0][1])}: they are kept as they are"
             ]
             if wrong
             else ()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from absl import logging
 
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 
 # With its semicolon: without one "R&amp" is an entity, but so is "Sense &not".
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
@@ -89,7 +89,7 @@ def latin_1(where: str, line: bytes) -> str:
     """
     if _FOREIGN.search(line):
         raise InputError(
-            f"{where}: found {shown(line.strip())}, expected UTF-8 or Latin-1: save the file as "
+            f"{where}: found {brief(line.strip())}, expected UTF-8 or Latin-1: save the file as "
             "UTF-8, or give its --encoding with --dataset=csv"
         )
     try:

@@ -1,4 +1,4 @@
-"""From windows to token ids: prompt and answers are tokenised apart, so sharing is always legal."""
+"""From windows to token ids: prompt and answers are tokenized apart, so sharing is always legal."""
 
 import dataclasses
 import functools
@@ -104,7 +104,7 @@ def check_titles(titles: Mapping[int, str], tokenizer) -> None:
 
 
 class Encoder:
-    """Renders and tokenises the windows of a data set.
+    """Renders and tokenizes the windows of a data set.
 
     Every prompt begins with BOS if the tokenizer puts one there (Llama's does), in both stages.
     `max_length` bounds prompt plus longest answer: a longer prompt keeps its end, as in the
@@ -260,7 +260,7 @@ class Encoder:
         return items[len(items) - count :]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, what lies between marks tokenised apart."""
+        """Token ids of each text, what lies between marks tokenized apart."""
         cut = [_MARKED.split(text) for text in texts]  # text, number, text, …, text
         pieces = [piece for parts in cut for piece in parts[::2]]
         encoded = iter(self.tokenizer(pieces, add_special_tokens=False).input_ids if pieces else [])

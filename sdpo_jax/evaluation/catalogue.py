@@ -1,6 +1,6 @@
 """Ranking a whole catalogue of titles after a prefilled prompt: exactly, and by beam search.
 
-Both read a prefix of `sdpo_jax.evaluation.decode` and the titles' trie. No length is normalised: a
+Both read a prefix of `sdpo_jax.evaluation.decode` and the titles' trie. No length is normalized: a
 title's score is the log-probability of its tokens, end included. Letters: B prompts, P prompt
 tokens, I titles, X nodes of the trie, Z its pieces of S places, W beams, A tokens of the longest
 title.
@@ -60,7 +60,7 @@ class Catalogue:
     roots: int
 
 
-def put(trie: TitleTrie, pieces: Pieces, placed: Any) -> Catalogue:
+def to_devices(trie: TitleTrie, pieces: Pieces, placed: Any) -> Catalogue:
     """`placed`: a sharding that every device holds whole."""
     arrays = {**vars(trie), **vars(pieces)}
     counts = trie.first_X[1:] - trie.first_X[:-1]

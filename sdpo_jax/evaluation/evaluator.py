@@ -140,7 +140,7 @@ class Evaluator:
         }
         if self._ranked is not None:
             trie = self._ranked.trie
-            titles = catalogue.put(trie, title_trie.pieces(trie), whole)
+            titles = catalogue.to_devices(trie, title_trie.pieces(trie), whole)
             score = jitted(
                 lambda decoder, prefix, batch, titles: catalogue.score_catalogue(
                     decoder, prefix, titles

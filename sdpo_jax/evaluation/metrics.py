@@ -222,7 +222,7 @@ def exchanged(nets: Sequence[int]) -> float:
     """Exact two-sided p-value: how often a sum so far from 0 comes of exchanging the systems.
 
     `nets` are, user by user, the hits of one system less those of the other. Were the systems
-    equal, each could as well have the other sign (Fisher's randomisation test). Where each user
+    equal, each could as well have the other sign (Fisher's randomization test). Where each user
     has one example, that is McNemar's exact test (1947, doi 10.1007/BF02295996).
     """
     reach = sum(map(abs, nets))

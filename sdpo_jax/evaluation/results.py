@@ -122,7 +122,7 @@ def header(
     }
 
 
-def summarise(
+def summarize(
     decoder: str,
     predictions: Sequence[Prediction],
     rank: str = "candidates",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sdpo_jax.models.product import contract, turned
+from sdpo_jax.models.product import contract, transposed
 
 KeyBlock = tuple[jax.Array, jax.Array, jax.Array]
 CAUSAL_BLOCK = 128  # queries; smaller ones skip more of the future and are more operations
@@ -105,9 +105,9 @@ def _backward(dtype, residuals, g_BGXH):
         d_scores = (weights * (d_weights - mean)).astype(q_BGXH.dtype)
         dq_BGXH += contract("bgxs,bgsh->bgxh", d_scores, k, dtype)
         # The narrow matrix on the left, or XLA:CPU would transpose the wide one.
-        d_keys.append(turned(contract("bgxh,bgxs->bghs", q_BGXH, d_scores, dtype)))
+        d_keys.append(transposed(contract("bgxh,bgxs->bghs", q_BGXH, d_scores, dtype)))
         weights = weights.astype(q_BGXH.dtype)
-        d_values.append(turned(contract("bgxh,bgxs->bghs", g_BGXH, weights, dtype)))
+        d_values.append(transposed(contract("bgxh,bgxs->bghs", g_BGXH, weights, dtype)))
     return dq_BGXH, tuple(d_keys), tuple(d_values), None
 
 

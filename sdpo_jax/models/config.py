@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import read_object
 
 # More than any model has; a damaged file must not make tables of names or shapes beyond memory.
@@ -98,7 +98,7 @@ class DecoderConfig:
         family = config.get("model_type")
         if type(family) is not str or family not in FAMILIES:
             raise InputError(
-                f"{where}: model_type is {shown(family)}, expected one of {', '.join(FAMILIES)}"
+                f"{where}: model_type is {brief(family)}, expected one of {', '.join(FAMILIES)}"
             )
         try:
             sizes = _sizes(config, family)
@@ -140,7 +140,7 @@ def _wrong(values: dict[str, Any]) -> Iterator[str]:
         else:
             right = kind is int and 0 < value <= (MOST_LAYERS if field.name == "L" else MOST)
         if not right:
-            yield f"{'sliding_window' if field.name == 'window' else field.name}={shown(value)}"
+            yield f"{'sliding_window' if field.name == 'window' else field.name}={brief(value)}"
 
 
 def _turns(config: DecoderConfig) -> bool:
@@ -174,7 +174,7 @@ def _rope(config: dict[str, Any], where: str) -> Rope:
     kind = found.get("rope_type", found.get("type", "default"))
     if kind not in ROPE_KEYS or any(isinstance(value, dict) for value in found.values()):
         raise InputError(
-            f"{where}: rope_type is {shown(kind)} in {shown(found)}, expected one of "
+            f"{where}: rope_type is {brief(kind)} in {brief(found)}, expected one of "
             f"{', '.join(ROPE_KEYS)}, the same for all layers"
         )
     neox = config["model_type"] == "gpt_neox"
@@ -210,7 +210,7 @@ def _rope(config: dict[str, Any], where: str) -> Rope:
 def _expect(where: str, **pairs: tuple[Any, Any]) -> None:
     for key, (found, expected) in pairs.items():
         if found != expected:
-            raise InputError(f"{where}: {key} is {shown(found)}, this decoder computes {expected}")
+            raise InputError(f"{where}: {key} is {brief(found)}, this decoder computes {expected}")
 
 
 def _rms_and_swiglu(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def _gpt_neox(config: dict[str, Any], where: str) -> dict[str, Any]:
     activation, bias = config.get("hidden_act", "gelu"), config.get("attention_bias", True)
     if activation not in GELU:
         raise InputError(
-            f"{where}: hidden_act is {shown(activation)}, this decoder computes {', '.join(GELU)}"
+            f"{where}: hidden_act is {brief(activation)}, this decoder computes {', '.join(GELU)}"
         )
     return {
         "norm_eps": config.get("layer_norm_eps", 1e-5),

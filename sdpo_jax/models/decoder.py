@@ -39,11 +39,11 @@ PIECES = 8  # of a row's tokens, whose number is a multiple of 8 (`sdpo_jax.data
 Attention = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
-def at_once(mlp, x_BTD: jax.Array, dropout_keys_W) -> jax.Array:
+def mlp_whole(mlp, x_BTD: jax.Array, dropout_keys_W) -> jax.Array:
     return mlp(x_BTD, dropout_keys_W)
 
 
-def piece_by_piece(mlp, x_BTD: jax.Array, dropout_keys_W) -> jax.Array:
+def mlp_in_pieces(mlp, x_BTD: jax.Array, dropout_keys_W) -> jax.Array:
     """The same for up to PIECES equal runs of tokens, one after the other, forth and back."""
     B, T, D = x_BTD.shape
     pieces = math.gcd(T, PIECES)
@@ -101,10 +101,10 @@ class Decoder(nnx.Module):
           positions_BT: int32 positions for RoPE.
           attention: see `Attention`; it holds the masks.
           cache: pytree with leading axis L handed to `attention` layer by layer, or None.
-          dropout_keys_W: keys of LoRA's dropout, one a row of tokens, or None for none.
+          dropout_keys_W: keys of LoRA's dropout, one per row of tokens, or None for none.
         """
         angles = rotary(positions_BT, self.config)
-        mlp = piece_by_piece if self.remat == "least" else at_once
+        mlp = mlp_in_pieces if self.remat == "least" else mlp_whole
         graphdef, state = nnx.split(self.layers)
 
         def body(x_BTD, scanned):

@@ -1,6 +1,6 @@
 """GGUF files of the Llama architecture, read as if they were Hugging Face folders.
 
-Tensors come out dequantised in float32 under Hugging Face's names and in its row order; the
+Tensors come out dequantized in float32 under Hugging Face's names and in its row order; the
 tokenizer is built from the file's metadata.
 """
 
@@ -66,7 +66,7 @@ def open_gguf(path: Path) -> Source:
             rows = dequantize(tensor.data, tensor.tensor_type).reshape(shapes[name])
         except NotImplementedError:
             raise InputError(
-                f"{path}: {tensor.name} is {tensor.tensor_type.name}, which cannot be dequantised "
+                f"{path}: {tensor.name} is {tensor.tensor_type.name}, which cannot be dequantized "
                 "here: use a file of F32, F16, BF16, Q4_0 to Q8_0 or K-quants"
             ) from None
         if name.endswith("q_proj.weight"):
@@ -135,7 +135,9 @@ def _config(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
     head_dim = meta.get("llama.attention.key_length", width // heads)
     rotated = meta.get("llama.rope.dimension_count", head_dim)
     if rotated != head_dim:
-        raise InputError(f"{path}: RoPE turns {rotated} of {head_dim} values a head, expected all")
+        raise InputError(
+            f"{path}: RoPE turns {rotated} of a head's {head_dim} values, expected all"
+        )
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

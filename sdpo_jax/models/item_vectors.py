@@ -17,7 +17,7 @@ from sdpo_jax.data.prepared import Dataset
 from sdpo_jax.models.lora import Frozen
 from sdpo_jax.models.product import product
 from sdpo_jax.system.errors import InputError
-from sdpo_jax.system.sharding import fetch, put_whole
+from sdpo_jax.system.sharding import shard_whole, to_host
 
 ITEMS = "items/table/value"  # the tensor of a kept network that has a vector per item
 
@@ -59,11 +59,11 @@ def fill(base: Any, vectors_IE: np.ndarray, place: Callable) -> None:
     rms = float(np.sqrt(np.mean(np.square(vectors_IE, dtype=np.float64))))
     found = {
         "vectors": np.asarray(vectors_IE / rms, np.float32),
-        "token_rms": fetch(_rms(base["embedding"].get_value())[None]),
+        "token_rms": to_host(_rms(base["embedding"].get_value())[None]),
     }
     for name, value in found.items():
         variable = base["vectors"][name]
-        variable.set_value(put_whole(value, place(variable)))
+        variable.set_value(shard_whole(value, place(variable)))
 
 
 @jax.jit

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from sdpo_jax.models.product import contract, product, turned
-from sdpo_jax.models.quantize import QUANTISED, Quantised, dense, quantise
+from sdpo_jax.models.product import contract, product, transposed
+from sdpo_jax.models.quantize import QUANTISED, Quantized, dense, quantize
 from sdpo_jax.system.errors import InputError
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down", "qkv")
@@ -70,7 +70,7 @@ class LoraConfig:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def frozen_product(x_TI: jax.Array, kernel: jax.Array | Quantised, dtype) -> jax.Array:
+def frozen_product(x_TI: jax.Array, kernel: jax.Array | Quantized, dtype) -> jax.Array:
     """`x W` in `dtype`. The frozen kernel gets no cotangent: no weight gradient can be formed."""
     return contract("ti,io->to", x_TI, dense(kernel, dtype), dtype)
 
@@ -103,7 +103,7 @@ def _adapter_backward(dtype, residuals, g_TO):
     x_TI, xa_TR, a_IR, b_RO = residuals
     gb_TR = contract("to,ro->tr", g_TO, b_RO, dtype)
     dx_TI = contract("tr,ir->ti", gb_TR, a_IR, dtype)
-    da_IR = turned(contract("tr,ti->ri", gb_TR, x_TI, dtype)).astype(a_IR.dtype)
+    da_IR = transposed(contract("tr,ti->ri", gb_TR, x_TI, dtype)).astype(a_IR.dtype)
     db_RO = contract("tr,to->ro", xa_TR, g_TO, dtype).astype(b_RO.dtype)
     return dx_TI, da_IR, db_RO
 
@@ -125,14 +125,14 @@ class LinearOptions:
 
     @property
     def stored(self):
-        """The dtype of what is not quantised: embedding, norms, biases, head; trained, float32."""
+        """The dtype of what is not quantized: embedding, norms, biases, head; trained, float32."""
         if self.lora.full:
             return jnp.float32
         return {"f32": jnp.float32, "bf16": jnp.bfloat16}.get(self.base_dtype, self.dtype)
 
 
 def fold_in(dropout_keys_W: Any, number: Any) -> Any:
-    """One dropout key a row, each folded with `number`; no keys stay none."""
+    """One dropout key per row, each folded with `number`; no keys stay none."""
     if dropout_keys_W is None:
         return None
     return jax.vmap(jax.random.fold_in, (0, None))(dropout_keys_W, number)
@@ -172,7 +172,7 @@ class Linear(nnx.Module):
             rngs.params(), (size_in, size_out), options.stored
         )
         if options.base_dtype in QUANTISED:
-            codes = quantise(kernel, options.base_dtype)
+            codes = quantize(kernel, options.base_dtype)
             rows = codes.codes.shape[0] // codes.scale.shape[0]  # that share a scale
             unit = rows if options.base_dtype == "nf4" else 1
             self.codes = Frozen(codes.codes, letters=letters, unit=unit)
@@ -192,13 +192,13 @@ class Linear(nnx.Module):
             self.b = nnx.LoRAParam(jnp.zeros((rank, size_out)), letters="R" + letters[1])
 
     @property
-    def weight(self) -> jax.Array | Quantised:
+    def weight(self) -> jax.Array | Quantized:
         if self.options.base_dtype in QUANTISED:
-            return Quantised(self.codes[...], self.scale[...], self.options.base_dtype)
+            return Quantized(self.codes[...], self.scale[...], self.options.base_dtype)
         return self.kernel[...]
 
     def dropped(self, x_WTI: jax.Array, dropout_keys_W: jax.Array | None) -> jax.Array | None:
-        """What the adapters of all maps of `x` read in its place, by one key a row; None: `x`."""
+        """What the adapters of all maps of `x` read in its place, by one key per row; None: `x`."""
         rate = self.options.lora.dropout
         if dropout_keys_W is None or rate == 0:
             return None

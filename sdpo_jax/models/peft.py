@@ -1,6 +1,6 @@
 """Adapters as PEFT keeps them: adapter_config.json and adapter_model.safetensors.
 
-PEFT holds A as [R, in] and B as [out, R], one pair a layer, under the base model's module names.
+PEFT holds A as [R, in] and B as [out, R], one pair per layer, under the base model's module names.
 """
 
 import functools
@@ -20,7 +20,7 @@ from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.weights import modules
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import read_object
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -45,7 +45,7 @@ PLAIN = {
     "use_bdlora": (False, None),
     "arrow_config": (None, {}),
     "kasa_config": (None, {}),
-    # Other initialisations (PiSSA, OLoRA, LoftQ, …) take a part out of the base.
+    # Other initializations (PiSSA, OLoRA, LoftQ, …) take a part out of the base.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
@@ -157,12 +157,12 @@ def _check_plain(folder: Path, lora: LoraConfig) -> None:
     for key, plain in PLAIN.items():
         if content.get(key, plain[0]) not in plain:
             raise InputError(
-                f"{folder}/{CONFIG}: {key} is {shown(content[key])}, expected {plain[0]!r}: only "
+                f"{folder}/{CONFIG}: {key} is {brief(content[key])}, expected {plain[0]!r}: only "
                 "plain LoRA can go on here"
             )
     for key, name, ours in (("r", "rank", lora.rank), ("lora_alpha", "alpha", lora.alpha)):
         if content.get(key) != ours:
-            found = shown(content.get(key))
+            found = brief(content.get(key))
             raise InputError(
                 f"{folder}/{CONFIG}: {key} is {found}, config.lora.{name} is {ours}: set "
                 f"--config.lora.{name}={found}"

@@ -1,4 +1,4 @@
-"""Products with operands in one dtype and sums in float32, and how their results are turned."""
+"""Products with operands in one dtype and sums in float32, and how their results are transposed."""
 
 import functools
 
@@ -38,7 +38,7 @@ def _backward(spec, dtype, residuals, g):
 product.defvjp(_forward, _backward)
 
 
-def turned(x: jax.Array) -> jax.Array:
+def transposed(x: jax.Array) -> jax.Array:
     """Swaps the last two axes of a product's small result.
 
     The barrier keeps XLA from folding the turn into the product, where it would transpose the wide

@@ -1,4 +1,4 @@
-"""Frozen kernels in fewer bits: int8 with a scale an output, nf4 with a scale a block of 64 inputs.
+"""Frozen kernels in fewer bits: int8 with one scale per output, nf4 with one per 64 inputs.
 
 NF4 is the code of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix E). A kernel is computed
 anew from its codes wherever a product reads it, so that no wide copy is ever kept.
@@ -44,16 +44,16 @@ NF4 = np.array(
     jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["kind"]
 )
 @dataclasses.dataclass(frozen=True)
-class Quantised:
-    """A kernel [I, O]. int8: codes [I, O], scale [1, O]. nf4: two codes a byte [I/2, O], the first
-    in the high half, and scale [I/64, O]. Scales are float32."""
+class Quantized:
+    """A kernel [I, O]. int8: codes [I, O], scale [1, O]. nf4: two codes per byte [I/2, O], the
+    first in the high half, and scale [I/64, O]. Scales are float32."""
 
     codes: jax.Array
     scale: jax.Array
     kind: str
 
 
-def quantise(kernel_IO: jax.Array, kind: str) -> Quantised:
+def quantize(kernel_IO: jax.Array, kind: str) -> Quantized:
     """The nearest codes of a kernel, with the largest magnitude of an output or block as scale.
 
     Leading axes (stacked layers) are kept. Raises InputError where nf4's blocks do not fit.
@@ -63,7 +63,7 @@ def quantise(kernel_IO: jax.Array, kind: str) -> Quantised:
     if kind == "int8":
         scale = jnp.abs(kernel_IO).max(-2, keepdims=True) / 127
         codes = jnp.round(kernel_IO / jnp.where(scale > 0, scale, 1))
-        return Quantised(codes.astype(jnp.int8), scale, kind)
+        return Quantized(codes.astype(jnp.int8), scale, kind)
     if I % BLOCK:
         raise InputError(
             f"base_dtype=nf4: found a width of {I}, expected multiples of {BLOCK}: use int8 or bf16"
@@ -73,12 +73,12 @@ def quantise(kernel_IO: jax.Array, kind: str) -> Quantised:
     unit = blocks / jnp.where(scale > 0, scale, 1)[..., None, :]
     middles = (NF4[1:] + NF4[:-1]) / 2
     codes = jnp.searchsorted(middles, unit).astype(jnp.uint8).reshape(*stack, I // 2, 2, O)
-    return Quantised(codes[..., 0, :] << 4 | codes[..., 1, :], scale, kind)
+    return Quantized(codes[..., 0, :] << 4 | codes[..., 1, :], scale, kind)
 
 
-def dense(kernel: jax.Array | Quantised, dtype) -> jax.Array:
+def dense(kernel: jax.Array | Quantized, dtype) -> jax.Array:
     """The kernel [I, O] in `dtype`."""
-    if not isinstance(kernel, Quantised):
+    if not isinstance(kernel, Quantized):
         return kernel.astype(dtype)
     codes, scale = kernel.codes, kernel.scale
     if kernel.kind == "int8":

@@ -15,7 +15,7 @@ def rotary(positions_BT: jax.Array, config: DecoderConfig) -> Angles:
 
 
 def frequencies(positions_BT: jax.Array, config: DecoderConfig) -> jax.Array:
-    """Radians a position, [rotated/2], by the kind that config.json names.
+    """Radians per position, [rotated/2], by the kind that config.json names.
 
     `linear`: all divided by the factor. `dynamic`: theta grows with the longest text of the batch
     once that is longer than the model's own length (NTK-aware scaling). `llama3`: long waves are

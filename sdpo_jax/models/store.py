@@ -17,7 +17,7 @@ from sdpo_jax.models.base_weights import read_weights
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
-from sdpo_jax.models.quantize import quantise
+from sdpo_jax.models.quantize import quantize
 from sdpo_jax.models.tokenizer import ends_of, load_tokenizer
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.files import COUNT, OBJECT, TEXT, check_keys, one_of, read_object
@@ -68,7 +68,7 @@ def load_model(
       lora: rank, scale and targets of the adapter, which starts from `seed`: A uniform, B zeros.
       dtype: of products, and of the base unless `base_dtype` names another.
       base_dtype: key of `quantize.BASE_DTYPES`; the base is read in its stored dtype and cast or
-        quantised on its devices, one array after the other.
+        quantized on its devices, one array after the other.
       remat: key of `decoder.REMAT`.
       seed: of the adapter.
       shardings: abstract variable (its `.shape` and `.letters`; under `layers` the shape has L
@@ -158,7 +158,7 @@ def _read_base(path: Path, abstract: nnx.State, config: DecoderConfig, stored: s
 
     Args:
       path: the folder of weights.
-      abstract: the base to make, in which a quantised kernel is its codes and their scale.
+      abstract: the base to make, in which a quantized kernel is its codes and their scale.
       config: of the decoder.
       stored: dtype on disk.
       place: function from an abstract variable to its sharding.
@@ -177,7 +177,7 @@ def _read_base(path: Path, abstract: nnx.State, config: DecoderConfig, stored: s
             made[name] = array.astype(shapes[name].dtype)
         else:
             names = [_part(name, "codes"), _part(name, "scale")]
-            codes, scale = _quantised(array, shapes[names[0]], [placed[n] for n in names])
+            codes, scale = _quantized(array, shapes[names[0]], [placed[n] for n in names])
             made |= {names[0]: codes, names[1]: scale}
         del array  # before the next is read
     base = jax.tree.map(lambda leaf: leaf, abstract)
@@ -190,12 +190,12 @@ def _part(kernel: str, name: str) -> str:
     return kernel.removesuffix("kernel") + name
 
 
-def _quantised(kernel: jax.Array, codes: jax.ShapeDtypeStruct, shardings):
+def _quantized(kernel: jax.Array, codes: jax.ShapeDtypeStruct, shardings):
     """Codes and scales of a stack of kernels, layer by layer, so that no float32 copy is whole."""
     kind = "int8" if codes.dtype == jnp.int8 else "nf4"
 
     def one(kernel_IO):
-        made = quantise(kernel_IO, kind)
+        made = quantize(kernel_IO, kind)
         return made.codes, made.scale
 
     return jax.jit(lambda stack: jax.lax.map(one, stack), out_shardings=tuple(shardings))(kernel)

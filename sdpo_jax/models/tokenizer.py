@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import COUNT, read_object
 
 # Else transformers prints that it found no PyTorch, which is not needed.
@@ -44,7 +44,7 @@ def check_vocabulary(tokenizer: Any, V: int, where: str) -> None:
     if beyond:
         name = max(beyond, key=beyond.__getitem__)
         raise InputError(
-            f"{where}: the tokenizer's largest token is {beyond[name]} ({shown(name)}), the model "
+            f"{where}: the tokenizer's largest token is {beyond[name]} ({brief(name)}), the model "
             f"has {V} of them: these files do not belong together"
         )
 
@@ -65,7 +65,7 @@ def ends_of(path: Path, tokenizer: Any) -> tuple[int, ...]:
         for token in found if isinstance(found, list) else [] if found is None else [found]:
             if not COUNT[1](token):
                 raise InputError(
-                    f"{path / name}: eos_token_id: found {shown(found)}, expected tokens' numbers: "
+                    f"{path / name}: eos_token_id: found {brief(found)}, expected tokens' numbers: "
                     "correct it"
                 )
             ends.append(token)

@@ -1,7 +1,7 @@
 """Base weights: the table between Hugging Face's tensor names and our tree, and its readers.
 
 Our tree is the pure dict of a decoder's frozen variables: linear maps as [L, in, out] with the
-layers stacked, where Hugging Face has one [out, in] tensor a layer. Shape letters are declared in
+layers stacked, where Hugging Face has one [out, in] tensor per layer. Shape letters are declared in
 `sdpo_jax.system.sharding`.
 """
 
@@ -26,8 +26,8 @@ from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.system import errors, files
 from sdpo_jax.system.errors import InputError
 
-# (Hugging Face's module, ours); {} is the layer. A module's `.weight` is our kernel, turned, or a
-# norm's scale; a model has the rows that its config switches on.
+# (Hugging Face's module, ours); {} is the layer. A module's `.weight` is our kernel, transposed, or
+# a norm's scale; a model has the rows that its config switches on.
 LLAMA = (
     ("model.embed_tokens", "embedding"),
     ("model.layers.{}.input_layernorm", "layers/attention_norm"),
@@ -55,7 +55,7 @@ GPT_NEOX = (
     ("gpt_neox.final_layer_norm", "norm"),
     ("embed_out", "head"),
 )
-# (path of a tensor below ours, suffix of Hugging Face's name, turned)
+# (path of a tensor below ours, suffix of Hugging Face's name, transposed)
 PARTS = (("/kernel", ".weight", True), ("/scale", ".weight", False), ("/bias", ".bias", False))
 WHOLE = "expected JSON: give the folder of a whole model"
 LAYOUT = "1"  # of weights/: a folder written under another number is not the same output
@@ -119,14 +119,14 @@ def slots_of(modules: Sequence[tuple[str, str]], shapes, layers: int) -> dict[st
     """Hugging Face's name of every tensor -> its slot; `shapes` has the paths of ours."""
     table = {}
     for module, ours in modules:
-        tensors = [(ours + part, module + suffix, turned) for part, suffix, turned in PARTS]
+        tensors = [(ours + part, module + suffix, transposed) for part, suffix, transposed in PARTS]
         tensors.append(
             (ours, f"{module}.weight", ours == "head")
         )  # embedding and head have no part
-        for path, name, turned in tensors:
+        for path, name, transposed in tensors:
             if path in shapes:
                 for layer in range(layers) if "{}" in name else [None]:
-                    table[name.format(layer)] = Slot(path, layer, turned)
+                    table[name.format(layer)] = Slot(path, layer, transposed)
     return table
 
 
@@ -275,7 +275,7 @@ def open_hf(folder: Path) -> Source:
                 stored = part.get_dtype()
                 tensors[name] = tuple(part.get_shape()), DTYPES.get(stored, stored)
                 owner[name] = path
-    _check_quantised(folder, config, tensors)
+    _check_quantized(folder, config, tensors)
 
     def read(name: str) -> np.ndarray:
         with _opened(owner[name]) as file:
@@ -284,8 +284,8 @@ def open_hf(folder: Path) -> Source:
     return Source(str(folder), config, tensors, read, functools.partial(_copy_tokenizer, folder))
 
 
-def _check_quantised(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
-    """Raises InputError where tensors are quantised; config.json may still say so of others."""
+def _check_quantized(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """Raises InputError where tensors are quantized; config.json may still say so of others."""
     packed = [
         name
         for name, (_, dtype) in tensors.items()
@@ -295,7 +295,7 @@ def _check_quantised(folder: Path, config: dict[str, Any], tensors: dict[str, An
         found = config.get("quantization_config")
         method = found.get("quant_method") if isinstance(found, dict) else None
         raise InputError(
-            f"{folder}: found a quantised model ({errors.shown(method or packed[0])}), expected "
+            f"{folder}: found a quantized model ({errors.brief(method or packed[0])}), expected "
             "one whose weights are float32, float16 or bfloat16: give the model that it was made "
             "of; training can hold it in fewer bits, with --config.base_dtype=nf4 or int8"
         )

@@ -22,7 +22,7 @@ a target: the chosen answers are part of the prompt, so only the rejected ones a
 `shared_prefix` computes the prompt once for all its answers: an answer token sees the prompt up to
 its target's place and the earlier tokens of its own answer, and its position continues from that
 place. A row `[prompt | answers | next prompt | ...]` holds real tokens alone; only attention and
-the head see the padded grid `[prompt_BP | packed_BS]`. `padded` feeds M * C full rows an example,
+the head see the padded grid `[prompt_BP | packed_BS]`. `padded` feeds M * C full rows per example,
 as the official code does; it is the oracle. Both put the head on positions that predict an answer
 token and on no other, and an answer's end is a target, never an input.
 """
@@ -175,7 +175,7 @@ class Rows:
         x_WX = x_BX.reshape(*self.place_WX.shape, *x_BX.shape[2:])
         return _pick(x_WX, self.slot_WT, self.place_WX)
 
-    def spread(self, x_WT: jax.Array) -> jax.Array:
+    def unpack(self, x_WT: jax.Array) -> jax.Array:
         x_WX = _pick(x_WT, self.place_WX, self.slot_WT)
         return x_WX.reshape(*self.grid, *x_WT.shape[2:])
 
@@ -183,7 +183,7 @@ class Rows:
 def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_keys_W=None) -> jax.Array:
     """Sequence log-probs `logp_BMC` in nats, each prompt computed once; 0 where no target is.
 
-    `dropout_keys_W`: one key a row of `slot_WT`, or None for no dropout.
+    `dropout_keys_W`: one key per row of `slot_WT`, or None for no dropout.
     """
     window = decoder.config.window
     packed = PackedAnswers(batch, window)
@@ -192,7 +192,7 @@ def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_keys_W=None) -> j
     rows = Rows(batch["slot_WT"], jnp.concatenate([mask_BP, packed.valid_BS], 1))
 
     def attention(q, k, v, cache):
-        q, k, v = rows.spread(q), rows.spread(k), rows.spread(v)
+        q, k, v = rows.unpack(q), rows.unpack(k), rows.unpack(v)
         prompt = attend_causal(q[:, :P], k[:, :P], v[:, :P], mask_BP, decoder.dtype, window)
         answers = packed.attend(q[:, P:], (k[:, :P], v[:, :P]), (k[:, P:], v[:, P:]), decoder.dtype)
         return rows.pack(jnp.concatenate([prompt, answers], 1)), None
@@ -200,7 +200,7 @@ def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_keys_W=None) -> j
     tokens_WT = rows.pack(jnp.concatenate([batch["prompt_BP"], packed.tokens_BS], 1))
     positions_WT = rows.pack(jnp.concatenate([prompt_positions(mask_BP), packed.positions_BS], 1))
     hidden_WTD, _ = decoder(tokens_WT, positions_WT, attention, None, dropout_keys_W)
-    hidden_BXD = rows.spread(hidden_WTD)
+    hidden_BXD = rows.unpack(hidden_WTD)
     head_BED = _pick(hidden_BXD[:, :P], head_BE, _inverse(head_BE, P))
     logits_BYV = decoder.logits(jnp.concatenate([head_BED, hidden_BXD[:, P:]], 1))
     return answers_logp(logits_BYV, batch["predictor_BMCA"], batch)
@@ -220,7 +220,7 @@ def prompts_apart(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def padded_hidden(decoder: Decoder, batch: Batch, dropout_keys_W=None):
-    """M*C full rows an example, Z = B*M*C: their hidden states, and the answers with their mask.
+    """M*C full rows per example, Z = B*M*C: their hidden states, and the answers with their mask.
 
     Returns hidden_ZTD, answers_ZA, answers_mask_ZA; the last A of the T = P+A-1 places predict the
     answer's tokens.

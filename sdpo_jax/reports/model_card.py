@@ -11,7 +11,7 @@ from sdpo_jax.evaluation.results import read_results
 from sdpo_jax.models.store import read_meta
 from sdpo_jax.reports.markdown import fenced, plain
 from sdpo_jax.runs.config import RunConfig
-from sdpo_jax.runs.workdir import Run, same, stage_result
+from sdpo_jax.runs.workdir import Run, check_fingerprint, stage_result
 from sdpo_jax.system.hub import is_hub_name, name_and_revision
 
 # What the model does with a prompt of each kind, and how the prompt is filled in.
@@ -24,7 +24,7 @@ _PLACES = {
     "answer is a title and EOS.",
     "history": "The titles of the history take the place in brackets, oldest first, one per line, "
     "and the last line is ended too. The answer is a title; a line break ends it. Each title and "
-    "each line break is tokenised apart, without special tokens. Give token ids where a tokenizer "
+    "each line break is tokenized apart, without special tokens. Give token ids where a tokenizer "
     "joins a line break with what stands before it, as those of Llama 3 and Qwen join `)` with it.",
 }
 
@@ -41,7 +41,7 @@ def model_card(run: Run, stage: str, step: int, form: str) -> str:
         pipeline_tag="text-generation",
         tags=["recommendation", "S-DPO", "lora"],
     )
-    same(run, "dataset", c.dataset, fingerprint(Path(c.dataset)))
+    check_fingerprint(run, "dataset", c.dataset, fingerprint(Path(c.dataset)))
     lines = [
         f"---\n{header.to_yaml()}\n---",
         f"# {plain(data.get('dataset', data['domain']))}: {trained}",

@@ -48,7 +48,7 @@ Rows = Mapping[str, Sequence[Row]]  # by rank
 
 
 def choose_rows(run: Run, split: str | None = None) -> tuple[str, Rows]:
-    """The split and, per rank, one row a stage: at its best step if evaluated, else the last.
+    """The split and, per rank, one row per stage: at its best step if evaluated, else the last.
 
     `split` defaults to the one evaluated last. Raises InputError when nothing is evaluated.
     """

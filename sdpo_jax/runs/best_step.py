@@ -34,26 +34,26 @@ def best_of(scores: Mapping[int, float]) -> int:
     return max(sorted(scores), key=scores.__getitem__)
 
 
-class KeepForJudge:
-    """Orbax preservation policy: what is not judged yet, and the best of what is."""
+class KeepForEvaluator:
+    """Orbax preservation policy: what is not evaluated yet, and the best of what is."""
 
-    def __init__(self, judged: Callable[[], Mapping[int, float]]):
-        self._judged = judged
+    def __init__(self, evaluated: Callable[[], Mapping[int, float]]):
+        self._evaluated = evaluated
 
     def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
         scores = {
             step: score
-            for step, score in self._judged().items()
+            for step, score in self._evaluated().items()
             if step in {checkpoint.step for checkpoint in checkpoints}
         }
         best = best_of(scores) if scores else None
         return [c.step not in scores or c.step == best for c in checkpoints]
 
 
-def wait_for_judge(
-    judged: Callable[[], Mapping[int, float]], steps: Sequence[int], ask: Callable[[], None]
+def wait_for_evaluator(
+    evaluated: Callable[[], Mapping[int, float]], steps: Sequence[int], ask: Callable[[], None]
 ) -> None:
-    """Returns when every one of `steps` is judged; `ask` is called meanwhile and may raise."""
-    while set(steps) - set(judged()):
+    """Returns when every one of `steps` is evaluated; `ask` is called meanwhile and may raise."""
+    while set(steps) - set(evaluated()):
         ask()
         time.sleep(POLL_SECONDS)

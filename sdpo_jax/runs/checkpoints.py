@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sdpo_jax.runs.best_step import KeepForJudge
+from sdpo_jax.runs.best_step import KeepForEvaluator
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.files import check_room
 from sdpo_jax.system.processes import first_process
@@ -58,14 +58,14 @@ class Checkpoints:
     Args:
       directory: workdir/<stage>.
       read_only: for a reader beside the trainer: nothing is written, created or cleaned up.
-      judged: step -> score of another judge than the loss; what it has not seen is kept too.
+      evaluated: step -> score of another judge than the loss; what it has not seen is kept too.
     """
 
     def __init__(
         self,
         directory: Path,
         read_only: bool = False,
-        judged: Callable[[], Mapping[int, float]] | None = None,
+        evaluated: Callable[[], Mapping[int, float]] | None = None,
     ):
         policies = ocp.checkpoint_managers
         best = policies.BestN(
@@ -73,7 +73,7 @@ class Checkpoints:
             n=1,
             keep_checkpoints_without_metrics=False,
         )
-        keep = [policies.LatestN(2), KeepForJudge(judged) if judged else best]
+        keep = [policies.LatestN(2), KeepForEvaluator(evaluated) if evaluated else best]
         # Without a best_fn Orbax neither writes nor reads metrics, whatever the policy says.
         options = ocp.CheckpointManagerOptions(
             best_fn=lambda metrics: metrics["loss"],

@@ -12,7 +12,7 @@ from typing import Any
 from sdpo_jax.data.negatives import NEGATIVES
 from sdpo_jax.data.prompts import PROMPTS
 from sdpo_jax.system import errors
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import (
     ABOVE_ZERO,
     COUNT,
@@ -272,7 +272,7 @@ def _as_json(value: Any) -> Any:
 def _build(cls: type, tree: Any, where: str, advice: str) -> Any:
     if not isinstance(tree, Mapping):
         raise InputError(
-            f"{where.rstrip('.')}: found {shown(tree)}, expected keys and values{advice}"
+            f"{where.rstrip('.')}: found {brief(tree)}, expected keys and values{advice}"
         )
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := [name for name in tree if name not in fields]:
@@ -287,9 +287,9 @@ def _build(cls: type, tree: Any, where: str, advice: str) -> Any:
             continue
         expected, right = field.metadata["kind"]
         if not right(value):
-            raise InputError(f"{where}{name} is {shown(value)}, expected {expected}{advice}")
+            raise InputError(f"{where}{name} is {brief(value)}, expected {expected}{advice}")
         if field.metadata["path"] and value.startswith("~"):
-            value = errors.at_home(f"{where}{name}", value)
+            value = errors.expand_home(f"{where}{name}", value)
         values[name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
 
@@ -299,7 +299,7 @@ def _check_together(config: RunConfig) -> None:
         for name in ("chat_template", "item_vectors"):
             if getattr(config, name):
                 raise InputError(
-                    f"config.{name} is {shown(getattr(config, name))} beside "
+                    f"config.{name} is {brief(getattr(config, name))} beside "
                     "config.prompt='history', whose prompt is lines of titles: leave it out, or "
                     "set --config.prompt=candidates"
                 )
@@ -313,7 +313,7 @@ def _check_together(config: RunConfig) -> None:
         for name, value in found.items():
             if value not in able.get(name, ("",)):
                 raise InputError(
-                    f"config.{name} is {shown(value)} beside config.tune='full', which trains all "
+                    f"config.{name} is {brief(value)} beside config.tune='full', which trains all "
                     f"weights in float32: set --config.{name}={able.get(name, ('',))[0]}"
                 )
     if config.negatives == "hard" and config.hard_pool < config.num_negatives:

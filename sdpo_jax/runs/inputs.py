@@ -17,7 +17,7 @@ from sdpo_jax.models.peft import TENSORS
 from sdpo_jax.models.store import read_meta
 from sdpo_jax.models.tokenizer import load_tokenizer
 from sdpo_jax.runs.config import RunConfig
-from sdpo_jax.runs.workdir import Run, same
+from sdpo_jax.runs.workdir import Run, check_fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Inputs:
         without = dataclasses.replace(self.config.lora, init_from="")
         inputs = dataclasses.replace(self, config=dataclasses.replace(self.config, lora=without))
         for kind, found in inputs.fingerprints().items():
-            same(run, kind, paths[kind], found)
+            check_fingerprint(run, kind, paths[kind], found)
 
 
 def open_inputs(

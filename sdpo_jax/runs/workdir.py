@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_jax.runs.config import RunConfig, keys
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import (
     COUNT,
     NUMBER,
@@ -124,8 +124,8 @@ def _changed_wordings(before: Sequence[str], now: Sequence[str]) -> Iterator[str
         if old != new:
             start = max(0, _first_difference(old, new) - 10)
             yield (
-                f"prompt template {number} was …{shown(old[start : start + 40])}, now "
-                f"…{shown(new[start : start + 40])}"
+                f"prompt template {number} was …{brief(old[start : start + 40])}, now "
+                f"…{brief(new[start : start + 40])}"
             )
 
 
@@ -186,12 +186,12 @@ def read_run(workdir: Path) -> Run:
     )
 
 
-def kept_templates(workdir: Path) -> tuple[str, ...] | None:
+def stored_templates(workdir: Path) -> tuple[str, ...] | None:
     """The templates of the run in `workdir`, as they were when it was started; None: none is."""
     return read_run(workdir).templates if os.path.lexists(workdir / "config.json") else None
 
 
-def same(run: Run, kind: str, path: Path | str, found: str) -> None:
+def check_fingerprint(run: Run, kind: str, path: Path | str, found: str) -> None:
     """Raises InputError unless `found` is the run's fingerprint of a dataset or model."""
     expected = run.fingerprints.get(kind, "none")
     if found != expected:
@@ -201,10 +201,10 @@ def same(run: Run, kind: str, path: Path | str, found: str) -> None:
         )
 
 
-def same_dataset(workdir: Path, dataset: Path | str, found: str) -> None:
+def check_same_dataset(workdir: Path, dataset: Path | str, found: str) -> None:
     """Raises InputError where `workdir` is a run of another data set than `dataset`."""
     if os.path.lexists(workdir / "config.json"):
-        same(read_run(workdir), "dataset", dataset, found)
+        check_fingerprint(read_run(workdir), "dataset", dataset, found)
 
 
 def stage_result(workdir: Path, stage: str) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from sdpo_jax.system.errors import InputError, at_home
+from sdpo_jax.system.errors import InputError, expand_home
 
 
 def run_command(main: Callable[[Sequence[str]], None]) -> None:
@@ -39,7 +39,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
         except InputError as error:
             fail(error)
         except BrokenPipeError:
-            _end_unread()
+            _end_quietly()
 
     app.run(guarded, flags_parser=_parse)
 
@@ -55,7 +55,7 @@ def fail(error: object) -> NoReturn:
     sys.exit(2)
 
 
-def _end_unread() -> NoReturn:
+def _end_quietly() -> NoReturn:
     """Whoever read the output has gone, as of `| head`: nothing more is said."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
@@ -63,9 +63,11 @@ def _end_unread() -> NoReturn:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        return flags.FLAGS([_of_package(_at_home(_underscored(argument))) for argument in argv])
+        return flags.FLAGS(
+            [_packaged_config(_expanded(_underscored(argument))) for argument in argv]
+        )
     except BrokenPipeError:  # of --help
-        _end_unread()
+        _end_quietly()
     except (
         flags.Error,
         AttributeError,
@@ -79,7 +81,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         MemoryError,
         InputError,
     ) as error:
-        fail(_told(error))
+        fail(_message_of(error))
 
 
 def _underscored(argument: str) -> str:
@@ -94,15 +96,15 @@ def _underscored(argument: str) -> str:
 NO_PATHS = ("delimiter", "quote")  # options whose value may be "~" itself
 
 
-def _at_home(argument: str) -> str:
+def _expanded(argument: str) -> str:
     """`--name=~/path` with the home folder, as a shell has it in a word of its own."""
     name, equals, value = argument.partition("=")
     if not (name.startswith("-") and value.startswith("~")) or name.strip("-") in NO_PATHS:
         return argument
-    return f"{name}{equals}{at_home(name, value)}"
+    return f"{name}{equals}{expand_home(name, value)}"
 
 
-def _of_package(argument: str) -> str:
+def _packaged_config(argument: str) -> str:
     """`configs/…` of the package, in a clone or installed, where the current folder has none."""
     name, equals, value = argument.rpartition("=")
     file, colon, variant = value.partition(":")
@@ -113,7 +115,7 @@ def _of_package(argument: str) -> str:
     return f"{name}{equals}{found[0]}{colon}{variant}" if found else argument
 
 
-def _told(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     """What absl or ml_collections found wrong with the command line, without their wrapping."""
     text = str(error)
     if isinstance(error, flags.UnrecognizedFlagError):

@@ -18,17 +18,17 @@ _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
 
 
-def shown(value: object) -> str:
+def brief(value: object) -> str:
     """A value out of a file, as messages tell it: its `repr`, cut where it is long or deep."""
     return _SHORT.repr(value)
 
 
-def at_home(name: str, path: str) -> str:
+def expand_home(name: str, path: str) -> str:
     """`path` with the home folder for "~". Raises InputError that names what holds it."""
     found = os.path.expanduser(path)
     if found.startswith("~"):
         raise InputError(
-            f"{name}: found {shown(path)}, expected the home folder of a user that is here: write "
+            f"{name}: found {brief(path)}, expected the home folder of a user that is here: write "
             "the path whole"
         )
     return found

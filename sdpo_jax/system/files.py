@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 
 LEVELS = 64  # of lists and objects in each other: deeper ones would break what walks them
 Kind = tuple[str, Callable[[Any], bool]]  # what is expected, and whether a value is that
@@ -177,7 +177,7 @@ def check_keys(where: object, content: Any, kinds: Mapping[str, Kind], advice: s
         if key not in content and key != name:
             continue
         if key not in content or not right(content[key]):
-            found = shown(content[key]) if key in content else "nothing"
+            found = brief(content[key]) if key in content else "nothing"
             raise InputError(f"{where}: {key}: found {found}, expected {expected}: {advice}")
 
 

@@ -48,7 +48,7 @@ def join_processes(
 
     Args:
       coordinator: "host:port" on the host of process 0, with the two numbers below; "auto": JAX
-        asks the cluster (TPU slices); "": the steps of Slurm and Open MPI are recognised, and
+        asks the cluster (TPU slices); "": the steps of Slurm and Open MPI are recognized, and
         anything else is a run of one process.
       processes: how many there are.
       process: the number of this one.

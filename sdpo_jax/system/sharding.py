@@ -55,17 +55,17 @@ def local_shards(mesh: Mesh) -> list[int]:
     return [i for i, part in enumerate(owners) if any(d.process_index == here for d in part)]
 
 
-def put(batch: dict[str, np.ndarray], placed: NamedSharding) -> dict[str, jax.Array]:
+def shard_local(batch: dict[str, np.ndarray], placed: NamedSharding) -> dict[str, jax.Array]:
     """Each process's rows of a batch, onto the devices of all."""
     return {name: jax.make_array_from_process_local_data(placed, x) for name, x in batch.items()}
 
 
-def put_whole(x: np.ndarray, placed: NamedSharding) -> jax.Array:
+def shard_whole(x: np.ndarray, placed: NamedSharding) -> jax.Array:
     """An array that every process holds whole."""
     return jax.make_array_from_callback(x.shape, placed, x.__getitem__)
 
 
-def fetch(x: jax.Array) -> np.ndarray:
+def to_host(x: jax.Array) -> np.ndarray:
     """The whole array on every host, wherever its shards lie; all processes must ask."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)

@@ -11,7 +11,7 @@ from sdpo_jax.data import loader
 from sdpo_jax.data.tokens import Example
 from sdpo_jax.system import sharding
 from sdpo_jax.system.processes import StopSignal
-from sdpo_jax.training.order import dealt
+from sdpo_jax.training.order import balanced
 from sdpo_jax.training.progress import progress_bar
 from sdpo_jax.training.step import make_logp
 
@@ -50,7 +50,7 @@ class Inference:
         """
         order = list(range(len(examples)))
         order += order[-1:] * (-len(order) % self.batch_size)  # full batches; repeats are dropped
-        order = dealt(examples, order, len(order) // self.microbatch)
+        order = balanced(examples, order, len(order) // self.microbatch)
         cut = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         ends = np.cumsum([example.M for example in examples])
         shape = (int(ends[-1]), examples[0].C)
@@ -78,7 +78,7 @@ class Inference:
                 save(out)
                 saved = time.monotonic()
             stop.check()
-            batch = sharding.put(batch, placed)
+            batch = sharding.shard_local(batch, placed)
             logp_BMC = jax.device_get(self._logp(lora, self.base, batch))
             for i, logp_MC in zip(part, logp_BMC, strict=True):
                 parts[i][:] = logp_MC[: len(parts[i])]

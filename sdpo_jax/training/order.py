@@ -98,7 +98,7 @@ def _drawn(
     return [negatives.draw(split, row, count, key.draw, last) if count else [] for row in rows]
 
 
-def chosen_in_band(logp_MC: np.ndarray, count: int, band: Sequence[float]) -> np.ndarray:
+def select_in_band(logp_MC: np.ndarray, count: int, band: Sequence[float]) -> np.ndarray:
     """[M, 1 + count]: the preferred answer, and `count` others whose log-probs lie in a band.
 
     The others are ordered from the most likely on; `band` is the share of them that is left out
@@ -112,7 +112,7 @@ def chosen_in_band(logp_MC: np.ndarray, count: int, band: Sequence[float]) -> np
     return np.concatenate([np.zeros((len(order_MK), 1), int), order_MK[:, places]], 1)
 
 
-def dealt(examples, keys: Sequence[Any], rows: int) -> list[Any]:
+def balanced(examples, keys: Sequence[Any], rows: int) -> list[Any]:
     """`keys` in an order in which `rows` equal runs of their examples have nearly equal lengths."""
-    order = loader.deal([examples[k].tokens for k in keys], rows)
+    order = loader.balance([examples[k].tokens for k in keys], rows)
     return [keys[i] for i in order]

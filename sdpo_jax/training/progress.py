@@ -66,7 +66,7 @@ class Progress:
       folder: workdir/metrics.
       stage: its name.
       first: steps done before this process, of `steps` in all.
-      batch_size: examples a step.
+      batch_size: examples per step.
       log_every: steps whose metrics are averaged into one line.
       schedule: step -> learning rate.
       parameters: of the model, for its FLOPs.

@@ -15,14 +15,14 @@ import numpy as np
 
 from sdpo_jax.data.tokens import Example
 from sdpo_jax.system.files import whole_file
-from sdpo_jax.system.sharding import fetch
+from sdpo_jax.system.sharding import to_host
 
 
 def fingerprint(base: str, lora: Any, examples: Sequence[Example], settings: Mapping) -> str:
     """SHA-256 over base, adapter, tokens and the settings that change log-probs."""
     digest = hashlib.sha256(json.dumps([base, dict(settings)], sort_keys=True).encode())
     for leaf in jax.tree.leaves(lora):
-        digest.update(fetch(leaf).tobytes())
+        digest.update(to_host(leaf).tobytes())
     for example in examples:
         for ids in (example.prompt, np.array(example.places, np.int32), *example.answers):
             digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())

@@ -33,7 +33,7 @@ from sdpo_jax.training.device_stats import traced
 from sdpo_jax.training.inference import Inference, by_example
 from sdpo_jax.training.loop import Loop
 from sdpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from sdpo_jax.training.order import Key, chosen_in_band, curriculum, dealt, encode, plan, redrawn
+from sdpo_jax.training.order import Key, balanced, curriculum, encode, plan, redrawn, select_in_band
 from sdpo_jax.training.progress import NotANumber, Progress
 from sdpo_jax.training.step import (
     Objective,
@@ -133,18 +133,20 @@ class Stage:
         train, validation = found
         if self.config.negatives == "hard":
             keys, examples = list(self.train_examples), list(self.train_examples.values())
-            examples, train = self._hard(examples, train)
+            examples, train = self._hard_negatives(examples, train)
             self.train_examples = dict(zip(keys, examples, strict=True))
-            self.validation_examples, validation = self._hard(self.validation_examples, validation)
+            self.validation_examples, validation = self._hard_negatives(
+                self.validation_examples, validation
+            )
         return dict(zip(self.train_examples, train, strict=True)), validation
 
-    def _hard(
+    def _hard_negatives(
         self, examples: Sequence[Example], logp: Sequence[np.ndarray]
     ) -> tuple[list[Example], list[np.ndarray]]:
         """The examples with the K negatives of the configured band, and their log-probs."""
         kept, of_kept = [], []
         for example, logp_MC in zip(examples, logp, strict=True):
-            chosen_MC = chosen_in_band(logp_MC, self.K, self.config.hard_band)
+            chosen_MC = select_in_band(logp_MC, self.K, self.config.hard_band)
             answers = tuple(
                 tuple(of[c] for c in chosen_C)
                 for of, chosen_C in zip(example.answers_MC, chosen_MC, strict=True)
@@ -164,7 +166,7 @@ class Stage:
         }
         grouped = loader.grouped_batches(self.order, lengths, size, self.config.seed, alike)
         rows = size // self.config.microbatch
-        return [dealt(self.train_examples, part, rows) for part in grouped]
+        return [balanced(self.train_examples, part, rows) for part in grouped]
 
     def batches(
         self, references: dict[Key, np.ndarray] | None, start: int
@@ -235,7 +237,7 @@ class Stage:
         compiled = self.compiled_step(lora, optimizer)
         # All weights may be in it: a second copy would be memory that `memory` does not count.
         state, before = init_state(lora, optimizer, self.mesh, donate=True), 0.0
-        checkpoints = Checkpoints(self.workdir / self.name, judged=self.judged())
+        checkpoints = Checkpoints(self.workdir / self.name, evaluated=self.evaluated())
         if checkpoints.steps():
             state, position = checkpoints.restore_newest(state)
             before = position["seconds"]
@@ -259,7 +261,7 @@ class Stage:
         batches = traced(batches, self.workdir / "profile" / self.name, c.profile_steps)
 
         def step(state, batch):
-            return compiled(state, self.model.base, sharding.put(batch, placed))
+            return compiled(state, self.model.base, sharding.shard_local(batch, placed))
 
         try:
             loop.run(step, batches, self.tokens)
@@ -294,7 +296,7 @@ class Stage:
             c.tune == "full",
         )
 
-    def judged(self) -> Callable[[], dict[int, float]] | None:
+    def evaluated(self) -> Callable[[], dict[int, float]] | None:
         """What gives step -> HR@1 so far, where not the loss decides on the best step."""
         by = self.config.best_by
         if by == "loss":
@@ -304,11 +306,11 @@ class Stage:
 
     def best_step(self, checkpoints: Checkpoints) -> int:
         """The step to go on from; waits for the judge where there is one."""
-        judged, losses = self.judged(), checkpoints.losses()
-        if judged is None:
+        evaluated, losses = self.evaluated(), checkpoints.losses()
+        if evaluated is None:
             return checkpoints.best_step()
         print(
-            f"{self.name}: waiting until all of its checkpoints are judged by python -m "
+            f"{self.name}: waiting until all of its checkpoints are evaluated by python -m "
             f"sdpo_jax.evaluate --workdir={self.workdir} --follow "
             f"--split={self.config.validation_split} --decoder={self.config.best_by}"
         )
@@ -318,8 +320,8 @@ class Stage:
                 self.stop.ask()
                 self.stop.check()
 
-        first_process(lambda: best_step.wait_for_judge(judged, list(losses), ask))
-        return best_step.best_of({step: judged()[step] for step in losses})
+        first_process(lambda: best_step.wait_for_evaluator(evaluated, list(losses), ask))
+        return best_step.best_of({step: evaluated()[step] for step in losses})
 
     def tokens(self, step: int) -> int:
         """How many real tokens `step` takes, the first being 1."""

@@ -99,7 +99,7 @@ def lower_step(
     """
     place = sharding.placement(mesh)
     graphdef, adapter, base = abstract_model(config, lora, dtype, remat, place, base_dtype)
-    base_bytes = _bytes_a_device(base)
+    base_bytes = _bytes_per_device(base)
     if jax.default_backend() == "cpu":
         wide = "same" if base_dtype == "bf16" else base_dtype
         graphdef, adapter, base = abstract_model(config, lora, jnp.float32, remat, place, wide)
@@ -115,7 +115,7 @@ def lower_step(
     step = make_train_step(make_logp(graphdef, layout), objective, optimizer, placed, mesh)
     batch = abstract_batch(examples, mesh)
     lowered = step.lower(state, base, batch)
-    return LoweredStep(lowered, base_bytes, _bytes_a_device(state), _bytes_a_device(batch))
+    return LoweredStep(lowered, base_bytes, _bytes_per_device(state), _bytes_per_device(batch))
 
 
 def abstract_batch(examples: Sequence[Example], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -154,7 +154,7 @@ def _abstract(state: nnx.State, place) -> nnx.State:
     return jax.tree.map(one, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def _bytes_a_device(tree) -> int:
+def _bytes_per_device(tree) -> int:
     shapes = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
     return sum(int(np.prod(shape)) * jnp.dtype(dtype).itemsize for shape, dtype in shapes)
 

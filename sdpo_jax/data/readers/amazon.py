@@ -16,7 +16,7 @@ from sdpo_jax.data.readers.sources import Sessions
 from sdpo_jax.data.readers.times import Clock
 from sdpo_jax.data.sequences import MAX_HISTORY
 from sdpo_jax.data.text import plain
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import NUMBER, TEXT, UTF8, Kind, list_of
 
 WINDOWS = ("items.jsonl", "train_sequences.jsonl", "valid.jsonl", "test.jsonl")
@@ -133,14 +133,14 @@ def _read_windows(path: Path) -> Sessions:
         if record["id"] in titles:
             raise raw.bad(where, f"id {record['id']} a second time", "each id once")
         if not is_title(record["title"]):
-            raise raw.bad(where, f"title {shown(record['title'])}", "one line of text")
+            raise raw.bad(where, f"title {brief(record['title'])}", "one line of text")
         titles[record["id"]] = record["title"]
     own: dict[User, list[int]] = {}
     placed: dict[str, list[tuple[User, int]]] = {"train": [], "val": [], "test": []}
     for where, record in raw.records(train, {"user": _USER, "items": list_of(_ID)}):
         user = record["user"]
         if user in own:
-            raise raw.bad(where, f"user {shown(user)} a second time", "each user once")
+            raise raw.bad(where, f"user {brief(user)} a second time", "each user once")
         own[user] = _known(where, record["items"], titles)
         placed["train"] += [(user, place) for place in range(1, len(own[user]))]
     kinds = {"user": _USER, "history": list_of(_ID), "target": _ID}
@@ -151,7 +151,7 @@ def _read_windows(path: Path) -> Sessions:
                 raise raw.bad(where, f"a history of {len(history)} items", f"1 to {MAX_HISTORY}")
             before = own.setdefault(user, history)
             if before[-MAX_HISTORY:] != history:
-                found = f"history {shown(history)} of user {shown(user)}"
+                found = f"history {brief(history)} of user {brief(user)}"
                 raise raw.bad(where, found, f"{before[-MAX_HISTORY:]}, what it had until here")
             own[user] = [*before, *_known(where, [record["target"]], titles)]
             placed[split].append((user, len(before)))

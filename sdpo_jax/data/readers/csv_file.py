@@ -12,7 +12,7 @@ from sdpo_jax.data.prepared import is_title
 from sdpo_jax.data.readers import raw
 from sdpo_jax.data.readers.times import Clock
 from sdpo_jax.data.text import plain, text_lines
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 
 COLUMNS = ("user", "item", "title", "timestamp")
 DELIMITERS = (",", ";", "\t", "|")
@@ -57,7 +57,7 @@ class Form:
             name, equals, found = (part.strip() for part in pair.partition("="))
             if name not in known or not equals or not (found or name == "rating"):
                 raise InputError(
-                    f"--columns: found {shown(pair)}, expected our name = the header's, ours being "
+                    f"--columns: found {brief(pair)}, expected our name = the header's, ours being "
                     f"{', '.join(known)}: as user=reviewerID,item=asin"
                 )
             names[name] = found
@@ -70,7 +70,7 @@ class Form:
         }
         for flag, (value, words) in given.items():
             if len(value) > 1 or value in ("\n", "\r"):
-                raise InputError(f"--{flag}: found {shown(value)}, expected a character{words}")
+                raise InputError(f"--{flag}: found {brief(value)}, expected a character{words}")
         return cls(names, delimiter, quote, encoding, escape)
 
     def reader(self, lines: Iterator[str], delimiter: str):
@@ -104,8 +104,8 @@ def read_csv(path: Path, form: Form | None = None) -> Interactions:
         if item not in titles:
             titles[item], attributes[item] = row["title"], {"item": row["item"]} | more
         if titles[item] != row["title"] and plain(titles[item]) != plain(row["title"]):
-            found = f"item {shown(row['item'])} with the title {shown(row['title'])}"
-            raise raw.bad(where, found, f"{shown(titles[item])} as in its first line")
+            found = f"item {brief(row['item'])} with the title {brief(row['title'])}"
+            raise raw.bad(where, found, f"{brief(titles[item])} as in its first line")
         rated = "rating" in row
         rating = raw.number(where, "rating", row["rating"]) if rated else 0.0
         rows.add(row["user"], item, rating, clock.seconds(where, row["timestamp"]))
@@ -192,7 +192,7 @@ def _places(path: Path, header: list[str], form: Form) -> tuple[dict[str, int], 
     for name, column in names.items():
         count = header.count(column) if column else 0
         if count > 1 or (count == 0 and (name != "rating" or form.columns.get(name))):
-            found = f"{count} columns {column!r} in {shown(header)}"
+            found = f"{count} columns {column!r} in {brief(header)}"
             raise raw.bad(
                 f"{path}:1", found, f"one of each of {', '.join(COLUMNS)}, or --columns={name}=NAME"
             )
@@ -208,7 +208,7 @@ def _places(path: Path, header: list[str], form: Form) -> tuple[dict[str, int], 
         if name and place not in used and name not in _OURS
     }
     if twice := [name for name in further if header.count(name) > 1]:
-        raise raw.bad(f"{path}:1", f"2 columns {shown(twice[0])}", "each column once")
+        raise raw.bad(f"{path}:1", f"2 columns {brief(twice[0])}", "each column once")
     return places, further
 
 
@@ -218,7 +218,7 @@ def _check_ratings(path: Path, header: list[str]) -> None:
         words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
         if any(map(_RATING.fullmatch, words)) and not any(map(_OF_MANY.fullmatch, words)):
             raise InputError(
-                f"{path}:1: found column {shown(name)} and none of the name rating, expected to "
+                f"{path}:1: found column {brief(name)} and none of the name rating, expected to "
                 f"know whether it rates: give --columns=rating={name}, or --columns=rating= to "
                 "count every row as liked"
             )
@@ -229,7 +229,7 @@ def _check(where: str, row: dict[str, str]) -> None:
         if not row[name]:
             raise raw.bad(where, f"an empty {name}", "any text")
         if _ROUNDED.fullmatch(row[name]):
-            found = f"{name} {shown(row[name])}, rounded as spreadsheets do"
+            found = f"{name} {brief(row[name])}, rounded as spreadsheets do"
             raise raw.bad(where, found, "all digits: save the column again as text")
     if not is_title(row["title"]):
-        raise raw.bad(where, f"title {shown(row['title'])}", "one line of text")
+        raise raw.bad(where, f"title {brief(row['title'])}", "one line of text")

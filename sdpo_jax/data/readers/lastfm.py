@@ -8,7 +8,7 @@ from sdpo_jax.data.prepared import User, UserSequence, Window
 from sdpo_jax.data.readers import raw
 from sdpo_jax.data.readers.sources import Sessions, read_id2name, read_json, read_sequences
 from sdpo_jax.data.sequences import MAX_HISTORY, SPLITS, all_windows
-from sdpo_jax.system.errors import shown
+from sdpo_jax.system.errors import brief
 
 # History, candidates and target, as titles.
 _Row = tuple[list[str], list[str], str]
@@ -82,7 +82,7 @@ def _problem(row: object) -> str | None:
         if any(type(title) is not str or not title.strip() for title in titles):
             return "a title that is empty or no text"
     if target not in listed:
-        return f"trueSelection {shown(target)} outside itemList"
+        return f"trueSelection {brief(target)} outside itemList"
     return "a title twice in itemList" if len(set(listed)) < len(listed) else None
 
 

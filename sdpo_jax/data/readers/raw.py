@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from sdpo_jax.data.text import text_lines
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import Kind, check_keys
 
 LONGEST = 1 << 24  # bytes of a line; the longest books have some 100 kB
@@ -191,7 +191,7 @@ def whole(where: str, name: str, text: str) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise bad(where, f"{name} {shown(text)}", "a whole number") from error
+        raise bad(where, f"{name} {brief(text)}", "a whole number") from error
 
 
 def records(file: Path, kinds: Mapping[str, Kind]) -> Generator[tuple[str, dict]]:

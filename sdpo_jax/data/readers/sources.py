@@ -9,7 +9,7 @@ from sdpo_jax.data.prepared import User, UserSequence, Window
 from sdpo_jax.data.readers import raw
 from sdpo_jax.data.sequences import SPLITS, Splits
 from sdpo_jax.data.text import text_lines
-from sdpo_jax.system.errors import shown
+from sdpo_jax.system.errors import brief
 from sdpo_jax.system.files import parse_json
 
 
@@ -49,13 +49,13 @@ def read_sequences(
     seen: set[User] = set()
     for split in SPLITS:
         if type(content[split]) is not list:
-            raise raw.bad(f"{file}: {split}", shown(content[split]), "a list of sequences")
+            raise raw.bad(f"{file}: {split}", brief(content[split]), "a list of sequences")
         splits[split] = {}
         for row, sequence in enumerate(content[split]):
             where = f"{file}: {split}[{row}]"
             user, items = _user_and_items(where, sequence, len(seen), names[1], titles)
             if user in seen:
-                raise raw.bad(where, f"user {shown(user)} a second time", "each user once")
+                raise raw.bad(where, f"user {brief(user)} a second time", "each user once")
             seen.add(user)
             splits[split][user] = UserSequence(user, tuple(items))
     return Sequences(titles, splits, raw.digests(files))
@@ -68,9 +68,9 @@ def _user_and_items(
     if isinstance(sequence, dict):
         user, items = sequence.get("user"), sequence.get("items")
     if type(user) is not int and type(user) is not str:
-        raise raw.bad(where, f"user {shown(user)}", "an integer or a string")
+        raise raw.bad(where, f"user {brief(user)}", "an integer or a string")
     if type(items) is not list or any(type(item) is not int for item in items):
-        raise raw.bad(where, shown(items), "a list of item ids")
+        raise raw.bad(where, brief(items), "a list of item ids")
     if unknown := [item for item in items if item not in titles]:
         raise raw.bad(where, f"item {unknown[0]}", f"an id of {id2name}")
     if len(set(items)) < len(items):

@@ -6,7 +6,7 @@ import math
 from datetime import UTC, datetime
 
 from sdpo_jax.data.readers import raw
-from sdpo_jax.system.errors import InputError, shown
+from sdpo_jax.system.errors import InputError, brief
 
 # Moments from 1979 to 2128 lie in the first range as seconds, in the next as milliseconds, …; no
 # number is in two of them.
@@ -43,7 +43,7 @@ class Clock:
         found = _iso(where, text) if found is None else found
         if self._form not in (None, form):
             expected = f"{self._form} as in the lines before"
-            raise raw.bad(where, f"timestamp {shown(text)}, {form}", expected)
+            raise raw.bad(where, f"timestamp {brief(text)}, {form}", expected)
         self._form = form
         if form == "a number":
             self.number(where, text, found)
@@ -69,14 +69,14 @@ class Clock:
             (most, usual), *others = sorted(self._units.items(), key=lambda unit: -unit[1].count)
             unit, odd = others[0]
             raise InputError(
-                f"{odd.where}: found timestamp {shown(odd.text)}, which is {unit} as in "
+                f"{odd.where}: found timestamp {brief(odd.text)}, which is {unit} as in "
                 f"{odd.count:,} of {self.count:,} rows, expected {most} as in {usual.count:,} rows "
                 f"({usual.where}): write all in one unit"
             )
         if self._rounded is None or self._finest < 1 or 2 * self._rounded.count < self.count:
             return ""
         return (
-            f"{self._rounded.where}: found timestamp {shown(self._rounded.text)}, rounded to "
+            f"{self._rounded.where}: found timestamp {brief(self._rounded.text)}, rounded to "
             f"{10**self._finest:,} as spreadsheets do, in {self._rounded.count:,} of "
             f"{self.count:,} rows"
         )
@@ -95,5 +95,5 @@ def _iso(where: str, text: str) -> float:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
         expected = "a number or ISO 8601 (2026-11-24T12:30:00Z)"
-        raise raw.bad(where, f"timestamp {shown(text)}", expected) from error
+        raise raw.bad(where, f"timestamp {brief(text)}", expected) from error
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

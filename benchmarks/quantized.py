@@ -1,6 +1,6 @@
 """What a base in fewer bits changes: logits, and log-probs of the 20 candidates, against float32.
 
-    python -m benchmarks.quantised --model=runs/quickstart/model --dataset=runs/quickstart/data \
+    python -m benchmarks.quantized --model=runs/quickstart/model --dataset=runs/quickstart/data \
         --windows=64 --output=FILE.json
 
 Every base is loaded as training loads it, without an adapter; products are in float32, so that the

@@ -1,1 +1,1 @@
-"""The programs behind the speed figures of docs/speed.md."""
+"""Programs that measure the speed figures of docs/speed.md."""

@@ -1,10 +1,10 @@
-"""All benchmarks of this machine, into benchmarks/results/<device>.json.
+"""All benchmarks of this machine, written to benchmarks/results/<device>.json.
 
     python -m benchmarks --model=runs/quickstart/model --dataset=runs/quickstart/data
 
-What `make bench` runs, in an hour and a quarter on two cores; docs/speed.md has its tables from the
-file. Each part is a process of its own, which has the memory to itself, and is in the file as soon
-as it is done: the same command goes on with those that are missing. Leave the machine alone.
+`make bench` runs this, in an hour and a quarter on two cores; docs/speed.md has tables of the file.
+Each part is a separate process, which has the memory to itself. It is written to the file when it
+is done; the same command runs only the missing parts. Run nothing else on the machine.
 """
 
 import subprocess
@@ -47,7 +47,7 @@ def parts(dataset: str, others: Sequence[str], repeats: int) -> dict[str, list[s
 
 
 def measure(part: Sequence[str], model: str) -> dict:
-    """What a benchmark writes, from a process of its own."""
+    """The result of one benchmark, run in a separate process. Raises InputError if it fails."""
     module, *arguments = part
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
@@ -56,7 +56,7 @@ def measure(part: Sequence[str], model: str) -> dict:
         if done.returncode:
             raise InputError(
                 f"benchmarks.{module} {' '.join(arguments)}: found exit status {done.returncode}, "
-                "expected 0: see what it said above"
+                "expected 0: see its output above"
             )
         return workload.read_result(output)
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     failed = []
     for name, part in parts(args.dataset, args.others, args.repeats).items():
         if name in result:
-            print(f"{name}: is in {file}; remove it there to measure anew")
+            print(f"{name}: already in {file}; remove it there to measure it again")
             continue
         print(f"\n{name}", flush=True)
         try:
@@ -83,8 +83,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "folder of sdpo_jax.convert", required=True)
-    flags.DEFINE_string("dataset", None, "folder of sdpo_jax.prepare", required=True)
-    flags.DEFINE_list("others", [], "more folders of sdpo_jax.prepare, for a step at K = 3")
-    flags.DEFINE_integer("repeats", 5, "timed steps of each side", lower_bound=1)
+    flags.DEFINE_string("model", None, "folder written by sdpo_jax.convert", required=True)
+    flags.DEFINE_string("dataset", None, "folder written by sdpo_jax.prepare", required=True)
+    flags.DEFINE_list("others", [], "more folders of sdpo_jax.prepare: loader, step at K = 3")
+    flags.DEFINE_integer("repeats", 5, "timed steps per side", lower_bound=1)
     run_command(main)

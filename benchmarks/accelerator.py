@@ -1,11 +1,11 @@
-"""What needs an accelerator, in one call of under ten minutes.
+"""All measurements on an accelerator, in one command of under ten minutes.
 
     python -m benchmarks.accelerator --model=runs/quickstart/model \
         --datasets=runs/movielens/data,runs/lastfm/data
 
-One epoch of both stages with the small model on each data set and its evaluation, then the step of
-a Llama2-7B shape with random weights, then attention kernels. --size=toy does the same in a minute
-on any CPU.
+Three parts: one epoch of both stages with the small model on each data set, with its evaluation;
+the step of a Llama2-7B shape with random weights; attention kernels. --size=toy runs all in a
+minute on any CPU.
 """
 
 import json
@@ -24,7 +24,7 @@ from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.processes import set_up_jax
 
 VARIANT = {"7b": "medium", "toy": "smoke"}  # of configs/movielens.py
-WINDOWS = 400  # of the test split, that are evaluated
+WINDOWS = 400  # evaluated, of the test split
 STEPS = {  # remats, numbers of negatives, batch, microbatches
     "7b": (("least", "full", "cheap"), (3, 15), 128, (4, 8)),
     "toy": (("full",), (3,), 4, (2,)),
@@ -32,7 +32,7 @@ STEPS = {  # remats, numbers of negatives, batch, microbatches
 
 
 def train(model: Path, dataset: Path, size: str) -> dict:
-    """Trains and evaluates in processes of their own, which give the device's memory back."""
+    """Trains and evaluates in separate processes, which free the device's memory at their end."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         seconds = {
@@ -59,19 +59,19 @@ def train(model: Path, dataset: Path, size: str) -> dict:
 
 
 def _run(command: str, *arguments: str) -> float:
-    """Seconds that a command of the package took."""
+    """Seconds of a command of the package. Raises InputError if it fails."""
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", f"sdpo_jax.{command}", *arguments], check=False)
     if done.returncode:
         raise InputError(
             f"sdpo_jax.{command} {' '.join(arguments)}: found exit status {done.returncode}, "
-            "expected 0: see what it said above"
+            "expected 0: see its output above"
         )
     return time.perf_counter() - started
 
 
 def benchmark(model: Path, datasets: Sequence[Path], size: str, repeats: int) -> dict:
-    """All three parts, training first, while this process holds no device."""
+    """All three parts; training is first, before this process uses the device."""
     trained = [train(model, dataset, size) for dataset in datasets]
     set_up_jax("bfloat16")
     return {
@@ -89,18 +89,21 @@ def main(argv: Sequence[str]) -> None:
         *((d, "dataset.json") for d in datasets),
     ):
         if not (folder / file).is_file():
-            raise InputError(f"{folder}: found no {file}, expected a folder of prepare or convert")
+            raise InputError(
+                f"{folder}: found no {file}, expected a folder written by sdpo_jax.convert or "
+                "sdpo_jax.prepare: correct --model or --datasets"
+            )
     result = benchmark(Path(args.model), datasets, args.size, args.repeats)
-    file = workload.result_file()  # holds what `python -m benchmarks` measured, and keeps it
+    file = workload.result_file()  # the result of `python -m benchmarks`: not overwritten
     file = args.output or str(file.with_stem(f"{file.stem}-accelerator"))
     workload.write_result(result, file)
     print(f"written to {file}")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "folder of sdpo_jax.convert", required=True)
-    flags.DEFINE_list("datasets", None, "folders of sdpo_jax.prepare", required=True)
-    flags.DEFINE_enum("size", "7b", list(VARIANT), "of the large step, and length of the runs")
+    flags.DEFINE_string("model", None, "folder written by sdpo_jax.convert", required=True)
+    flags.DEFINE_list("datasets", None, "folders written by sdpo_jax.prepare", required=True)
+    flags.DEFINE_enum("size", "7b", list(VARIANT), "shape of the large step and length of the runs")
     flags.DEFINE_integer("repeats", 5, "timed steps", lower_bound=1)
     flags.DEFINE_string("output", "", "JSON file; default: one in benchmarks/results")
     run_command(main)

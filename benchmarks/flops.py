@@ -1,7 +1,8 @@
 """FLOPs of the matrix products of a function, without running it.
 
-XLA's cost analysis counts the body of a loop once, and a decoder is a loop over its layers, so the
-products are counted in the traced program, each as often as the loops around it run.
+XLA's cost analysis counts the body of a loop once, and a decoder is a loop over its layers.
+Therefore the products are counted in the traced program, once per iteration of the loops around
+them.
 """
 
 import math
@@ -12,7 +13,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def matrix_flops(function: Callable, *args) -> int:
-    """Two FLOPs for each multiply-add of every product in `function(*args)`."""
+    """FLOPs of the matrix products in `function(*args)`, two per multiply-add."""
     return _flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
@@ -29,7 +30,7 @@ def _flops(jaxpr: Jaxpr) -> int:
 
 
 def _inside(params: dict) -> Iterator[Jaxpr]:
-    """The programs that an equation runs."""
+    """The inner programs of an equation, such as the body of a loop."""
     for value in params.values():
         for one in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(one, ClosedJaxpr):

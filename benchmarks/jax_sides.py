@@ -1,11 +1,10 @@
-"""JAX sides of the step benchmark: `ours`, and `strong`, the same step on K+1 full rows a prompt.
+"""JAX sides of the step benchmark: `ours`, and `strong`, the same step on K+1 full rows per prompt.
 
-Both hold the base once and cache the reference's log-probs; a pass over the reference is counted
-as one part in EPOCHS of every step, since a stage of so many epochs computes it once. One answer
-(K = 0) is SFT, which has no reference.
+Both store the base once and cache the reference's log-probs. A stage of EPOCHS epochs computes
+these once, so every step includes 1/EPOCHS of the reference's pass. One answer (K = 0) is SFT,
+which has no reference.
 """
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,22 +21,15 @@ from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.store import load_model
 from sdpo_jax.system import sharding
 from sdpo_jax.training.optimizer import make_optimizer
-from sdpo_jax.training.step import (
-    init_state,
-    make_logp,
-    make_train_step,
-    preference_objective,
-    sft_objective,
-    state_shardings,
-)
+from sdpo_jax.training.step import build_step, make_logp, make_objective
 
-EPOCHS = 3  # the paper's, in stage 2
-# Layout and what is computed again in the backward pass.
+EPOCHS = 3  # of the paper's stage 2
+# Name -> batch layout, recomputation in the backward pass.
 SIDES = {"ours": ("shared_prefix", "cheap"), "strong": ("padded", "none")}
 
 
 class JaxSide:
-    """One layout of the rows."""
+    """A step with one batch layout."""
 
     def __init__(self, name: str, model: Path, dtype: str):
         self.layout, remat = SIDES[name]
@@ -47,22 +39,19 @@ class JaxSide:
         )
 
     def prepare(self, examples: Sequence[Example]) -> tuple[Callable[[], float], dict]:
-        """Compiles for a batch; returns what runs and times one step of it, and its facts."""
+        """Compiles a step for a batch; returns a function that runs and times it, and its facts."""
         C = examples[0].C
         at_once = packed_at_once(examples)
         if self.layout == "padded":
             at_once = full_rows_at_once(len(examples), C)
-        batch, real = self.batch(examples, at_once)
+        batch = self.batch(examples, at_once)
         logp = make_logp(self.model.graphdef, self.layout)
         reference = jax.jit(lambda *args: jax.lax.map(lambda part: logp(*args[:2], part), args[2]))
         logp_XBMC = reference(self.model.lora, self.model.base, batch)
         batch["reference_logp_BMC"] = logp_XBMC
-        objective = functools.partial(preference_objective, beta=1.0) if C > 1 else sft_objective
-        optimizer = make_optimizer(1e-5, 1000, warmup=0.05, clip=0.3, weight_decay=0.0)
-        placed = state_shardings(self.model.lora, optimizer, self.mesh)
-        step = make_train_step(logp, objective, optimizer, placed, self.mesh)
+        objective = make_objective("sdpo" if C > 1 else "sft")
         lora = jax.tree.map(jnp.copy, self.model.lora)  # the step donates its state
-        state = init_state(lora, optimizer, self.mesh)
+        step, state = build_step(logp, objective, make_optimizer(), lora, self.mesh)
         compiled = step.lower(state, self.model.base, batch).compile()
 
         def run() -> float:
@@ -83,7 +72,7 @@ class JaxSide:
             "examples_at_once": at_once,
             "flops": flops,
             "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-            "logp_NC": np.concatenate(
+            "logp_XC": np.concatenate(
                 [
                     logp_MC[: e.M]
                     for logp_MC, e in zip(
@@ -93,14 +82,13 @@ class JaxSide:
             ),
         }
         if self.layout == "shared_prefix":
-            facts["real_tokens_of_fed"] = real / batch["slot_WT"].size
+            facts["real_tokens_of_fed"] = sum(e.tokens for e in examples) / batch["slot_WT"].size
         return run, facts
 
-    def batch(self, examples: Sequence[Example], at_once: int) -> tuple[dict[str, jax.Array], int]:
-        """Arrays [parts, at_once, ...], and how many real tokens they hold."""
+    def batch(self, examples: Sequence[Example], at_once: int) -> dict[str, jax.Array]:
+        """Arrays [parts, at_once, ...]."""
         rows = len(examples) // at_once
         batch = loader.collate(examples, loader.choose_shapes([examples], rows)[0], rows)
-        batch = {
+        return {
             k: jnp.asarray(x.reshape(rows, len(x) // rows, *x.shape[1:])) for k, x in batch.items()
         }
-        return batch, sum(example.tokens for example in examples)

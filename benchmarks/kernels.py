@@ -1,4 +1,4 @@
-"""Attention of prompts, forward and backward, by this package's kernel and by JAX's others.
+"""Time of causal attention, forward and backward: this package's kernel and JAX's kernels.
 
     python -m benchmarks.kernels --size=7b --output=FILE.json
 
@@ -37,7 +37,7 @@ KERNELS: dict[str, Callable] = {
 
 
 def time_kernel(kernel: Callable, arrays: Sequence[jax.Array], repeats: int) -> dict:
-    """Median seconds of the output and all gradients, and the output's sum for comparison."""
+    """Median seconds of the output and all gradients, and the output's mean square to compare."""
 
     def loss(*arrays):
         out = kernel(*arrays).astype(jnp.float32)
@@ -54,7 +54,7 @@ def time_kernel(kernel: Callable, arrays: Sequence[jax.Array], repeats: int) -> 
 
 
 def benchmark(size: str, repeats: int) -> dict:
-    """Kernel -> its figures; one that this device does not have is told and left out."""
+    """The result as `main` writes it; kernels that this device lacks are reported and left out."""
     B, P, N, H = SIZES[size]
     keys = jax.random.split(jax.random.key(0), 3)
     arrays = [jax.random.normal(key, (B, P, N, H), jnp.bfloat16) for key in keys]
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("size", "7b", list(SIZES), "of the arrays")
-    flags.DEFINE_integer("repeats", 20, "timed turns", lower_bound=1)
+    flags.DEFINE_enum("size", "7b", list(SIZES), "shape of the arrays")
+    flags.DEFINE_integer("repeats", 20, "timed runs", lower_bound=1)
     flags.DEFINE_string("output", "", "JSON file; default: printed")
     run_command(main)

@@ -3,13 +3,14 @@
     python -m benchmarks.large --k=3,15 --batch=128 --microbatch=4,8,16 --remat=full,cheap \
         --output=FILE.json
 
-MFU counts 4 FLOPs per parameter and real token (a frozen base has no weight gradient), and what is
-computed again does not count. --size=toy runs the same on any CPU in seconds. --official times the
-official recipe's step in PyTorch at this shape instead, with the frozen base in bfloat16, gradient
-checkpointing and 16 full rows at once; it wants XLA_PYTHON_CLIENT_PREALLOCATE=false.
+MFU counts 4 FLOPs per parameter and token without padding, as a frozen base has no weight gradient;
+recomputation does not count. --size=toy runs on any CPU in seconds. --official times the official
+recipe's step in PyTorch at this shape instead, with the frozen base in bfloat16, gradient
+checkpointing and 16 full rows at once; set XLA_PYTHON_CLIENT_PREALLOCATE=false for it.
 """
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import workload
-from benchmarks.memory import LLAMA2_7B
+from benchmarks.memory import LLAMA2_7B, one_device
 from sdpo_jax.data import loader
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import REMAT
@@ -30,13 +31,7 @@ from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.processes import set_up_jax
 from sdpo_jax.training import device_stats
 from sdpo_jax.training.optimizer import make_optimizer
-from sdpo_jax.training.step import (
-    init_state,
-    make_logp,
-    make_train_step,
-    preference_objective,
-    state_shardings,
-)
+from sdpo_jax.training.step import build_step, make_logp, make_objective
 from sdpo_jax.training.step_memory import abstract_model
 
 SIZES = {
@@ -46,7 +41,7 @@ SIZES = {
 
 
 def random_state(abstract, seed: int):
-    """Small random numbers in the shape, dtype and place of every leaf."""
+    """Normal numbers of standard deviation 0.02 in the shape, dtype and sharding of every leaf."""
     leaves, structure = jax.tree.flatten(abstract)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     made = []
@@ -59,20 +54,13 @@ def random_state(abstract, seed: int):
 def time_step(size: str, remat: str, k: int, batch: int, microbatch: int, repeats: int) -> dict:
     """Median seconds of a step, MFU where the device's peak is known, and peak memory."""
     config, prompt = SIZES[size]
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    mesh = one_device()
     graphdef, lora, base = abstract_model(
         config, LoraConfig(), jnp.bfloat16, remat, sharding.placement(mesh)
     )
     lora, base = random_state(lora, 0), random_state(base, 1)
-    optimizer = make_optimizer(1e-5, 1000, warmup=0.05, clip=0.3, weight_decay=0.0)
-    step = make_train_step(
-        make_logp(graphdef, "shared_prefix"),
-        functools.partial(preference_objective, beta=1.0),
-        optimizer,
-        state_shardings(lora, optimizer, mesh),
-        mesh,
-    )
-    state = init_state(lora, optimizer, mesh)
+    logp = make_logp(graphdef, "shared_prefix")
+    step, state = build_step(logp, make_objective("sdpo"), make_optimizer(), lora, mesh)
     examples = workload.equal_examples(batch, k, prompt)
     rows = batch // microbatch
     arrays = loader.collate(examples, loader.choose_shapes([examples], rows)[0], rows)
@@ -108,7 +96,10 @@ def time_step(size: str, remat: str, k: int, batch: int, microbatch: int, repeat
 
 
 def time_official(size: str, k: int, batch: int, repeats: int) -> dict:
-    """Median seconds of the official recipe's step, and peak memory."""
+    """Median seconds of the official recipe's step, and peak memory.
+
+    Raises InputError if PyTorch is missing.
+    """
     try:
         import torch
 
@@ -139,30 +130,29 @@ def benchmark(
     microbatches: Sequence[int],
     repeats: int,
 ) -> dict:
-    """Every combination; one that does not fit is told and left out."""
+    """Every combination; one that does not fit is reported and left out."""
     rows = []
-    for remat in remats:
-        for k in ks:
-            for microbatch in microbatches:
-                try:
-                    row = time_step(size, remat, k, batch, microbatch, repeats)
-                except jax.errors.JaxRuntimeError as error:
-                    if "RESOURCE_EXHAUSTED" not in str(error):
-                        raise
-                    print(f"remat {remat:6} K={k:<3} microbatch {microbatch:<3} does not fit")
-                    continue
-                rows.append(row)
-                mfu = f"{row['mfu']:.3f}" if row["mfu"] else "unknown"
-                print(
-                    f"remat {remat:6} K={k:<3} microbatch {microbatch:<3} "
-                    f"{row['seconds']:8.3f} s  {row['examples_per_second']:8.2f} examples/s  "
-                    f"{row['tflops']:7.1f} TFLOP/s  MFU {mfu}",
-                    flush=True,
-                )
+    for remat, k, microbatch in itertools.product(remats, ks, microbatches):
+        name = f"remat {remat:6} K={k:<3} microbatch {microbatch:<3}"
+        try:
+            row = time_step(size, remat, k, batch, microbatch, repeats)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"{name} does not fit")
+            continue
+        rows.append(row)
+        mfu = f"{row['mfu']:.3f}" if row["mfu"] else "unknown"
+        print(
+            f"{name} {row['seconds']:8.3f} s  {row['examples_per_second']:8.2f} examples/s  "
+            f"{row['tflops']:7.1f} TFLOP/s  MFU {mfu}",
+            flush=True,
+        )
     return {**workload.environment(), "dtype": "bfloat16", "repeats": repeats, "steps": rows}
 
 
 def numbers(name: str, values: Sequence[str]) -> list[int]:
+    """The positive integers of a list flag. Raises InputError."""
     if not all(v.isdecimal() and int(v) > 0 for v in values):
         raise InputError(f"--{name}: found {','.join(values)}, expected whole numbers above 0")
     return [int(v) for v in values]
@@ -190,11 +180,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("size", "7b", list(SIZES), "of the model")
+    flags.DEFINE_enum("size", "7b", list(SIZES), "shape of the model")
     flags.DEFINE_list("k", ["3", "15"], "numbers of negatives")
     flags.DEFINE_integer("batch", 128, "examples per step", lower_bound=1)
-    flags.DEFINE_list("microbatch", ["8"], "examples at once")
-    flags.DEFINE_list("remat", ["full"], "what is computed again")
+    flags.DEFINE_list("microbatch", ["8"], "examples at once, several with commas")
+    flags.DEFINE_list("remat", ["full"], "recomputation in the backward pass")
     flags.DEFINE_bool("official", False, "the official recipe's step in PyTorch, on a GPU")
     flags.DEFINE_integer("repeats", 3, "timed steps", lower_bound=1)
     flags.DEFINE_string("output", "", "JSON file; default: printed")

@@ -1,10 +1,10 @@
-"""Host memory while a large checkpoint is converted and loaded.
+"""Host memory of the conversion and loading of a large checkpoint.
 
     python -m benchmarks.load --model=runs/quickstart/model --output=FILE.json
 
-A Llama of random bfloat16 weights in several files is written into a temporary folder; each of the
-two is a process of its own, whose peak is told beyond what it had before and beyond the arrays
-themselves, in sizes of the largest file.
+A Llama of random bfloat16 weights in several files is written into a temporary folder. Conversion
+and loading are separate processes. The reported peak excludes the memory before, and is compared
+with the size of the arrays and of the largest file.
 """
 
 import json
@@ -29,7 +29,7 @@ from sdpo_jax.models.store import load_model
 from sdpo_jax.models.weights import TOKENIZER_FILES, abstract_base, slots
 from sdpo_jax.system.command import run_command
 
-LAYER = 103e6  # bytes of one layer of these sizes
+LAYER = 103e6  # bytes of one layer of SIZES
 SIZES = {
     "model_type": "llama",
     "vocab_size": 49152,
@@ -43,7 +43,7 @@ SIZES = {
 
 
 def write_checkpoint(folder: Path, tokenizer: Path, gigabytes: float, files: int) -> int:
-    """A Hugging Face folder of about that size; returns the bytes of its largest file."""
+    """Writes a Hugging Face folder of about this size; returns the bytes of its largest file."""
     folder.mkdir()
     content = SIZES | {"num_hidden_layers": max(1, round(gigabytes * 1e9 / LAYER))}
     (folder / "config.json").write_text(json.dumps(content))
@@ -69,13 +69,13 @@ def write_checkpoint(folder: Path, tokenizer: Path, gigabytes: float, files: int
 
 
 def resident(key: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most (getrusage would tell the parent's peak)."""
+    """Bytes of this process: VmRSS now, VmHWM at most (getrusage includes the parent's peak)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 
 def measure(what: str, folder: Path) -> int:
-    """Peak bytes of this process beyond those that it had before."""
+    """Peak bytes of converting or loading, less the bytes of this process before."""
     before = resident("VmRSS")
     if what == "convert":
         convert(str(folder / "hf"), str(folder / "model"))
@@ -85,7 +85,7 @@ def measure(what: str, folder: Path) -> int:
 
 
 def benchmark(tokenizer: Path, gigabytes: float, files: int = 4) -> dict:
-    """Per command: peak bytes, those beyond the arrays, and these in largest files."""
+    """Per command: peak bytes, those beyond the arrays, and the latter per largest file."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         largest = write_checkpoint(folder / "hf", tokenizer, gigabytes, files)
@@ -114,8 +114,8 @@ def benchmark(tokenizer: Path, gigabytes: float, files: int = 4) -> dict:
                 "in_largest_files": beyond / largest,
             }
             print(
-                f"{what:8} {arrays / 1e9:.2f} GB of arrays, peak {peak / 1e9:.2f} GB, beyond "
-                f"them {beyond / largest:.2f} of the largest file",
+                f"{what:8} {arrays / 1e9:.2f} GB of arrays, peak {peak / 1e9:.2f} GB, excess "
+                f"{beyond / largest:.2f} times the largest file",
                 flush=True,
             )
     return found
@@ -132,10 +132,10 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string(
-        "model", None, "folder of sdpo_jax.convert, for its tokenizer", required=True
+        "model", None, "folder written by sdpo_jax.convert, for its tokenizer", required=True
     )
-    flags.DEFINE_float("gigabytes", 2.0, "size of the checkpoint", lower_bound=0.1)
-    flags.DEFINE_enum("here", None, ["convert", "load"], "measure this one in this process")
-    flags.DEFINE_string("folder", None, "of --here")
+    flags.DEFINE_float("gigabytes", 2.0, "approximate size of the checkpoint", lower_bound=0.1)
+    flags.DEFINE_enum("here", None, ["convert", "load"], "measure only this, in this process")
+    flags.DEFINE_string("folder", None, "for --here: the one with the checkpoint")
     flags.DEFINE_string("output", "", "JSON file; default: printed")
     run_command(main)

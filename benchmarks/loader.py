@@ -1,9 +1,9 @@
-"""Tokens a second of the data pipeline alone: tokenizing, then making batches with grain.
+"""Tokens per second of the data pipeline: tokenizing, then batching with grain.
 
     python -m benchmarks.loader --model=runs/quickstart/model --dataset=runs/quickstart/data \
         --windows=4096 --output=FILE.json
 
-A stage tokenizes its windows once, before its first step; while it trains, only batches are made.
+A stage tokenizes its windows once, before its first step; during training it only makes batches.
 """
 
 import time
@@ -20,7 +20,7 @@ BATCH, ROWS = 32, 8
 
 
 def benchmark(model: Path, dataset: Path, windows: int, num_negatives: int) -> dict:
-    """Real tokens per second of both parts, and the share of real tokens among those fed."""
+    """Tokens per second of both parts without padding, and their share of the padded batches."""
     work = workload.read_workload(model, dataset)
     started = time.perf_counter()
     examples = work.examples(windows, num_negatives)
@@ -29,8 +29,8 @@ def benchmark(model: Path, dataset: Path, windows: int, num_negatives: int) -> d
     order = [int(i) for i in loader.stream(windows // BATCH * BATCH, 0, 1)]
     cut = []
     for part in loader.grouped_batches(order, lengths, BATCH, 0, alike=True):
-        dealt = loader.balance([examples[i].tokens for i in part], ROWS)
-        cut.append([examples[part[j]] for j in dealt])
+        balanced = loader.balance([examples[i].tokens for i in part], ROWS)
+        cut.append([examples[part[j]] for j in balanced])
     fed = sum(batch["slot_WT"].size for batch in loader.batches(cut, rows=ROWS))
     made = time.perf_counter()
     real = sum(example.tokens for part in cut for example in part)
@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "folder of sdpo_jax.convert", required=True)
-    flags.DEFINE_string("dataset", None, "folder of sdpo_jax.prepare", required=True)
+    flags.DEFINE_string("model", None, "folder written by sdpo_jax.convert", required=True)
+    flags.DEFINE_string("dataset", None, "folder written by sdpo_jax.prepare", required=True)
     flags.DEFINE_integer("windows", 4096, "evenly spread training windows", lower_bound=BATCH)
     flags.DEFINE_integer("k", 3, "number of negatives", lower_bound=0)
     flags.DEFINE_string("output", "", "JSON file; default: printed")

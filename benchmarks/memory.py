@@ -1,10 +1,10 @@
-"""Memory of a step, from compiling it on abstract arrays: no weights, nothing is run.
+"""Memory of a step, from compiling it on abstract arrays: without weights and without running it.
 
     python -m benchmarks.memory --model=runs/quickstart/model --dataset=runs/quickstart/data \
         --output=FILE.json
 
-Two tables: temporaries of the step on real prompts beside those of the official recipe's step
-written in JAX, with and without recomputation; and what Llama2-7B needs by microbatch.
+Two tables: temporaries of the step on real prompts and of the official recipe's step written in
+JAX, with and without recomputation; and the memory of Llama2-7B by microbatch.
 """
 
 import dataclasses
@@ -31,8 +31,7 @@ from sdpo_jax.training.step_memory import abstract_batch, abstract_model, step_m
 
 LLAMA2_7B = DecoderConfig(V=32000, L=32, D=4096, N=32, G=32, H=128, F=11008)
 
-
-# How the base is held and what is computed again.
+# dtype of the stored base, recomputation in the backward pass
 KEPT = (
     ("bf16", "least"),
     ("bf16", "full"),
@@ -59,8 +58,8 @@ def official_logp(decoder: Decoder, batch: Batch) -> jax.Array:
 def temporaries(config: DecoderConfig, examples: Sequence[Example], remat: str, official: bool):
     """Temporary bytes of the loss and its gradient, float32.
 
-    The official step runs K+1 full rows and its reference; ours finds the reference's log-probs in
-    the batch.
+    The official step runs K+1 full rows and the reference; ours reads the reference's log-probs
+    from the batch.
     """
     mesh = one_device()
     graphdef, lora, base = abstract_model(
@@ -83,7 +82,7 @@ def temporaries(config: DecoderConfig, examples: Sequence[Example], remat: str, 
 
 
 def beside_official(config: DecoderConfig, examples: Sequence[Example]) -> dict:
-    """Per remat of ours: temporary bytes of both, and their ratio; the official knows two."""
+    """Per remat of ours: temporary bytes of both, and their ratio; the official has two remats."""
     found = {}
     for remat in REMAT:
         ours = temporaries(config, examples, remat, official=False)
@@ -98,7 +97,7 @@ def beside_official(config: DecoderConfig, examples: Sequence[Example]) -> dict:
 
 
 def llama_table(config: DecoderConfig, negatives: Sequence[int], microbatches: Sequence[int]):
-    """Rows of the table of one device, with products in bfloat16."""
+    """Rows of the memory table: one device, bfloat16 products."""
     rows = []
     for (base, remat), k, microbatch in itertools.product(KEPT, negatives, microbatches):
         examples = workload.equal_examples(microbatch, k)
@@ -125,7 +124,7 @@ def llama_table(config: DecoderConfig, negatives: Sequence[int], microbatches: S
 
 def benchmark(model: Path, dataset: Path) -> dict:
     """Both tables as `main` writes them."""
-    jax.config.update("jax_enable_compilation_cache", False)  # compile times are told
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are reported
     examples = workload.read_workload(model, dataset).examples(4, 3)
     config = DecoderConfig.read(model)
     return {
@@ -143,7 +142,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "folder of sdpo_jax.convert", required=True)
-    flags.DEFINE_string("dataset", None, "folder of sdpo_jax.prepare", required=True)
+    flags.DEFINE_string("model", None, "folder written by sdpo_jax.convert", required=True)
+    flags.DEFINE_string("dataset", None, "folder written by sdpo_jax.prepare", required=True)
     flags.DEFINE_string("output", "", "JSON file; default: printed")
     run_command(main)

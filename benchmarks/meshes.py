@@ -1,12 +1,13 @@
-"""What a step of Llama2-7B shape holds on each device of a mesh, and what it sends to others.
+"""Memory and communication of a Llama2-7B-shaped step per device of a mesh.
 
     python -m benchmarks.meshes --devices=8,64,256 --output=FILE.json
 
-The step is compiled on abstract arrays for as many simulated devices; nothing is run. A collective
-is counted as often as the loops around it turn; its bytes are those of its result on one device.
+The step is compiled on abstract arrays for simulated devices; nothing is run. A collective is
+counted once per iteration of the loops around it; its bytes are those of its result on one device.
 """
 
 import collections
+import math
 import os
 import re
 import subprocess
@@ -28,7 +29,7 @@ from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.training.step_memory import lower_step, memory_of
 
-# data, fsdp, tensor
+# Number of devices -> shapes (data, fsdp, tensor).
 MESHES = {
     4: ((4, 1, 1), (1, 4, 1)),
     8: ((8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4)),
@@ -48,7 +49,7 @@ _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 def collectives(text: str) -> list[dict]:
-    """Of a compiled program: kind, bytes, turns, and whether it lies in a loop, of each."""
+    """Kind, bytes, iterations, depth of loops and op name per collective of a compiled program."""
     bodies = _computations(text)
     return list(_walk(bodies, next(name for name in bodies if name.startswith("ENTRY ")), 1, 0))
 
@@ -84,13 +85,10 @@ def _walk(bodies: dict[str, list[str]], name: str, turns: int, depth: int) -> It
 
 
 def _bytes(result: str) -> int:
-    total = 0
-    for dtype, sizes in _SHAPE.findall(result):
-        count = 1
-        for size in filter(None, sizes.split(",")):
-            count *= int(size)
-        total += count * _BYTES.get(dtype, 4)
-    return total
+    return sum(
+        math.prod(int(size) for size in sizes.split(",") if size) * _BYTES.get(dtype, 4)
+        for dtype, sizes in _SHAPE.findall(result)
+    )
 
 
 def _origin(line: str) -> str:
@@ -99,7 +97,7 @@ def _origin(line: str) -> str:
 
 
 def compile_mesh(shape: Sequence[int], size: str, microbatch: int, remat: str) -> dict:
-    """One row: bytes per device, and collectives by kind, in the layers' loop and outside."""
+    """One row: bytes per device, and collectives by kind, in the loop over layers and outside."""
     config, prompt = SIZES[size]
     mesh = sharding.make_mesh(*shape)
     examples = workload.equal_examples(microbatch * sharding.data_shards(mesh), 3, prompt)
@@ -134,7 +132,7 @@ def compile_mesh(shape: Sequence[int], size: str, microbatch: int, remat: str) -
 
 
 def on_devices(count: int, size: str, microbatch: int, remat: str) -> list[dict]:
-    """Rows of all meshes of `count` devices, from a process that has so many."""
+    """Rows of all meshes of `count` devices, from a process with so many simulated devices."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "rows.json"
         command = [
@@ -151,7 +149,10 @@ def on_devices(count: int, size: str, microbatch: int, remat: str) -> list[dict]
         settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)}
         done = subprocess.run(command, env=os.environ | settings, check=False)
         if done.returncode:
-            raise InputError(f"{count} devices: the process ended with {done.returncode}")
+            raise InputError(
+                f"--devices={count}: found exit status {done.returncode}, expected 0: see its "
+                "output above"
+            )
         return workload.read_result(output)["rows"]
 
 
@@ -168,16 +169,17 @@ def main(argv: Sequence[str]) -> None:
             rows.append(row)
             gib = {key: f"{row[key] / 2**30:.2f}" for key in ("base", "temporary", "total")}
             print(f"mesh {shape}, GiB per device: {gib}", flush=True)
-            for name, of in sorted(row["collectives"].items()):
-                print(f"    {name:36} {of['count']:5}  {of['bytes'] / 2**20:10.1f} MiB", flush=True)
+            for name, sums in sorted(row["collectives"].items()):
+                mib = sums["bytes"] / 2**20
+                print(f"    {name:36} {sums['count']:5}  {mib:10.1f} MiB", flush=True)
     workload.write_result({**workload.environment(), "rows": rows}, args.output)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("devices", ["8", "64", "256"], "how many")
-    flags.DEFINE_enum("size", "7b", list(SIZES), "of the model")
+    flags.DEFINE_list("devices", ["8", "64", "256"], "numbers of devices: 4, 8, 64 or 256")
+    flags.DEFINE_enum("size", "7b", list(SIZES), "shape of the model")
     flags.DEFINE_integer("microbatch", 4, "examples per device", lower_bound=1)
-    flags.DEFINE_string("remat", "full", "what the backward pass computes again")
-    flags.DEFINE_bool("here", False, "this process has the devices")
+    flags.DEFINE_string("remat", "full", "recomputation in the backward pass")
+    flags.DEFINE_bool("here", False, "compile in this process, which has the devices")
     flags.DEFINE_string("output", "", "JSON file; default: printed")
     run_command(main)

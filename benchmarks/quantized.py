@@ -1,10 +1,10 @@
-"""What a base in fewer bits changes: logits, and log-probs of the 20 candidates, against float32.
+"""Errors of a base in fewer bits against float32: logits, and log-probs of the 20 candidates.
 
     python -m benchmarks.quantized --model=runs/quickstart/model --dataset=runs/quickstart/data \
         --windows=64 --output=FILE.json
 
-Every base is loaded as training loads it, without an adapter; products are in float32, so that the
-difference is that of the weights alone.
+Every base is loaded as in training, without an adapter. Products are in float32, so the errors are
+those of the weights alone.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def batches_of(examples: Sequence[Example]) -> list[dict]:
 def benchmark(
     model: Path, dataset: Path, windows: int, kinds: Sequence[str] = BASE_DTYPES[1:]
 ) -> dict:
-    """Per base dtype: bytes, root mean squares of errors, how often the best is the same."""
+    """Per base dtype: bytes, root mean square errors, share of windows with the same best title."""
     examples = workload.read_workload(model, dataset).examples(windows, CANDIDATES - 1)
     batches = batches_of(examples)
     logits, logp, _ = outputs(model, "same", batches)
@@ -85,8 +85,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "folder of sdpo_jax.convert", required=True)
-    flags.DEFINE_string("dataset", None, "folder of sdpo_jax.prepare", required=True)
+    flags.DEFINE_string("model", None, "folder written by sdpo_jax.convert", required=True)
+    flags.DEFINE_string("dataset", None, "folder written by sdpo_jax.prepare", required=True)
     flags.DEFINE_integer("windows", 64, "evenly spread training windows", lower_bound=1)
     flags.DEFINE_string("output", "", "JSON file; default: printed")
     run_command(main)

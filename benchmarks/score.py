@@ -1,10 +1,10 @@
-"""Scoring 20 candidates: in one pass over a shared prompt, as 20 copies, and by generating.
+"""Speed of scoring 20 candidates: one pass with a shared prompt, 20 full rows, and generation.
 
     python -m benchmarks.score --model=runs/quickstart/model --dataset=runs/quickstart/data \
         --batch=4 --repeats=5 --output=FILE.json
 
 Sides: `score` (the prompt once, all candidates packed), `copies` (one full row per candidate),
-`greedy` and `trie` (generation from the prompt's cache). All take their turns in every repeat.
+`greedy` and `trie` (generation from the prompt's cache). The sides take turns in every repeat.
 """
 
 import statistics
@@ -32,13 +32,13 @@ CANDIDATES = 20
 
 
 def copies(decoder, batch):
-    """One example at a time: 20 rows are many enough to fill any device."""
+    """`logp_BMC`, one example at a time: its 20 rows are enough to fill any device."""
     each = {name: x[:, None] for name, x in batch.items() if name != "slot_WT"}
     return jax.lax.map(lambda one: padded_logp(decoder, one)[0], each)
 
 
 class Side:
-    """One way to get from a batch to an answer; `prepare` as the sides of `benchmarks.step`."""
+    """One way from a batch to answers, with the `prepare` of a side of `benchmarks.step`."""
 
     def __init__(self, model: Model, function: Callable, scores: bool):
         self.model, self.scores = model, scores
@@ -58,7 +58,7 @@ class Side:
             return time.perf_counter() - started
 
         found = np.asarray(call())
-        return run, {"logp_NC": found.reshape(-1, found.shape[-1]) if self.scores else None}
+        return run, {"logp_XC": found.reshape(-1, found.shape[-1]) if self.scores else None}
 
 
 def make_sides(model: Model) -> dict[str, Side]:
@@ -116,10 +116,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "folder of sdpo_jax.convert", required=True)
-    flags.DEFINE_string("dataset", None, "folder of sdpo_jax.prepare", required=True)
+    flags.DEFINE_string("model", None, "folder written by sdpo_jax.convert", required=True)
+    flags.DEFINE_string("dataset", None, "folder written by sdpo_jax.prepare", required=True)
     flags.DEFINE_integer("batch", 4, "windows at once", lower_bound=1)
-    flags.DEFINE_integer("repeats", 5, "timed turns of each side", lower_bound=1)
+    flags.DEFINE_integer("repeats", 5, "timed runs per side", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of base and products")
     flags.DEFINE_string("output", "", "JSON file; default: printed")
     run_command(main)

@@ -1,9 +1,9 @@
-"""Seconds that a step takes to trace and compile: a first run, and every later one.
+"""Seconds to trace and compile a step, in a first run and in a later one.
 
     python -m benchmarks.start --model=runs/quickstart/model --dataset=runs/quickstart/data
 
-Compiled programs are kept in the user's cache folder, so a run of the same shapes need not compile.
-Each start is a process of its own, the cold one with an empty cache.
+Compiled programs are stored in the user's cache folder, so a later run of the same shapes does not
+compile. Each start is a separate process, the cold one with an empty cache.
 """
 
 import os
@@ -28,7 +28,7 @@ NEGATIVES, BATCH = 3, 4
 
 
 def seconds_to_compile(model: Path, dataset: Path) -> float:
-    """Traces and compiles the step of a real batch in this process."""
+    """Seconds to trace and compile the step of a real batch in this process."""
     set_up_jax("float32")
     examples = workload.read_workload(model, dataset).examples(BATCH, NEGATIVES)
     config = DecoderConfig.read(model)
@@ -46,7 +46,7 @@ def seconds_to_compile(model: Path, dataset: Path) -> float:
 
 
 def benchmark(model: Path, dataset: Path) -> dict:
-    """`{"cold": seconds, "warm": seconds}`, one after the other on one cache."""
+    """`{"cold": seconds, "warm": seconds}`: two processes in turn, with one cache."""
     command = [
         sys.executable,
         "-m",
@@ -81,8 +81,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "folder of sdpo_jax.convert", required=True)
-    flags.DEFINE_string("dataset", None, "folder of sdpo_jax.prepare", required=True)
-    flags.DEFINE_bool("here", False, "compile once in this process, with the cache as it is")
+    flags.DEFINE_string("model", None, "folder written by sdpo_jax.convert", required=True)
+    flags.DEFINE_string("dataset", None, "folder written by sdpo_jax.prepare", required=True)
+    flags.DEFINE_bool("here", False, "compile once in this process, with the existing cache")
     flags.DEFINE_string("output", "", "JSON file; default: printed")
     run_command(main)

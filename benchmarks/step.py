@@ -3,13 +3,13 @@
     python -m benchmarks.step --model=runs/quickstart/model --dataset=runs/quickstart/data \
         --sides=official,strong,trl,ours --k=1,3,5,8,15 --batch=4 --repeats=5 --output=FILE.json
 
-All sides get the same token ids of real prompts and take their turns within every repeat; a ratio
-is the median of the ratios of targets per second within a repeat. The cost of the reference is in
-every side's time, and the sides' log-probs are compared before anything is timed. FLOPs are those
-of the matrix products. K = 0 is a step of SFT.
+All sides get the same token ids of real prompts and take turns within every repeat. A ratio is the
+median of the ratios of targets per second within a repeat. The time of every side includes the
+reference, and the sides' log-probs are compared before the timing. FLOPs are those of the matrix
+products. K = 0 is a step of SFT.
 Sides: `ours`, `strong` (K+1 full rows in JAX), `official`, `official-keep`, `trl`, `trl-best`.
-With --prompts=candidates,history there is one more, `history`: our step on --batch segments of
-histories, each title of which is a target.
+--prompts=candidates,history adds the side `history`: our step on --batch segments of histories, in
+which each title is a target.
 """
 
 import statistics
@@ -28,17 +28,20 @@ from sdpo_jax.system.processes import set_up_jax
 
 JAX_SIDES = ("ours", "strong")
 TORCH_SIDES = ("official", "official-keep", "trl", "trl-best")
-# Speed-ups that are told: the first side's targets per second over the second's.
+# Reported speed-ups: the first side's targets per second over the second's.
 PAIRS = (
     *(("ours", name) for name in ("strong", *TORCH_SIDES)),
     *(("history", name) for name in ("ours", "official")),
 )
-TOLERANCE = 0.02  # nats a title, of 20 to 40, summed in another order by another library
-PAUSE = 0.3  # seconds in which the threads of the side before go to sleep
+TOLERANCE = 0.02  # nats per title (of 20 to 40): other libraries sum in another order
+PAUSE = 0.3  # seconds, in which the threads of the previous side go to sleep
 
 
 def make_sides(names: Sequence[str], model: Path, dtype: str) -> dict:
-    """Name -> side. One whose packages are missing says so in one line and is left out."""
+    """Name -> side. Those whose packages are missing are reported in one line and left out.
+
+    Raises InputError for PyTorch sides in another dtype than float32.
+    """
     from benchmarks.jax_sides import JaxSide
 
     made = {name: JaxSide(name, model, dtype) for name in names if name in JAX_SIDES}
@@ -51,7 +54,7 @@ def make_sides(names: Sequence[str], model: Path, dtype: str) -> dict:
         print(f"left out: {', '.join(wanted)} ({error}): pip install -e '.[bench]'")
         return made
     if dtype != "float32":
-        raise InputError(f"--dtype: found {dtype}, the PyTorch sides are float32")
+        raise InputError(f"--dtype: found {dtype}, expected float32 for the PyTorch sides")
     theirs = None
     for name in wanted:
         if name.startswith("official"):
@@ -68,15 +71,15 @@ def measure(
     repeats: int,
     others: Mapping[str, tuple] = MappingProxyType({}),
 ) -> tuple[dict, dict]:
-    """Seconds of each repeat, and each side's own facts.
+    """Seconds of each repeat, and the facts of each side.
 
-    `others`: name -> (side, examples) of what is timed on examples of its own.
+    `others`: name -> (side, examples) of sides that are timed on other examples.
     """
     ready = {name: side.prepare(examples) for name, side in sides.items()}
-    check_log_probs({name: facts.pop("logp_NC", None) for name, (_, facts) in ready.items()})
-    ready |= {name: side.prepare(of_side) for name, (side, of_side) in others.items()}
+    check_log_probs({name: facts.pop("logp_XC", None) for name, (_, facts) in ready.items()})
+    ready |= {name: side.prepare(theirs) for name, (side, theirs) in others.items()}
     for name in others:
-        ready[name][1].pop("logp_NC")
+        ready[name][1].pop("logp_XC")
     seconds = {name: [] for name in ready}
     for _ in range(repeats):
         for name, (run, _) in ready.items():
@@ -86,15 +89,15 @@ def measure(
 
 
 def check_log_probs(found: dict) -> None:
-    """All sides that tell their log-probs must tell the same ones."""
-    told = {name: logp_NC for name, logp_NC in found.items() if logp_NC is not None}
-    expected = next(iter(told.values()), None)
-    for name, logp_NC in told.items():
-        difference = float(np.abs(logp_NC - expected).max())
+    """Raises InputError if the log-probs of two sides differ; None is a side without them."""
+    known = {name: logp_XC for name, logp_XC in found.items() if logp_XC is not None}
+    expected = next(iter(known.values()), None)
+    for name, logp_XC in known.items():
+        difference = float(np.abs(logp_XC - expected).max())
         if not difference < TOLERANCE:
             raise InputError(
                 f"side {name}: found log-probs that differ by {difference:.2g} from "
-                f"{next(iter(told))}'s, expected less than {TOLERANCE}: nothing was timed"
+                f"{next(iter(known))}'s, expected less than {TOLERANCE}: nothing was timed"
             )
 
 
@@ -167,13 +170,13 @@ def main(argv: Sequence[str]) -> None:
             f"{', '.join((*JAX_SIDES, *TORCH_SIDES))}"
         )
     if not all(k.isdecimal() for k in args.k):
-        raise InputError(f"--k: found {','.join(args.k)}, expected whole numbers, as 1,3,5")
-    if args.prompts != ["candidates"] and args.prompts != ["candidates", "history"]:
+        raise InputError(f"--k: found {','.join(args.k)}, expected whole numbers, such as 1,3,5")
+    if args.prompts not in (["candidates"], ["candidates", "history"]):
         raise InputError(
             f"--prompts: found {','.join(args.prompts)}, expected candidates or candidates,history"
         )
     if "history" in args.prompts and "ours" not in args.sides:
-        raise InputError("--sides: found no ours, expected it beside --prompts=candidates,history")
+        raise InputError("--sides: found no ours, expected it with --prompts=candidates,history")
     ks = [int(k) for k in args.k]
     result = benchmark(
         Path(args.model),
@@ -189,13 +192,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "folder of sdpo_jax.convert", required=True)
-    flags.DEFINE_string("dataset", None, "folder of sdpo_jax.prepare", required=True)
-    flags.DEFINE_list("sides", ["official", "strong", "trl", "ours"], "which to measure")
+    flags.DEFINE_string("model", None, "folder written by sdpo_jax.convert", required=True)
+    flags.DEFINE_string("dataset", None, "folder written by sdpo_jax.prepare", required=True)
+    flags.DEFINE_list("sides", ["official", "strong", "trl", "ours"], "sides to measure")
     flags.DEFINE_list("prompts", ["candidates"], "candidates, or candidates,history")
     flags.DEFINE_list("k", ["1", "3", "5", "8", "15"], "numbers of negatives")
     flags.DEFINE_integer("batch", 4, "examples per step", lower_bound=1)
-    flags.DEFINE_integer("repeats", 5, "timed steps of each side", lower_bound=1)
+    flags.DEFINE_integer("repeats", 5, "timed steps per side", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of base and products")
     flags.DEFINE_string("output", "", "JSON file; default: printed")
     run_command(main)

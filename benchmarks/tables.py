@@ -13,7 +13,7 @@ from benchmarks import workload
 from sdpo_jax.system.command import run_command
 
 GIB = 2**30
-STEP = "step K="  # beginning of the names of a result's parts that are steps
+STEP = "step K="  # prefix of the parts of a result that are steps
 SIDES = ("official", "strong", "trl", "trl-best", "ours")
 
 
@@ -23,7 +23,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def step_table(result: dict) -> str:
-    """Targets per second of every side, how much faster ours is, and what a negative costs."""
+    """Targets per second of every side, speed-ups of ours, and its relative time per K."""
     steps = {
         k: result[f"{STEP}{k}"] for k in ("0", "1", "3", "5", "8", "15") if f"{STEP}{k}" in result
     }
@@ -55,7 +55,7 @@ def step_table(result: dict) -> str:
         for side in sides
         if side != "ours"
     ]
-    rows.append(row("time of `ours`, K = 3's being 1", cost))
+    rows.append(row("time of `ours`, relative to K = 3", cost))
     return markdown(["", *("SFT" if k == "0" else f"K = {k}" for k in steps)], rows)
 
 
@@ -65,7 +65,7 @@ def score_table(result: dict) -> str:
         [f"`{name}`", f"{speed['median']:.3f}", f"{score['ratio'][f'score/{name}']:.1f}x"]
         for name, speed in score["examples_per_second"].items()
     ]
-    return markdown(["20 candidates", "examples/s", "`score` is faster by"], rows)
+    return markdown(["20 candidates", "examples/s", "speed-up of `score`"], rows)
 
 
 def memory_table(result: dict) -> str:
@@ -88,7 +88,7 @@ def memory_table(result: dict) -> str:
 
 
 def tables(file: Path) -> list[str]:
-    """All tables that docs/ shows of a result, of the parts that are in it."""
+    """The tables of docs/ whose parts are in the result `file`."""
     result = workload.read_result(file)
     wanted = {f"{STEP}3": step_table, "score": score_table, "memory": memory_table}
     return [table(result) for part, table in wanted.items() if part in result]

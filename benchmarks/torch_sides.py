@@ -1,9 +1,9 @@
 """PyTorch sides of the step benchmark: the official recipe's step, and TRL's DPOTrainer.
 
-`official` does what the authors' trainer does for a batch: K+1 padded rows a prompt, a pass of the
-reference in every step, float32 logits at every position, gradient checkpointing. `official-keep`
-is the same without checkpointing. `trl` is DPOTrainer as shipped, `trl-best` with its reference
-log-probs computed beforehand and no checkpointing; pairs are all they take.
+`official` is the step of the authors' trainer: K+1 padded rows per prompt, a pass of the reference
+in every step, float32 logits at every position, gradient checkpointing. `official-keep` is the same
+without checkpointing. `trl` is DPOTrainer with its defaults, `trl-best` with precomputed reference
+log-probs and without checkpointing; both take only pairs.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def random_model(config: DecoderConfig) -> torch.nn.Module:
 
 
 def adapted(model: torch.nn.Module) -> torch.nn.Module:
-    """With the paper's PEFT adapter, without its dropout."""
+    """The model with the paper's PEFT adapter, without its dropout."""
     adapter = LoraConfig(
         r=8, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM"
     )
@@ -87,7 +87,7 @@ class OfficialSide:
         parts = [examples[i : i + at_once] for i in range(0, len(examples), at_once)]
         batches = [padded_rows(part, self.model.device) for part in parts]
         for parameter, start in zip(self.parameters, self.start, strict=True):
-            parameter.data.copy_(start)  # the steps of another K have moved it
+            parameter.data.copy_(start)  # undo the steps of another K
         optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0)
 
         def backward(batch: dict) -> None:
@@ -107,12 +107,12 @@ class OfficialSide:
 
         self.model.eval()
         with torch.no_grad():
-            logp_NC = np.concatenate([self.logp(batch).cpu().numpy() for batch in batches])
+            logp_XC = np.concatenate([self.logp(batch).cpu().numpy() for batch in batches])
         self.set_checkpointing()
-        # A counter holds all that was computed under it, so each part has its own.
+        # One counter per part, as a counter retains all that was computed under it.
         flops = sum(flops_of(functools.partial(backward, batch)) for batch in batches)
         optimizer.zero_grad(set_to_none=True)
-        return run, {"examples_at_once": at_once, "flops": flops, "logp_NC": logp_NC}
+        return run, {"examples_at_once": at_once, "flops": flops, "logp_XC": logp_XC}
 
     def loss(self, batch: dict) -> torch.Tensor:
         """S-DPO's loss [B] with its reference pass; with one answer SFT's."""
@@ -142,7 +142,7 @@ class OfficialSide:
 
 
 def padded_rows(examples: Sequence[Example], device: torch.device) -> dict:
-    """K+1 rows a prompt, padded on the right; labels are -1 but on answers."""
+    """K+1 rows per prompt, padded on the right; labels are -1 except on answers."""
     rows = [
         (e.prompt[: place + 1], answer)
         for e in examples
@@ -203,7 +203,7 @@ class TrlSide:
                 processing_class=self.tokenizer,
             )
         trainer.create_optimizer_and_scheduler(1000)
-        trainer.current_gradient_accumulation_steps = 1  # else set by its own loop
+        trainer.current_gradient_accumulation_steps = 1  # normally set by the trainer's loop
         (batch,) = list(trainer.get_train_dataloader())
 
         def run() -> float:
@@ -220,7 +220,7 @@ class TrlSide:
 
 
 def flops_of(run: Callable[[], object]) -> int:
-    """FLOPs of the matrix products of a step, which is the warm-up as well."""
+    """FLOPs of the matrix products of a step, which also serves as the warm-up."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()

@@ -1,4 +1,4 @@
-"""What every side of a benchmark is given: real prompts and titles as token ids."""
+"""Inputs and result files of the benchmarks: real prompts and titles as token ids."""
 
 import dataclasses
 import importlib.metadata
@@ -25,8 +25,8 @@ from sdpo_jax.system.files import read_object, write_json
 from sdpo_jax.training.order import Key, encode
 
 PROMPT, ANSWER = 300, 9  # Llama tokens of a prompt and of a title with EOS
-SEGMENT = 60  # targets of a history at most
-ROWS = 16  # full rows in memory at once: more of them, with all logits, do not fit 24 GB
+SEGMENT = 60  # largest number of targets per history
+ROWS = 16  # full rows in memory at once: more, with all logits, do not fit 24 GB
 TOKENS = 8192  # of packed rows in memory at once, for the same reason
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "trl")
@@ -43,11 +43,14 @@ class Workload:
         kind = "shown" if self.encoder.prompt == "candidates" else "uniform"
         shown = len(self.dataset.splits["train"][0].candidates)
         if kind == "shown" and num_negatives >= shown:
-            raise InputError(f"--k: found {num_negatives}, the data set shows {shown} candidates")
-        of_train = units(self.encoder, "train", SEGMENT)
-        keys = [Key(unit) for unit in evenly_spaced(len(of_train), count)]
+            raise InputError(
+                f"--k: found {num_negatives}, expected at most {shown - 1}: the data set has "
+                f"{shown} candidates per window"
+            )
+        train = units(self.encoder, "train", SEGMENT)
+        keys = [Key(unit) for unit in evenly_spaced(len(train), count)]
         negatives = Negatives(self.dataset, kind, self.encoder.seed)
-        made = encode(self.encoder, "train", of_train, keys, negatives, num_negatives)
+        made = encode(self.encoder, "train", train, keys, negatives, num_negatives)
         return list(made.values())
 
 
@@ -68,20 +71,22 @@ def equal_examples(count: int, num_negatives: int, prompt: int = PROMPT) -> list
 
 
 def full_rows_at_once(count: int, answers: int) -> int:
-    """How many of `count` examples go through as full rows at once: a divisor of `count`."""
-    fit = [n for n in range(1, count + 1) if count % n == 0 and n * answers <= ROWS]
-    return max(fit, default=1)
+    """Examples of `count` to compute at once as full rows: a divisor of `count`."""
+    return _divisor(count, ROWS // answers)
 
 
 def packed_at_once(examples: Sequence[Example]) -> int:
-    """How many examples with shared prompts go through at once: a divisor of their number."""
-    longest, count = max(example.tokens for example in examples), len(examples)
-    fit = [n for n in range(1, count + 1) if count % n == 0 and n * longest <= TOKENS]
-    return max(fit, default=1)
+    """Examples with shared prompts to compute at once: a divisor of their number."""
+    return _divisor(len(examples), TOKENS // max(example.tokens for example in examples))
+
+
+def _divisor(count: int, limit: int) -> int:
+    """The largest divisor of `count` up to `limit`; 1 if `limit` is 0."""
+    return max((n for n in range(1, limit + 1) if count % n == 0), default=1)
 
 
 def lengths(examples: Sequence[Example]) -> dict[str, float]:
-    """Medians, in tokens."""
+    """Median lengths in tokens."""
     return {
         "prompt_tokens": statistics.median(len(e.prompt) for e in examples),
         "answer_tokens": statistics.median(len(a) for e in examples for a in e.answers),
@@ -89,7 +94,7 @@ def lengths(examples: Sequence[Example]) -> dict[str, float]:
 
 
 def environment() -> dict:
-    """Device, threads and versions, for the record."""
+    """Device, threads and versions, for the result."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -106,12 +111,12 @@ def environment() -> dict:
 
 
 def read_result(file: Path) -> dict:
-    """What `write_result` wrote. Raises InputError."""
+    """The content of a file of `write_result`. Raises InputError."""
     return read_object(file, "expected a result of benchmarks: remove it")
 
 
 def result_file() -> Path:
-    """benchmarks/results/<device>.json, as amd-epyc-2-threads.json or the accelerator's name."""
+    """benchmarks/results/<device>.json, such as amd-epyc-2-threads.json; or the accelerator."""
     found = environment()
     name = found["device"]
     if jax.default_backend() == "cpu":
@@ -128,7 +133,7 @@ def _processor() -> str:
 
 
 def write_result(result: dict, output: str) -> None:
-    """Into the file `output`, or printed when there is none."""
+    """Writes the file `output`, or prints the result if `output` is empty."""
     if output:
         write_json(Path(output), result)
     else:

@@ -3,9 +3,9 @@
 #
 #   launch/gpu.sh --config=configs/lastfm.py --workdir=runs/lastfm/run
 #
-# Without a working CUDA build of JAX it ends at once, and never goes on on the CPU. The first lines
-# tell how many devices there are. CUDA_VISIBLE_DEVICES=0,1 takes some of them; how the model lies
-# on them is --config.mesh.{data,fsdp,tensor}.
+# Without a working CUDA build of JAX it fails at once instead of running on the CPU. The first lines
+# report the number of devices. CUDA_VISIBLE_DEVICES=0,1 selects some of them;
+# --config.mesh.{data,fsdp,tensor} arranges them.
 #
 #   PYTHON  the interpreter (python)
 set -euo pipefail

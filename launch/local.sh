@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# N processes on this machine that are one training, each with its share of the GPUs, or of CPU.
+# One training in N processes on this machine, each with its share of the GPUs, or on the CPU.
 #
 #   launch/local.sh N --config=configs/quickstart.py:smoke --workdir=runs/smoke
 #
-# On one machine a single process with all GPUs (launch/gpu.sh) is as fast; this is the way to try
-# a run of many hosts before there are any. Ctrl-C and SIGTERM save and stop all. When one process
-# dies, the others are ended GRACE seconds later: the same command goes on from the last checkpoint.
+# On one machine a single process with all GPUs (launch/gpu.sh) is as fast; this script tests a run
+# of many hosts on one. Ctrl-C and SIGTERM save and stop all. If one process dies, the others are
+# killed GRACE seconds later; the same command resumes from the last checkpoint.
 #
 #   PYTHON       the interpreter (python)
 #   CPU_DEVICES  simulated devices of each process, on a machine without GPUs (1)
-#   GRACE        seconds (10)
+#   GRACE        seconds before the other processes are killed (10)
 set -euo pipefail
 
 if [[ ! ${1:-} =~ ^[1-9][0-9]*$ ]]; then
@@ -22,7 +22,7 @@ python=${PYTHON:-python}
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 if ((gpus > 0 && gpus % processes)); then
-  echo "error: launch/local.sh: $gpus GPUs do not divide among $processes processes" >&2
+  echo "error: launch/local.sh: found $gpus GPUs and N = $processes, expected a divisor of $gpus: change N" >&2
   exit 2
 fi
 
@@ -43,7 +43,7 @@ for ((i = 0; i < processes; i++)); do
   pids+=($!)
 done
 
-# Looked at twice a second: a trap is then never kept waiting by a process that does not end.
+# Polls twice per second, so that a trap never waits for a process that does not end.
 status=0 waited=0 left=("${pids[@]}")
 while ((${#left[@]})); do
   sleep 0.5

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A training over the nodes of a Slurm job: one process a node, which takes all its GPUs.
+# A training over the nodes of a Slurm job: one process per node, with all its GPUs.
 #
 #   sbatch --nodes=2 --gpus-per-node=4 launch/slurm.sh --config=configs/lastfm.py --workdir=DIR
 #
-# DIR, the data and the model lie on a file system that all nodes share. One process a GPU
-# (--ntasks-per-node=4) works as well. Slurm's variables tell JAX where the others are. Two minutes
-# before the time limit the run is told to save; then the job goes back into the queue and goes on.
+# DIR, the data and the model must be on a file system that all nodes share. One process per GPU
+# (--ntasks-per-node=4) works as well. JAX finds the other processes by Slurm's variables. Two
+# minutes before the time limit a signal makes the run save; the job is then requeued and resumes.
 #
 #   PYTHON  the interpreter (python)
 #SBATCH --job-name=sdpo

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A training on all hosts of a TPU slice, one process a host.
+# A training on all hosts of a TPU slice, one process per host.
 #
 #   launch/tpu.sh NAME ZONE --config=configs/lastfm.py --workdir=/mnt/shared/run
 #
-# NAME is a TPU VM made by gcloud; each of its hosts has this project installed at REPO, and data,
-# model and workdir on storage that all hosts share.
+# NAME is a TPU VM made by gcloud. Each of its hosts needs this project installed at REPO. Data,
+# model and workdir must be on storage that all hosts share.
 #
 #   REPO    folder of the project on the hosts (sdpo_jax, in the home folder)
 #   PYTHON  the interpreter on the hosts (python)

@@ -1,16 +1,16 @@
-"""ChatRec: a chat model recommends without being trained, as in the paper's Table 1.
+"""ChatRec: a chat model recommends without training, as in the paper's Table 1.
 
     python -m sdpo_jax.chatrec --dataset=runs/movielens/data --workdir=runs/movielens/run \\
         --endpoint=http://localhost:8000/v1 --model=NAME --limit=200
 
-It is shown a window's history and candidates and answers with a title, judged as `greedy` of
-sdpo_jax.evaluate is. Any endpoint that speaks OpenAI's chat completions will do; its key, where it
-wants one, comes from the environment variable OPENAI_API_KEY alone.
+The model reads a window's history and candidates and answers with a title, scored as `greedy` of
+sdpo_jax.evaluate. Any endpoint with OpenAI's chat completions works; its key, if it needs one, is
+read from the environment variable OPENAI_API_KEY only.
 
-Writes eval/chatrec-greedy.json and, beside it, the predictions as .jsonl. Each answer is kept in
-chatrec/answers.jsonl as it comes, and the same question to a model of the same name is never asked
-again: the same command goes on where it was stopped. In the workdir of a training run, the data
-must be that run's, and `report` then has ChatRec beside its stages.
+Writes eval/chatrec-greedy.json and, beside it, the predictions as .jsonl. Each answer is saved in
+chatrec/answers.jsonl on arrival, and the same request to a model of the same name is never sent
+again: the same command resumes after a stop. In the workdir of a training run, the data must be
+that run's; `report` then shows ChatRec beside its stages.
 """
 
 import collections
@@ -40,7 +40,7 @@ from sdpo_jax.system.files import parse_json
 
 PARAMETERS = '{"temperature": 0, "max_tokens": 64}'
 Prices = tuple[float | None, float | None]
-OURS = ("model", "messages", "stream", "n")  # not to be given as parameters
+OURS = ("model", "messages", "stream", "n")  # not allowed in --parameters
 
 
 def chatrec(
@@ -55,12 +55,12 @@ def chatrec(
     prices: Prices = (None, None),
     parameters: str = PARAMETERS,
 ) -> dict[str, Any]:
-    """Asks about each window that was not asked about before; returns the summary written.
+    """Sends a request for each window without an answer; returns the written summary.
 
-    `prices` are dollars for a million tokens in and out, `parameters` a JSON object that is part
-    of each request. Raises InputError before anything is written for data that are not there or
-    not those of the run in `workdir`, and for an endpoint that does not answer the first question;
-    later, with all answers kept, for one that stops answering.
+    `prices` are dollars per million tokens in and out, `parameters` a JSON object that is part of
+    each request. Raises InputError before anything is written for data that are missing or not
+    those of the run in `workdir`, and for an endpoint that does not answer the first request;
+    later, with all answers saved, for one that stops answering.
     """
     chat_client.check_url(endpoint)
     given = _parameters(parameters)
@@ -86,7 +86,7 @@ def chatrec(
         decoder="greedy",
         limit=limit,
         seed=seed,
-        # In any order the same, as the answers come in another one than they are read again.
+        # `fsum` is the same in any order: answers arrive and are read back in different ones.
         seconds=math.fsum(answer["seconds"] for answer in used),
     )
     summary = results.summarize("greedy", predictions) | head | _cost(used, prices)
@@ -105,31 +105,32 @@ def chatrec(
 
 def _end(summary: dict[str, Any], used: list[Answer], asked: int, prices: Prices) -> str:
     ends = ", ".join(f"{n} {name}" for name, n in summary["finishes"].items())
-    return f"asked now: {asked}, in all: {len(used)} ({_spent(used, prices)}), ended by {ends}"
+    spent = _spent(used, prices)
+    return f"requests now: {asked}, in total: {len(used)} ({spent}), finish reasons: {ends}"
 
 
 def _parameters(text: str) -> dict[str, Any]:
     expected = "expected a JSON object without " + ", ".join(OURS)
     try:
-        asked = parse_json(text)
-        json.dumps(asked, allow_nan=False)
+        parameters = parse_json(text)
+        json.dumps(parameters, allow_nan=False)
     except ValueError as error:
         raise InputError(f"--parameters: found no valid JSON ({error}), {expected}") from error
-    if not isinstance(asked, dict) or set(OURS) & set(asked):
-        raise InputError(f"--parameters: found {brief(asked)}, {expected}")
-    return asked
+    if not isinstance(parameters, dict) or set(OURS) & set(parameters):
+        raise InputError(f"--parameters: found {brief(parameters)}, {expected}")
+    return parameters
 
 
 def _check(model: str, prices: Prices) -> None:
     if not model or not model.isprintable():
-        raise InputError(f"--model: found {brief(model)}, expected a name that the endpoint knows")
+        raise InputError(f"--model: found {brief(model)}, expected a model name at the endpoint")
     for flag, price in zip(("price_in", "price_out"), prices, strict=True):
         if price is not None and not 0 <= price <= 1e9:  # nor NaN
-            raise InputError(f"--{flag}: found {price}, expected dollars for a million tokens")
+            raise InputError(f"--{flag}: found {price}, expected dollars per million tokens")
 
 
 def _open(folder: Path, workdir: Path, split: str) -> tuple[Dataset, int]:
-    """The data set and the seed of its prompts: that of the run in `workdir`, if it is one."""
+    """The data set and the seed of its prompts: that of the run in `workdir`, else 0."""
     run = read_run(workdir) if os.path.lexists(workdir / "config.json") else None
     data = read_split(folder, split)
     if run is None:
@@ -139,7 +140,7 @@ def _open(folder: Path, workdir: Path, split: str) -> tuple[Dataset, int]:
 
 
 def _templates(data: Dataset) -> tuple[str, ...]:
-    """The system's line, then the user's templates."""
+    """The system message, then the templates of the user message."""
     named = "name" if data.domain == "music" else "title"
     line = f"Answer with exactly one {named} of the list you choose from, and nothing else."
     return (line, *prompts.TEMPLATES[data.domain])
@@ -164,7 +165,7 @@ def _answers(
     parallel: int,
     prices: Prices,
 ) -> tuple[list[Answer], int]:
-    """The answers to the requests wanted, by key, and how many were asked for now."""
+    """The answers to `wanted` (key -> request), and the number of requests sent now."""
     before = read_answers(path)
     used = [before[key] for key in wanted if key in before]
     todo = [request for key, request in wanted.items() if key not in before]
@@ -182,7 +183,7 @@ def _ask(
     parallel: int,
     prices: Prices,
 ) -> None:
-    """Adds the answers to `todo` to `used` and to the file, each as it comes."""
+    """Adds the answers to `todo` to `used` and to the file, each on arrival."""
     started = time.monotonic()
     first = server.ask_first(todo[0])  # before anything is written
     rest = chat_client.ask_all(server.ask, todo[1:], parallel)
@@ -221,7 +222,7 @@ def _prediction(data: Dataset, split: str, row: int, answer: Answer) -> results.
 
 
 def _cost(used: Sequence[Answer], prices: Prices) -> dict[str, Any]:
-    """Tokens and dollars of the answers; None where the server or the user has not told."""
+    """Tokens and dollars of the answers; None if a count or price is missing."""
     kinds = ("tokens_in", "tokens_out")
     counts: list[list[Any]] = [[answer.get(kind) for answer in used] for kind in kinds]
     tokens = [None if None in count else sum(count) for count in counts]
@@ -238,7 +239,7 @@ def _cost(used: Sequence[Answer], prices: Prices) -> dict[str, Any]:
 def _spent(used: Sequence[Answer], prices: Prices) -> str:
     cost = _cost(used, prices)
     if None in (cost["tokens_in"], cost["tokens_out"]):
-        return "tokens not told"
+        return "tokens not reported"
     dollars = "" if cost["cost_dollars"] is None else f", ${cost['cost_dollars']:.4f}"
     return f"{cost['tokens_in']:,} tokens in, {cost['tokens_out']:,} out{dollars}"
 
@@ -259,7 +260,7 @@ def main(argv: Sequence[str]) -> None:
             args.parameters,
         )
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from {args.workdir}/chatrec/answers.jsonl")
+        print(f"stopped: the same command resumes from {args.workdir}/chatrec/answers.jsonl")
         sys.exit(130)
     if os.path.lexists(Path(args.workdir) / "config.json"):
         print(f"next: python -m sdpo_jax.report --workdir={args.workdir}")
@@ -267,27 +268,25 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("dataset", None, "prepared folder", required=True)
-    flags.DEFINE_string("workdir", None, "folder of a run on these data, or any", required=True)
+    flags.DEFINE_string("workdir", None, "of a run on these data, or any folder", required=True)
     flags.DEFINE_string(
         "endpoint",
         None,
-        "http://host:port/v1; its key, if it wants one, goes "
-        "into the environment variable OPENAI_API_KEY",
+        "http://host:port/v1; its key, if it needs one, is read "
+        "from the environment variable OPENAI_API_KEY",
         required=True,
     )
-    flags.DEFINE_string("model", None, "name that the endpoint knows", required=True)
-    flags.DEFINE_enum("split", "test", SPLITS[1:], "windows to ask about")
+    flags.DEFINE_string("model", None, "model name at the endpoint", required=True)
+    flags.DEFINE_enum("split", "test", SPLITS[1:], "windows to evaluate on")
     flags.DEFINE_integer(
         "limit",
         None,
-        "this many windows, evenly spread over the split; default: all",
+        "number of windows, evenly spread over the split; default: all",
         lower_bound=1,
     )
-    flags.DEFINE_integer(
-        "requests_per_minute", None, "at most this many; default: no limit", lower_bound=1
-    )
-    flags.DEFINE_integer("parallel", 4, "requests at once", lower_bound=1, upper_bound=256)
-    flags.DEFINE_float("price_in", None, "dollars for a million tokens read")
-    flags.DEFINE_float("price_out", None, "dollars for a million tokens written")
-    flags.DEFINE_string("parameters", PARAMETERS, "of each request, as JSON")
+    flags.DEFINE_integer("requests_per_minute", None, "maximum; default: no limit", lower_bound=1)
+    flags.DEFINE_integer("parallel", 4, "concurrent requests", lower_bound=1, upper_bound=256)
+    flags.DEFINE_float("price_in", None, "dollars per million input tokens")
+    flags.DEFINE_float("price_out", None, "dollars per million output tokens")
+    flags.DEFINE_string("parameters", PARAMETERS, "JSON object, part of each request")
     run_command(main)

@@ -39,8 +39,8 @@ DEFAULT_MODEL = PINNED[2]
 def convert(model: str | None, output: str) -> dict[str, Any]:
     """Writes the model folder `output` and returns its model.json.
 
-    Raises InputError for what is wrong with `model` (None: the embedded default), and when
-    `output` holds anything but the same model.
+    Raises InputError for an unfit `model` (None: the embedded default), and if `output` has
+    anything but the same model in it.
     """
     folder, path = Path(output).absolute(), _model_path(model)
     digest = source_digest(path)
@@ -52,7 +52,7 @@ def convert(model: str | None, output: str) -> dict[str, Any]:
 
 
 def report(meta: dict[str, Any], output: str) -> str:
-    """What was written, and the next command."""
+    """A line about the model, and the next command."""
     size = sum(path.stat().st_size for path in Path(output).rglob("*") if path.is_file())
     return (
         f"{output}: {meta['family']}, {meta['parameters']:,} parameters, {meta['dtype']}, "
@@ -65,7 +65,7 @@ def report(meta: dict[str, Any], output: str) -> str:
 def _write(source: Source, output: Path, digest: str, name: str) -> None:
     """Reads all of `source`, then writes the folder under another name and renames it.
 
-    `name` is what other tools load the same model by.
+    `name`: other tools load the same model by it.
     """
     config = DecoderConfig.from_hf(source.config, source.where)
     tree, dtype = read_base(source, config)
@@ -100,7 +100,7 @@ def _write(source: Source, output: Path, digest: str, name: str) -> None:
 
 
 def model_digest(folder: Path, arrays: dict[str, np.ndarray]) -> str:
-    """SHA-256 over all that log-probs depend on: the folder's config and tokenizer, every array."""
+    """SHA-256 over the folder's config, tokenizer and arrays: all that log-probs depend on."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
@@ -112,7 +112,7 @@ def model_digest(folder: Path, arrays: dict[str, np.ndarray]) -> str:
 
 
 def already_converted(output: Path, digest: str) -> bool:
-    """True for the same source; InputError for anything else but a missing or empty folder."""
+    """Whether `output` has the same source in it. Raises InputError for anything else there."""
     if is_free(output):
         return False
     expected = "so something that convert did not write: give another --output"
@@ -163,10 +163,10 @@ def _check_tokenizer(source: Source, folder: Path, config: DecoderConfig) -> Non
 
 
 def leave_out_tokens(folder: Path, names: set[str]) -> None:
-    """Takes added tokens out of a tokenizer's files.
+    """Removes added tokens from a tokenizer's files.
 
-    As `<pad>` of Llama-2's first release, which has no row in the model: no prompt and no answer is
-    padded with it, and a text that holds it must not be read as that token.
+    Such as `<pad>` of Llama-2's first release, which has no row in the model. Nothing is padded
+    with it, and a text that contains it must not be read as that token.
     """
 
     def kept(value: Any) -> bool:

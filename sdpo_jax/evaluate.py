@@ -4,9 +4,9 @@
     python -m sdpo_jax.evaluate --workdir=runs/movielens/run --stage=base,sft,sdpo --split=test_all
     python -m sdpo_jax.evaluate --workdir=runs/movielens/run --follow --split=val
 
-Decoders: `greedy` is the paper's metric (free generation of at most 20 tokens, valid iff exactly
-one candidate is a substring of it); `trie` generates among the candidates only; `score` ranks the
-candidates by log-probability. The prompts are run once for all decoders.
+Decoders: `greedy` is the paper's metric (free generation, valid iff exactly one candidate is a
+substring of it); `trie` generates among the candidates only; `score` ranks the candidates by
+log-probability. The prompts are run once for all decoders.
 
     python -m sdpo_jax.evaluate --workdir=runs/quickstart/run --rank=catalogue --decoder=beam
 
@@ -15,8 +15,8 @@ with config.prompt=history: `beam` searches among the titles, `score` computes e
 log-probability. `--rank=disliked --decoder=score` ranks the target against one item that the same
 user rated low later on: HR@1 among these two is the AUC of liked against disliked.
 
-Writes eval/<stage>-<step>-<decoder>.json and, beside it, the predictions as .jsonl. The name holds
-the split asked for last; another split that lay there gets its split's name at the end.
+Writes eval/<stage>-<step>-<decoder>.json and, beside it, the predictions as .jsonl. That name is of
+the split evaluated last; results of another split are renamed to end in the split's name.
 """
 
 import sys
@@ -37,7 +37,7 @@ from sdpo_jax.runs.workdir import Run, read_run, stage_result
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
 
-# What may be ranked, and by which decoders.
+# What is ranked -> the decoders that can.
 DECODERS_OF = {
     "candidates": ("greedy", "trie", "score"),
     "catalogue": ("score", "beam"),
@@ -59,8 +59,8 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Evaluates each stage at its best step, or at `step`; returns the summaries written.
 
-    `stages` defaults to the last finished one. Raises InputError for a workdir, stage, step,
-    split or decoder that is not there, before the model is loaded.
+    `stages` defaults to the last finished one. Raises InputError for an unknown workdir, stage,
+    step, split or decoder before the model is loaded.
     """
     run = _open(workdir, stages, split, decoders, rank)
     stages = stages or [last_finished(run)]
@@ -68,7 +68,7 @@ def evaluate(
         raise InputError("--step: found several stages, expected one: give one --stage with it")
     chosen = [(stage, choose_step(run, stage, step)) for stage in stages]
     evaluator = Evaluator(run, split, limit, batch_size, rank, beams)
-    _tell(evaluator, decoders)
+    _announce(evaluator, decoders)
     try:
         return [
             summary
@@ -93,16 +93,16 @@ def follow(
 ) -> list[dict[str, Any]]:
     """Evaluates every checkpoint of a run in progress once, until the run has ended.
 
-    Checkpoints are listed when they are complete. One that the trainer deletes before it is read
-    is skipped with a line. One that was evaluated before on the same windows is not read again.
+    Only complete checkpoints are listed. One that the trainer deletes before it is read is skipped
+    with a line. One that was evaluated before on the same windows is not read again.
     """
     run = _open(workdir, stages, split, decoders)
     stages = stages or list(run.config.stages)
     evaluator = Evaluator(run, split, limit, batch_size)
-    _tell(evaluator, decoders)
+    _announce(evaluator, decoders)
     seen, written = set(), []
     while True:
-        # Asked first, so that a checkpoint which comes between the two questions is not missed.
+        # Before the listing, so that a checkpoint written between the two is not missed.
         ended = stage_result(run.path, run.config.stages[-1]) is not None
         listed = [(stage, step) for stage in stages for step in steps(run, stage)]
         new = [key for key in listed if key not in seen]
@@ -120,10 +120,10 @@ def follow(
             time.sleep(poll_seconds)
 
 
-def _tell(evaluator: Evaluator, decoders: Sequence[str]) -> None:
-    """What a reader of the results must know of the prompts and of what is generated."""
-    if told := evaluator.encoder.truncation():
-        print(told, flush=True)
+def _announce(evaluator: Evaluator, decoders: Sequence[str]) -> None:
+    """Prints truncated prompts and an unusual limit of generated tokens."""
+    if message := evaluator.encoder.truncation():
+        print(message, flush=True)
     if "greedy" in decoders and evaluator.new_tokens != NEW_TOKENS:
         print(
             f"greedy generates up to {evaluator.new_tokens} tokens, as the longest title of the "
@@ -234,7 +234,7 @@ def main(argv: Sequence[str]) -> None:
                 beams=args.beams,
             )
     except KeyboardInterrupt:
-        print(f"stopped; what was evaluated is in {args.workdir}/eval")
+        print(f"stopped; the finished evaluations are in {args.workdir}/eval")
         sys.exit(130)
     print(f"next: python -m sdpo_jax.report --workdir={args.workdir}")
 

@@ -1,4 +1,4 @@
-"""Writes a trained adapter for other tools: alone as PEFT's files, or merged into its base.
+"""Writes a trained model for other tools: its adapter in PEFT's format, or merged weights.
 
     python -m sdpo_jax.export --workdir=runs/lastfm/run --stage=sdpo --format=peft --output=DIR
     python -m sdpo_jax.export --workdir=runs/lastfm/run --stage=sdpo --format=merged --output=DIR
@@ -10,7 +10,7 @@ bfloat16, which also `--stage=base` can be. Both get the tokenizer and a model c
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from sdpo_jax.data import prompts
-from sdpo_jax.data.prepared import read_titles
 from sdpo_jax.data.tokens import new_tokens
 from sdpo_jax.models.base_weights import read_weights
 from sdpo_jax.models.config import DecoderConfig
@@ -34,9 +33,9 @@ from sdpo_jax.models.tokenizer import ends_of, load_tokenizer
 from sdpo_jax.models.weights import TOKENIZER_FILES, WHOLE, abstract_base, slots
 from sdpo_jax.reports.model_card import model_card
 from sdpo_jax.runs.checkpoints import CheckpointGone
-from sdpo_jax.runs.inputs import adapter_config
+from sdpo_jax.runs.inputs import adapter_config, open_inputs
 from sdpo_jax.runs.steps import choose_step, raw_adapter
-from sdpo_jax.runs.workdir import Run, check_fingerprint, read_run
+from sdpo_jax.runs.workdir import read_run
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.files import check_room, is_free, read_object, whole_folder
@@ -49,10 +48,10 @@ SHARD = "5GB"
 def export(
     workdir: str | Path, stage: str, form: str, output: str | Path, step: int | None = None
 ) -> Path:
-    """Writes the folder `output` whole or not at all, and returns it.
+    """Writes the folder `output` atomically, and returns it.
 
-    `step` defaults to the stage's best. Raises InputError where the run, the stage, the step or
-    the model is not there, and where `output` has something in it.
+    `step` defaults to the stage's best. Raises InputError if the run, the stage, the step, the data
+    or the model is not there, and if `output` is not empty.
     """
     run, output = read_run(Path(workdir)), Path(output).absolute()
     known = (*run.config.stages, *(["base"] if form == "merged" else []))
@@ -71,9 +70,10 @@ def export(
     if not is_free(output):
         raise InputError(f"--output: found something in {output}, expected a new folder")
     step = choose_step(run, stage, step)
+    inputs = open_inputs(run.config, run.templates, run.config.validation_split)
+    inputs.verify(run)
+    card = model_card(run, inputs.dataset.meta, stage, step, form)
     model = Path(run.config.model)
-    check_fingerprint(run, "model", model, read_meta(model)["sha256"])
-    card = model_card(run, stage, step, form)
     config = DecoderConfig.read(model)
     try:
         tree = {"layers": {}} if stage == "base" else raw_adapter(run, stage, step)
@@ -87,7 +87,7 @@ def export(
                 write_adapter(partial, tree, lora, config, *source)
             else:
                 write_merged(partial, model, tree, lora, config)
-            write_ends(partial, model, run)
+            write_ends(partial, model, run.config.prompt, inputs.dataset.titles.values())
             (partial / "README.md").write_text(card, encoding="utf-8")
     except CheckpointGone as error:
         raise InputError(f"{error}: found no readable checkpoint: give another --step") from error
@@ -104,8 +104,8 @@ def write_merged(
     Args:
       folder: where to; it exists.
       model: the converted base.
-      tree: {"layers": {"q": {"a": [L, in, R], "b": [L, R, out]}, …}}, or all weights that were
-        trained; {"layers": {}} is the base.
+      tree: {"layers": {"q": {"a": [L, in, R], "b": [L, R, out]}, …}}, or all trained weights;
+        {"layers": {}} is the base.
       lora: its rank and alpha.
       config: of the decoder.
     """
@@ -127,16 +127,15 @@ def write_merged(
         _write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_ends(folder: Path, model: Path, run: Run) -> None:
-    """Tells generators what ends an answer, how long the longest is, and not to sample.
+def write_ends(folder: Path, model: Path, prompt: str, titles: Iterable[str]) -> None:
+    """Writes generation_config.json: the ends of an answer, its greatest length, no sampling.
 
-    The end that was trained comes first: EOS, or the line break of a history. It is in
-    generation_config.json and, where there is one, in config.json.
+    The trained end comes first: EOS, or the line break of a history. The ends are also written
+    into config.json, if there is one.
     """
     tokenizer = load_tokenizer(model)
-    ends = (prompts.answer_end(tokenizer, run.config.prompt), *ends_of(model, tokenizer))
+    ends = (prompts.answer_end(tokenizer, prompt), *ends_of(model, tokenizer))
     ends = {"eos_token_id": [*dict.fromkeys(ends)]}
-    titles = read_titles(Path(run.config.dataset)).values()
     content = ends | {"do_sample": False, "max_new_tokens": new_tokens(titles, tokenizer)}
     if os.path.exists(folder / "config.json"):
         _write_json(folder / "config.json", read_object(folder / "config.json", WHOLE) | ends)
@@ -148,7 +147,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def shard_plan(config: DecoderConfig):
-    """Which tensor goes into which file, in the order in which `merged_tensors` makes them."""
+    """The file of each tensor, in the order in which `merged_tensors` makes them."""
     shapes = abstract_base(config)
     order = list(shapes)
     table = sorted(slots(config).items(), key=lambda item: order.index(item[1].path))
@@ -165,7 +164,7 @@ def shard_plan(config: DecoderConfig):
 
 
 def merged_tensors(model: Path, tree: dict, lora: LoraConfig, config: DecoderConfig):
-    """Yields (Hugging Face's name, tensor in bfloat16) of `W + alpha/R A B`, one of ours by one."""
+    """Yields (Hugging Face's name, tensor in bfloat16) of `W + alpha/R A B`, array by array."""
     stored, device = read_meta(model)["dtype"], jax.local_devices(backend="cpu")[0]
     place = jax.sharding.SingleDeviceSharding(device)
     shapes = {
@@ -195,20 +194,18 @@ def merged_tensors(model: Path, tree: dict, lora: LoraConfig, config: DecoderCon
 
 
 def report(output: Path, form: str) -> str:
-    """What was written, and how it is loaded."""
+    """A line about the folder, and how to load it."""
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    told = f"{output}: {form}, {size / 1e6:,.1f} MB, with a model card that has the prompt"
+    written = f"{output}: {form}, {size / 1e6:,.1f} MB, with a model card that has the prompt"
     if form == "merged":
-        return f"{told}\nnext: vllm serve {output}"
-    base = read_object(output / "adapter_config.json", "expected what export wrote")[
-        "base_model_name_or_path"
-    ]
-    if base.endswith(".gguf"):
+        return f"{written}\nnext: vllm serve {output}"
+    adapter = read_object(output / "adapter_config.json", "expected what export wrote")
+    if adapter["base_model_name_or_path"].endswith(".gguf"):
         return (
-            f"{told}\nits base is a .gguf file, which peft cannot load: export the base as well, "
-            "with --stage=base --format=merged, and name that folder in adapter_config.json"
+            f"{written}\nits base is a .gguf file, which peft cannot load: export it too, with "
+            "--stage=base --format=merged, and name that folder in adapter_config.json"
         )
-    return f"{told}\nnext: peft.AutoPeftModelForCausalLM.from_pretrained({str(output)!r})"
+    return f"{written}\nnext: peft.AutoPeftModelForCausalLM.from_pretrained({str(output)!r})"
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,18 +1,23 @@
-"""Tells whether the candidates of a prepared folder give the target away.
+"""Checks whether the candidates of a prepared folder give the target away.
 
     python -m sdpo_jax.leakcheck --dataset=runs/lastfm/data
 
-A look-up that never sees a history is trained on the train split: for each candidate, the most
-candidates that a training window with it as the target has in common with this window's; of equals
-the more popular. Where candidates are drawn without regard to the target it does no better than
-popularity. Beside it, three rules without taste: the place in the list that the target has most
-often in training; the candidate that is next after the last of the history in an order of the
-items, as where something else than time has sorted the sequences, or what has equal times (by id,
-by title, up or down, or the one that all training sequences follow: what fits training best); and
-the one candidate whose title the history has, else the most popular. Prints one line of JSON with
-these hit ratios for each other split, and warns where look-up, order or repeat are clearly above
-popularity, the place above chance, or popularity nearly always right, as when negatives are items
-that are never a target.
+Five rules that know no user's preferences are fitted to the train split and choose a candidate:
+
+- lookup ignores the history. It scores a candidate by the most candidates that this window has in
+  common with a training window whose target it is; of equals the more popular wins. If candidates
+  are drawn independently of the target, it does no better than popularity.
+- place: the place in the list that the target has most often in training.
+- order: the next candidate after the history's last item in an order of the items. It is right if
+  sequences, or items with equal times, were sorted by something else than time. The order is by
+  id, id in the source or title, ascending or descending, or the one that all training sequences
+  follow: whichever is right most often in training.
+- repeat: the one candidate whose title is in the history, else the most popular.
+- popularity.
+
+Prints one line of JSON with their HR@1 for each other split. Warns if lookup, order or repeat are
+clearly above popularity, if place is above chance, or if popularity is nearly always right, as when
+negatives are items that are never a target.
 """
 
 import graphlib
@@ -32,8 +37,8 @@ from sdpo_jax.evaluation import metrics
 from sdpo_jax.system.command import run_command
 
 OWN_IDS = ("item", "asin")  # attributes of a CSV file's items and of Amazon's
-MARGIN = 0.05  # of HR@1 above popularity, or chance, that is no accident of the draw
-NEARLY_ALWAYS = 0.9
+MARGIN = 0.05  # relevant excess of HR@1 over popularity, or over chance
+NEARLY_ALWAYS = 0.9  # HR@1 of popularity
 GIVEN_AWAY = (
     "the candidates give the target away; report scores on them only beside scores on independent "
     "ones (sdpo_jax.prepare --candidates=independent)"
@@ -41,13 +46,13 @@ GIVEN_AWAY = (
 
 
 def leakcheck(dataset: str) -> dict[str, dict[str, Any]]:
-    """Per split but train: HR@1 of look-up, place, order, repeat and popularity with intervals, n.
+    """Per split but train: HR@1 of the five rules with intervals, number of candidates, and n.
 
-    Raises InputError where `dataset` is no prepared folder.
+    Raises InputError if `dataset` is not a prepared folder.
     """
     data = read_dataset(dataset)
     train = arrays(data, data.splits["train"])
-    popularity_I = trivial.popularity(train.target_N, len(data.titles))
+    popularity_I = trivial.popularity(train.target_B, len(data.titles))
     lookup = Lookup(train, popularity_I)
     usual = np.bincount(places(train)).argmax()
     order_I = max(orders(data, train), key=lambda place_I: sum(in_order(place_I, train)))
@@ -61,7 +66,7 @@ def leakcheck(dataset: str) -> dict[str, dict[str, Any]]:
             **ratio("order", in_order(order_I, windows), users),
             **ratio("repeat", repeated(title_I, popularity_I, windows), users),
             **ratio("popularity", hits_of(lambda c: popularity_I[c], windows), users),
-            "candidates": windows.candidates_NC.shape[1],
+            "candidates": windows.candidates_BC.shape[1],
             "n": len(users),
         }
     return found
@@ -71,37 +76,37 @@ class Lookup:
     """Scores candidates by the candidates they were shown with when they were the target."""
 
     def __init__(self, train: Arrays, popularity_I: np.ndarray):
-        # The lists of one target lie together: those of item i from first_I[i] to first_I[i + 1].
-        order = np.argsort(train.target_N, kind="stable")
-        self._shown_NC = train.candidates_NC[order]
-        self._first_I = np.searchsorted(train.target_N[order], np.arange(len(popularity_I) + 1))
+        # Lists are sorted by target: those of item i are from first_I[i] to first_I[i + 1].
+        order = np.argsort(train.target_B, kind="stable")
+        self._shown_BC = train.candidates_BC[order]
+        self._first_I = np.searchsorted(train.target_B[order], np.arange(len(popularity_I) + 1))
         self._tie_I = popularity_I / (popularity_I.sum() + 1)  # less than one candidate in common
 
     def scores(self, candidates_C: np.ndarray) -> np.ndarray:
-        """[C], higher for a likelier target."""
+        """Scores [C] of candidates [C], higher for a likelier target."""
         here_I = np.zeros(len(self._tie_I), bool)
         here_I[candidates_C] = True
         common_C = [
-            here_I[self._shown_NC[self._first_I[i] : self._first_I[i + 1]]].sum(-1).max(initial=0)
+            here_I[self._shown_BC[self._first_I[i] : self._first_I[i + 1]]].sum(-1).max(initial=0)
             for i in candidates_C
         ]
         return common_C + self._tie_I[candidates_C]
 
 
 def places(windows: Arrays) -> list[int]:
-    """Where each window's target stands among its candidates."""
+    """The index of each window's target among its candidates."""
     return [
         place(candidates_C, target)
-        for candidates_C, target in zip(windows.candidates_NC, windows.target_N, strict=True)
+        for candidates_C, target in zip(windows.candidates_BC, windows.target_B, strict=True)
     ]
 
 
 def orders(data: Dataset, train: Arrays) -> list[np.ndarray]:
     """Orders of the items that sequences may follow instead of time: each item's place, or NaN.
 
-    Those of ids, of the ids that the source had, and of titles, up and down, numbers in them
-    counting as numbers, and the one that all training sequences follow, where there is one. The
-    last place is the padding's, of an empty history.
+    By id, by id in the source, and by title, each ascending and descending, with numbers in them
+    compared as numbers; and the order that all training sequences follow, if there is one. The
+    last entry is for the padding of an empty history.
     """
     ids, own = list(data.titles), data.attributes
     keys = [
@@ -119,16 +124,16 @@ def orders(data: Dataset, train: Arrays) -> list[np.ndarray]:
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
-    """A key that sorts "Film 9" before "Film 10": of two whole numbers the longer is larger."""
+    """A key that sorts "Film 9" before "Film 10": a whole number with more digits is larger."""
     parts = re.split(r"0*([0-9]+)", text)
     return [(len(part) if n % 2 else 0, part) for n, part in enumerate(parts)]
 
 
 def one_order(windows: Arrays, items: int) -> list[int] | None:
-    """An order that all sequences follow, or None."""
-    rows_NT = np.column_stack([windows.history_NT, windows.target_N])
-    before, after = rows_NT[:, :-1].ravel(), rows_NT[:, 1:].ravel()
-    real = before < items  # the padding is not
+    """An order that all sequences follow, as a list of items, or None."""
+    rows_BT = np.column_stack([windows.history_BT, windows.target_B])
+    before, after = rows_BT[:, :-1].ravel(), rows_BT[:, 1:].ravel()
+    real = before < items  # without the padding
     sorter = graphlib.TopologicalSorter()
     for a, b in np.unique(np.stack([before[real], after[real]], 1), axis=0).tolist():
         sorter.add(b, a)
@@ -140,9 +145,9 @@ def one_order(windows: Arrays, items: int) -> list[int] | None:
 
 def in_order(order_I: np.ndarray, windows: Arrays) -> list[bool]:
     """Whether the first candidate after the last item of the history is the target."""
-    last_N, place_NC = order_I[windows.history_NT[:, -1]], order_I[windows.candidates_NC]
-    next_N = np.where(place_NC > last_N[:, None], place_NC, np.inf).min(-1)
-    return (order_I[windows.target_N] == next_N).tolist()
+    last_B, place_BC = order_I[windows.history_BT[:, -1]], order_I[windows.candidates_BC]
+    next_B = np.where(place_BC > last_B[:, None], place_BC, np.inf).min(-1)
+    return (order_I[windows.target_B] == next_B).tolist()
 
 
 def repeated(title_I: np.ndarray, popularity_I: np.ndarray, windows: Arrays) -> list[bool]:
@@ -155,7 +160,7 @@ def repeated(title_I: np.ndarray, popularity_I: np.ndarray, windows: Arrays) -> 
         seen_C = np.isin(title_I[candidates_C], title_I[history_T[history_T < len(title_I)]])
         return seen_C if seen_C.sum() == 1 else popularity_I[candidates_C]
 
-    rows = zip(windows.history_NT, windows.candidates_NC, windows.target_N, strict=True)
+    rows = zip(windows.history_BT, windows.candidates_BC, windows.target_B, strict=True)
     return [
         metrics.target_rank(chosen(history_T, candidates_C), place(candidates_C, target)) == 1
         for history_T, candidates_C, target in rows
@@ -173,45 +178,45 @@ def hits_of(scores: Callable[[np.ndarray], np.ndarray], windows: Arrays) -> list
     """Whether `scores` of each window's candidates put its target alone at the top."""
     return [
         metrics.target_rank(scores(candidates_C), place(candidates_C, target)) == 1
-        for candidates_C, target in zip(windows.candidates_NC, windows.target_N, strict=True)
+        for candidates_C, target in zip(windows.candidates_BC, windows.target_B, strict=True)
     ]
 
 
 def warnings_of(at: dict[str, Any]) -> list[str]:
-    """What a split's figures say against its candidates or its sequences."""
+    """Warnings about the candidates or the sequences of a split, from its figures."""
     names = ("lookup", "place", "order", "repeat", "popularity")
     lookup, place, order, repeat, popularity = (at[f"{name}_hit_ratio_at_1"] for name in names)
     least = {name: at[f"{name}_hit_ratio_at_1_ci95"][0] for name in names}
     chance = 1 / at["candidates"]
-    told = []
+    messages = []
     if least["lookup"] > popularity + MARGIN:
-        told.append(
+        messages.append(
             f"a look-up that ignores the history is right in {lookup:.3f} of the windows, "
             f"popularity in {popularity:.3f}: {GIVEN_AWAY}"
         )
     if least["place"] > chance + MARGIN:
-        told.append(
-            f"the target stands at one place of the list in {place:.3f} of the windows, "
+        messages.append(
+            f"the target is at one place of the list in {place:.3f} of the windows, "
             f"by chance in {chance:.3f}: {GIVEN_AWAY}"
         )
     if popularity > NEARLY_ALWAYS:
-        told.append(
+        messages.append(
             f"popularity is right in {popularity:.3f} of the windows, so negatives are "
             f"hardly ever a target in training: {GIVEN_AWAY}"
         )
     if least["order"] > popularity + MARGIN:
-        told.append(
+        messages.append(
             "training sequences follow one order of the items, so they were not sorted by "
             f"time alone, and the next candidate in it is right in {order:.3f} of the "
             "windows: report scores only beside this one"
         )
     if least["repeat"] > popularity + MARGIN:
-        told.append(
+        messages.append(
             "the candidate with the same title as an item of the history, else the most "
             f"popular, is right in {repeat:.3f} of the windows, popularity in "
             f"{popularity:.3f}: report scores only beside this one"
         )
-    return told
+    return messages
 
 
 def main(argv: Sequence[str]) -> None:
@@ -219,8 +224,8 @@ def main(argv: Sequence[str]) -> None:
     found = leakcheck(dataset)
     print(json.dumps(found))
     for split, at in found.items():
-        for told in warnings_of(at):
-            print(f"warning: {dataset}, {split}: {told}", file=sys.stderr)
+        for message in warnings_of(at):
+            print(f"warning: {dataset}, {split}: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -18,19 +18,19 @@ timestamp (a number or ISO 8601) and, where there are ratings, rating, or with o
 `--columns` gives; further columns become attributes of the item, and `--domain` chooses the
 prompts' wording.
 
-Titles are kept in one form: HTML entities resolved, accents composed (NFC), single spaces. The
-order of interactions with one time is drawn from `--seed`. What a person should know of the source
-is printed as notes, and kept in dataset.json.
+Titles are stored in normal form: HTML entities resolved, accents composed (NFC), single spaces. The
+order of interactions with equal times is drawn from `--seed`. Notes on the source are printed, and
+stored in dataset.json.
 
 Each data set has its protocol; `--split` chooses another. users: 8:1:1 of the users by their first
-interaction; val and test are the last window of each, val_all and test_all every window of theirs.
-time: 8:1:1 of all windows by the time of their target. leave-one-out: of each user the last window
-is test and the one before it val. With time and leave-one-out val and test are whole, so there is
-no val_all or test_all. `--history` is how many titles a window shows, `--min_interactions` how many
-interactions a user and an item must have.
+interaction; val and test are the last window of each user, val_all and test_all every window of the
+same users. time: 8:1:1 of all windows by the time of their target. leave-one-out: per user, the
+last window is test and the one before it val. With time and leave-one-out, val and test are whole,
+so there is no val_all or test_all. `--history` is the maximum number of titles per history,
+`--min_interactions` the minimum number of interactions per user and per item.
 
 With `--model`, a folder of sdpo_jax.convert, every title must survive that model's tokenizer;
-training checks this too. Running it again changes nothing.
+training checks this too. Running prepare again changes nothing.
 """
 
 import shlex
@@ -74,9 +74,9 @@ def prepare(
 ) -> dict:
     """Writes the prepared folder `output` and returns its dataset.json.
 
-    Raises InputError for what is wrong with `source`, for an option that it does not have, for a
-    title that the tokenizer of `model` changes, and when `output` holds anything but the same data
-    set prepared with the same arguments.
+    Raises InputError for errors in `source`, for an option that does not apply to it, for a title
+    that the tokenizer of `model` changes, and if `output` contains anything but the same data set
+    prepared with the same arguments.
     """
     options = options or Options()
     _check_options(dataset, candidates, domain, options, form)
@@ -99,8 +99,8 @@ def prepare(
     sizes = {len(window.candidates) for windows in splits.values() for window in windows}
     if len(sizes) > 1 or min(sizes) < 2:
         raise InputError(
-            f"{source}: found lists of {sorted(sizes)} candidates, expected as many in all splits "
-            "and at least 2: correct --source, or draw them with --candidates=independent"
+            f"{source}: found lists of {sorted(sizes)} candidates, expected one length of 2 or "
+            "more: correct --source, or draw them with --candidates=independent"
         )
     write_dataset(
         output, Dataset(domain, found.titles, splits, meta, found.sequences, found.attributes)
@@ -111,11 +111,11 @@ def prepare(
 def _check_options(
     dataset: str, candidates: str, domain: str | None, options: Options, form: Form | None
 ) -> None:
-    """Raises InputError for an option that `dataset` does not have."""
+    """Raises InputError for an option that does not apply to `dataset`."""
     if dataset != "lastfm" and candidates == "released":
         raise InputError(
-            f"--candidates: found released, expected independent for {dataset}: the paper's "
-            "authors published a rule that gives their lists again for lastfm alone"
+            f"--candidates: found released, expected independent for {dataset}: the authors' lists "
+            "can be reproduced for lastfm only"
         )
     if candidates == "released" and options.num_candidates:
         raise InputError(
@@ -137,7 +137,7 @@ def _check_options(
 def _meta(
     found: Found, dataset: str, domain: str, candidates: str, size: int, seed: int
 ) -> dict[str, Any]:
-    """What dataset.json says of the windows found, with lists of `size` candidates."""
+    """The content of dataset.json for windows with `size` candidates each."""
     return {
         "dataset": dataset,
         "domain": domain,
@@ -173,7 +173,7 @@ def _draw(
 
 
 def _existing(output: Path) -> dict | None:
-    """dataset.json of a folder prepared before; None when there is nothing yet."""
+    """dataset.json of a folder prepared before; None if `output` is missing or empty."""
     if is_free(output):
         return None
     expected = "so no prepared data set, expected a new or empty folder: choose another --output"
@@ -218,13 +218,13 @@ def report(meta: dict, output: str) -> str:
     lines += [f"note: {note}" for note in meta["notes"]]
     lines.append("windows: " + ", ".join(f"{k} {v:,}" for k, v in counts["windows"].items()))
     lines.append(
-        f"candidates: {meta['candidates']}, {meta['num_candidates']} a window, seed "
+        f"candidates: {meta['candidates']}, {meta['num_candidates']} per window, seed "
         f"{meta['seed']}; written to {output}"
     )
     config = name if name in SIZES else "movielens"
     lines.append(
         f"next: python -m sdpo_jax.train --config=configs/{config}.py "
-        f"--config.dataset={shlex.quote(str(output))}, once sdpo_jax.convert made the model"
+        f"--config.dataset={shlex.quote(str(output))}, once sdpo_jax.convert has made the model"
     )
     return "\n".join(lines)
 
@@ -235,11 +235,11 @@ def _cell(cell: str | int) -> str:
 
 def _note(meta: dict) -> str:
     if meta["dataset"] == "lastfm":
-        return "(interactions: the paper's number cannot be had from its authors' files)"
+        return "(interactions: the paper's number cannot be derived from its authors' files)"
     if STAND_IN[0] in meta["source"]:
-        return "(a stand-in of goodbooks-10k: the paper's sequences are not public)"
+        return "(a stand-in made from goodbooks-10k: the paper's sequences are not public)"
     if meta["split"] == "fixed":
-        return "(published windows: users, items and interactions are those they show)"
+        return "(published windows: users, items and interactions are those of the windows)"
     least = meta["min_interactions"]
     core = f"; users and items with {least} or more" if least > 1 else ""
     kept, raw = DATASETS[meta["dataset"]].kept, meta["counts"]["interactions_in_source"]
@@ -271,33 +271,33 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "columns",
         None,
-        "csv only: the header's names where they are others, as "
-        "user=reviewerID,item=asin,rating=overall; rating=: none",
+        "csv only: the header's names where they differ, as "
+        "user=reviewerID,item=asin,rating=overall; rating=: ignore ratings",
     )
     flags.DEFINE_string(
         "delimiter",
         None,
-        "csv only: a character, or tab (default: the one of "
-        "comma, semicolon, tab and | that the header has)",
+        "csv only: a character, or tab (default: comma, semicolon, tab or |, as in the header)",
     )
     flags.DEFINE_string("quote", None, 'csv only: the character around fields, or none (default ")')
     flags.DEFINE_string(
         "escape",
         None,
-        "csv only: the character before a quote within quotes, as "
-        "\\ (default: such a quote is doubled)",
+        "csv only: the character before a quote within quotes, as \\ (default: quotes are doubled)",
     )
-    flags.DEFINE_string("encoding", None, "csv only: as cp1251 (default: UTF-8, else Latin-1)")
+    flags.DEFINE_string("encoding", None, "csv only: such as cp1251 (default: UTF-8, else Latin-1)")
     flags.DEFINE_bool(
-        "allow_ties", False, "take a source whose times leave the order of most users open"
+        "allow_ties",
+        False,
+        "accept a source whose equal times leave the order of most users unknown",
     )
     flags.DEFINE_string("output", None, "prepared folder to write", required=True)
-    flags.DEFINE_enum("split", None, SPLITS, "how windows are split (default: the data set's way)")
-    flags.DEFINE_integer("history", None, "most titles a window shows (default 10)", lower_bound=1)
+    flags.DEFINE_enum("split", None, SPLITS, "how windows are split (default: the data set's)")
+    flags.DEFINE_integer("history", None, "most titles per history (default 10)", lower_bound=1)
     flags.DEFINE_integer(
         "min_interactions",
         None,
-        "least interactions of a user and of an item (default: the data set's number)",
+        "fewest interactions per user and per item (default: the data set's)",
         lower_bound=1,
     )
     flags.DEFINE_enum(
@@ -307,14 +307,14 @@ if __name__ == "__main__":
         "how the candidates are drawn; released: lastfm only",
     )
     flags.DEFINE_integer(
-        "num_candidates", None, "candidates of a window (default 20)", lower_bound=2
+        "num_candidates", None, "candidates per window (default 20)", lower_bound=2
     )
     flags.DEFINE_enum("domain", None, DOMAINS, "wording of the prompts; csv only (default movie)")
     flags.DEFINE_string("model", None, "converted model whose tokenizer the titles must survive")
     flags.DEFINE_integer(
         "seed",
         0,
-        "of the independent candidates, and of the order of interactions with one time",
+        "seed of the independent candidates and of the order of interactions with equal times",
         lower_bound=0,
     )
     run_command(main)

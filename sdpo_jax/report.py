@@ -1,4 +1,4 @@
-"""One table of what a run achieved, its stages compared, and a picture of its curves.
+"""A run's results in one table, its stages compared, and a plot of its curves.
 
     python -m sdpo_jax.report --workdir=runs/movielens/run
 
@@ -19,10 +19,10 @@ from sdpo_jax.system.files import whole_file
 
 
 def report(workdir: str | Path, split: str | None = None) -> str:
-    """Writes report.md and curves.png into `workdir` and returns the text of the former.
+    """Writes report.md and curves.png into `workdir` and returns the text of report.md.
 
-    `split` defaults to the one evaluated last. Raises InputError when `workdir` is no run or
-    nothing of it was evaluated.
+    `split` defaults to the one evaluated last. Raises InputError if `workdir` is not a run, has no
+    evaluation, or cannot be written.
     """
     run = read_run(Path(workdir))
     split, rows = tables.choose_rows(run, split)
@@ -34,14 +34,14 @@ def report(workdir: str | Path, split: str | None = None) -> str:
             file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(
-            f"{run.path}: found {error.strerror}, expected to write report.md: free space or "
-            "mend permissions"
+            f"{run.path}: the report cannot be written ({error.strerror}): free space or correct "
+            "permissions"
         ) from error
     return text
 
 
 def _picture(run, lines: Sequence[dict]) -> str | None:
-    """Name of the picture; None without matplotlib or without curves."""
+    """File name of the plot; None without matplotlib or without curves."""
     if not any("loss" in line for line in lines):
         return None
     try:

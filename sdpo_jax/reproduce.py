@@ -1,14 +1,14 @@
-"""Runs what the S-DPO paper's tables and figures need and writes them as one page.
+"""Reproduces the S-DPO paper's tables and figures on one page.
 
     python -m sdpo_jax.reproduce --target=table1 --scale=smoke --workdir=runs/tables
     python -m sdpo_jax.reproduce --target=all --scale=paper --workdir=runs/paper \\
         --model=runs/llama2-7b --lastfm=FOLDER --goodreads=FOLDER
 
-Scale `smoke` is a few steps of a small model, to see that all is in place; `small` some hundred
-examples per stage with it, hours on a CPU; `medium` every training window once, for one GPU;
-`paper` the paper's setting with a model that you give. Each cell of a table is a workdir below
---workdir. The same command resumes after a stop, and another target adds to the same page:
-reproduce.html, which needs nothing but itself, and reproduce.md.
+Scale `smoke` is a few steps of a small model, to test the setup; `small` a few hundred examples per
+stage with it, hours on a CPU; `medium` every training window once, for one GPU; `paper` the paper's
+setting with your model. Each cell of a table is a workdir below --workdir. The same command resumes
+after a stop, and another target adds to the same page: reproduce.html, which is self-contained, and
+reproduce.md.
 """
 
 import itertools
@@ -38,22 +38,22 @@ from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import TEXT, check_keys, read_json, whole_file, write_json
 
-ASKED = "reproduce.json"  # what was asked for in a folder so far
-FIXED = ("scale", "model", "options")  # all figures of a page are of the same
-# Once given, cells are made with it: only what was not given can be added.
+ASKED = "reproduce.json"  # targets and options of a folder so far
+FIXED = ("scale", "model", "options")  # the same for all figures of a page
+# Can be added later, but not changed: cells are made with them.
 ADDED = ("lastfm", "goodreads", *BACKBONES, "endpoint", "chat_model")
 
 
 def reproduce(workdir: str | Path, asked: Mapping[str, Any], dry_run: bool = False) -> bool:
-    """Runs what is left of `asked` and writes the page; whether nothing failed.
+    """Runs the remaining cells of `asked` and writes the page; returns whether none failed.
 
     Args:
       workdir: folder of the cells and the page.
       asked: "wanted", target -> data sets; "scale", "model", "options"; "lastfm", "goodreads", the
-        backbones, "endpoint" and "chat_model": each "" where it is not given.
+        backbones, "endpoint" and "chat_model": each "" if not given.
       dry_run: only print the commands.
 
-    Raises InputError for what cannot be asked for, and Stopped after a signal.
+    Raises InputError for options that do not fit, and Stopped after a signal.
     """
     root = Path(workdir)
     known = merged(root, asked)
@@ -71,22 +71,22 @@ def reproduce(workdir: str | Path, asked: Mapping[str, Any], dry_run: bool = Fal
         write_page(study, known["wanted"], failed)
     except OSError as error:
         raise InputError(
-            f"{root}: found {error.strerror}, expected to write in it: free space, mend "
-            "permissions or choose another --workdir"
+            f"{root}: cannot be written ({error.strerror}): free space, correct permissions or "
+            "choose another --workdir"
         ) from error
     print(f"written to {root}/reproduce.html and {root}/reproduce.md")
     return not failed
 
 
 def merged(root: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """`asked` together with what was asked for before in the same folder.
+    """`asked` merged with the earlier requests in the same folder.
 
-    Raises InputError where that was of another scale, model, options, source or endpoint.
+    Raises InputError if those had another scale, model, options, source or endpoint.
     """
     if not os.path.lexists(root / ASKED):
         return dict(asked)
     advice = "restore it or choose another --workdir"
-    before = read_json(root / ASKED, f"expected what was asked for: {advice}")
+    before = read_json(root / ASKED, f"expected targets and options: {advice}")
     check_keys(root / ASKED, before, {key: TEXT for key in asked} | {"wanted": WANTED}, advice)
     for key in (*FIXED, *ADDED):
         given = key in FIXED or (before[key] and asked[key])
@@ -116,7 +116,7 @@ WANTED = ("targets with their data sets", _wanted)
 
 
 def study_of(root: Path, asked: Mapping[str, Any]) -> Study:
-    """Raises InputError where the scale needs a model."""
+    """The study of `asked`. Raises InputError if its scale needs a model."""
     scale = SCALES[asked["scale"]]
     if asked["scale"] == "paper" and not asked["model"]:
         raise InputError(
@@ -136,19 +136,17 @@ def study_of(root: Path, asked: Mapping[str, Any]) -> Study:
 
 
 def options_of(text: str) -> tuple[str, ...]:
-    """Raises InputError where they cannot be read, or would make one cell into another."""
+    """Splits --options. Raises InputError for a malformed option or one with a key of KEYS."""
     try:
         options = tuple(shlex.split(text))
     except ValueError as error:
-        raise InputError(
-            f"--options: found {text!r} ({error}), expected what a shell takes"
-        ) from error
+        raise InputError(f"--options: found {text!r} ({error}), expected shell words") from error
     for option in options:
         key = option.removeprefix("--config.").partition("=")[0]
         if not option.startswith("--config.") or "=" not in option or key in KEYS:
             raise InputError(
-                f"--options: found {option!r}, expected --config.KEY=VALUE, and none of the keys "
-                f"that make a cell what it is ({', '.join(KEYS)}): leave it out"
+                f"--options: found {option!r}, expected --config.KEY=VALUE with none of the keys "
+                f"that define a cell ({', '.join(KEYS)}): leave it out"
             )
     return options
 
@@ -156,7 +154,7 @@ def options_of(text: str) -> tuple[str, ...]:
 def write_page(
     study: Study, wanted: Mapping[str, Sequence[str]], failed: Mapping[Path, str]
 ) -> None:
-    """Writes both files, each whole or not at all."""
+    """Writes reproduce.html and reproduce.md, each atomically."""
     parts = page.parts(study, wanted, failed)
     for name, render in (("reproduce.html", to_html), ("reproduce.md", to_markdown)):
         with whole_file(study.root / name) as file:
@@ -174,38 +172,28 @@ def main(argv: Sequence[str]) -> None:
     check("target", args.target, ("all", *TARGETS))
     check("datasets", args.datasets, DATASETS)
     targets = [name for name in TARGETS if name in args.target or "all" in args.target]
-    given = (
-        "scale",
-        "model",
-        "options",
-        "lastfm",
-        "goodreads",
-        *BACKBONES,
-        "endpoint",
-        "chat_model",
-    )
-    asked = {key: args[key].value for key in given}
+    asked = {key: args[key].value for key in (*FIXED, *ADDED)}
     asked["wanted"] = {target: args.datasets for target in targets}
     try:
         complete = reproduce(args.workdir, asked, args.dry_run)
     except Stopped:
-        print(f"stopped: the same command goes on from {args.workdir}")
+        print(f"stopped: the same command resumes from {args.workdir}")
         sys.exit(os.EX_TEMPFAIL)
     sys.exit(not complete)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("target", ["all"], f"all, or some of {', '.join(TARGETS)}, with commas")
+    flags.DEFINE_list("target", ["all"], f"all, or a comma-separated list of {', '.join(TARGETS)}")
     flags.DEFINE_enum("scale", "smoke", list(SCALES), "how much is run")
     flags.DEFINE_string("workdir", None, "folder of the cells and the page", required=True)
-    flags.DEFINE_list("datasets", list(DATASETS), "with commas")
+    flags.DEFINE_list("datasets", list(DATASETS), "comma-separated")
     flags.DEFINE_string("lastfm", "", "LastFM's raw files")
     flags.DEFINE_string("goodreads", "", "Goodreads' raw files")
     flags.DEFINE_string("model", "", "folder of sdpo_jax.convert; default: the small model")
     for _name, _title in BACKBONES.items():
         flags.DEFINE_string(_name, "", f"folder of sdpo_jax.convert with {_title}, for table4")
-    flags.DEFINE_string("options", "", "of every sdpo_jax.train: '--config.microbatch=2 …'")
-    flags.DEFINE_string("endpoint", "", "of OpenAI's chat completions, for ChatRec")
-    flags.DEFINE_string("chat_model", "", "name that the endpoint knows, for ChatRec")
-    flags.DEFINE_bool("dry_run", False, "only print the commands that are left")
+    flags.DEFINE_string("options", "", "for every sdpo_jax.train: '--config.microbatch=2 …'")
+    flags.DEFINE_string("endpoint", "", "OpenAI-compatible URL, for ChatRec")
+    flags.DEFINE_string("chat_model", "", "model name at the endpoint, for ChatRec")
+    flags.DEFINE_bool("dry_run", False, "only print the remaining commands")
     run_command(main)

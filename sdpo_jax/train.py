@@ -2,8 +2,8 @@
 
 python -m sdpo_jax.train --config=configs/lastfm.py --workdir=runs/lastfm/run
 
-Any key of the config can be given as --config.key=value. The same command goes on where it was
-stopped. Several processes that run it are one training: see launch/.
+Any key of the config can be given as --config.key=value. The same command resumes a stopped run.
+Several processes that run it are one training: see launch/.
 """
 
 import contextlib
@@ -45,11 +45,11 @@ from sdpo_jax.training.inference import Inference
 from sdpo_jax.training.order import Key, encode
 from sdpo_jax.training.stage import Stage
 
-EXPLAINED = 512  # examples spread over the training split, of which --explain takes the longest
+EXPLAINED = 512  # evenly spaced training examples, of which --explain takes the longest
 
 
 def train(config: RunConfig, run: Path, stop: StopSignal, experiment: str = "") -> None:
-    """All stages of `config` in the folder `run`.
+    """Trains all stages of `config` in the folder `run`.
 
     `experiment` is the config file's name, for messages. Raises Interrupted after a signal.
     """
@@ -80,14 +80,15 @@ def train(config: RunConfig, run: Path, stop: StopSignal, experiment: str = "") 
         Stage(name, config, run, model, encoder, mesh, inference, stop) for name in config.stages
     ]
 
-    # All that can be refused has been: from here on files are written.
+    # All checks have passed: from here on files are written.
     fingerprints = inputs.fingerprints()
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as lock:
 
         def open_run() -> None:
-            # Before a lock is written.
-            workdir.check_run(run, config, fingerprints, inputs.wordings)
-            held.enter_context(workdir.locked(run))
+            workdir.check_run(
+                run, config, fingerprints, inputs.wordings
+            )  # before a lock is written
+            lock.enter_context(workdir.locked(run))
             workdir.open_run(run, config, fingerprints, inputs.wordings, inputs.templates)
 
         first_process(open_run)
@@ -103,7 +104,7 @@ def train(config: RunConfig, run: Path, stop: StopSignal, experiment: str = "") 
 
 
 def explain(config: RunConfig, experiment: str = "") -> None:
-    """Prints what a step of each microbatch needs of a device, and which fits; trains nothing."""
+    """Prints the memory per device of a step, by microbatch, and whether it fits."""
     check_folders(config, experiment)
     set_up_jax(config.dtype)
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
@@ -123,7 +124,7 @@ def explain(config: RunConfig, experiment: str = "") -> None:
     longest = sorted(made.values(), key=lambda e: -e.tokens)
     limit = step_memory.limit_of(jax.local_devices()[0])
     print(
-        f"GiB per device of {limit / 2**30:.1f} that are there; K={count}, the longest of "
+        f"GiB per device, of which there are {limit / 2**30:.1f}; K={count}, the longest of "
         f"{len(longest)} examples, dtype={config.dtype}, remat={config.remat}"
     )
     for microbatch in (1, 2, 4, 8, 16, 32):
@@ -151,7 +152,7 @@ def explain(config: RunConfig, experiment: str = "") -> None:
 
 
 def first_adapter(config: RunConfig, model: Model):
-    """The adapter that the first stage starts from: fresh, or that of `config.lora.init_from`."""
+    """The adapter that the first stage starts from: a fresh one, or `config.lora.init_from`."""
     if not config.lora.init_from:
         return model.lora
     folder = Path(config.lora.init_from)
@@ -236,22 +237,20 @@ def check_dataset(config: RunConfig, dataset) -> None:
 
 
 def announce(config: RunConfig, run: Path, model, encoder: Encoder) -> None:
-    """What is about to run: config, sizes, devices, and one example as the model reads it."""
+    """Prints the run: config, sizes, devices, and one example as the model reads it."""
     count = sum(x.size for x in jax.tree.leaves(model.lora))
     targets = adapter_config(config).on(model.config.projections).targets
-    trained = (
-        "all trained)"
-        if config.tune == "full"
-        else (f"frozen, {config.base_stored}), LoRA {count:,} on {', '.join(targets)}")
-    )
+    trained = f"frozen, {config.base_stored}), LoRA {count:,} on {', '.join(targets)}"
+    if config.tune == "full":
+        trained = "all trained)"
     print("\n".join(f"{name}: {value!r}" for name, _, value in keys(config)))
     print(
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s) in {jax.process_count()} "
         f"process(es), {jax.local_device_count()} of them in this; {model.meta['family']} base "
         f"of {model.meta['parameters']:,} parameters ({trained}; run in {run}"
     )
-    if told := encoder.truncation():
-        print(told)
+    if message := encoder.truncation():
+        print(message)
     if mark := thoughts.opened(encoder.templates[0]):
         print(
             f"warning: prompts end inside a thought ({mark}), so answers are trained as thoughts "
@@ -275,7 +274,7 @@ def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     file = config_flags.get_config_filename(args["config"])
     try:
-        args.config.keys()  # ml_collections tells a file that it could not load only when used
+        args.config.keys()  # ml_collections reports a file it could not load only when used
     except OSError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise InputError(
@@ -296,8 +295,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         train(config, run, StopSignal(), experiment)
     except Interrupted:
-        print(f"stopped and saved in {run}: the same command goes on from there")
-        sys.exit(os.EX_TEMPFAIL)  # for schedulers: not finished, try again
+        print(f"stopped and saved in {run}: the same command resumes from there")
+        sys.exit(os.EX_TEMPFAIL)  # for schedulers: not finished, start again
 
 
 if __name__ == "__main__":
@@ -311,7 +310,7 @@ if __name__ == "__main__":
     )
     flags.DEFINE_integer("processes", None, "how many processes the run has", lower_bound=1)
     flags.DEFINE_integer("process", None, "the number of this one, from 0", lower_bound=0)
-    flags.DEFINE_bool("explain", False, "only say what a step needs of a device's memory")
+    flags.DEFINE_bool("explain", False, "only print the memory of a step per device")
     flags.DEFINE_bool(
         "help_config", False, "only print every key with its value, default and meaning"
     )

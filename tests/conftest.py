@@ -140,11 +140,11 @@ def random_batch(
 def collate_padded(examples: list[Example], rows: int = 1) -> dict[str, np.ndarray]:
     """A batch whose every axis has padding."""
     fullest = max(sum(e.tokens for e in part) for part in np.array_split(examples, rows))
-    P, S, E, M = (
+    P, S, Q, M = (
         max(of)
         for of in zip(*((len(e.prompt), e.packed, e.heads, e.M) for e in examples), strict=True)
     )
-    shape = Shape(P + 1, S + 1, E + (E > 1), M + (M > 1), A=5, T=round_up(fullest + 1))
+    shape = Shape(P + 1, S + 1, Q + (Q > 1), M + (M > 1), A=5, T=round_up(fullest + 1))
     return collate(examples, shape, rows)
 
 

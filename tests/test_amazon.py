@@ -151,7 +151,7 @@ def test_attributes_are_kept_where_they_are_there(tmp_path, write_form):
         "price": 1012.5,
     }
     assert "B029" not in by_asin and "B999" not in by_asin
-    assert [*found.titles] == [*range(len(by_asin))] and found.time_N.min() // 1 == 1_500_000_000
+    assert [*found.titles] == [*range(len(by_asin))] and found.time_X.min() // 1 == 1_500_000_000
 
 
 @pytest.mark.parametrize(

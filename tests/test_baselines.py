@@ -71,7 +71,7 @@ def test_a_network_learns_what_comes_next_and_keeps_what_it_learned(name, folder
 @pytest.mark.parametrize("name", NETWORKS)
 def test_scores_do_not_depend_on_the_batch_nor_without_a_key_on_chance(name):
     network = NETWORKS[name](ITEMS, rngs=nnx.Rngs(0))
-    history = arrays(dataset(), windows(8, 5)).history_NT
+    history = arrays(dataset(), windows(8, 5)).history_BT
     whole = network(history)
     assert whole.shape == (8, ITEMS)
     np.testing.assert_allclose(network(history[3:4])[0], whole[3], atol=1e-5)
@@ -99,7 +99,7 @@ def test_the_best_l2_and_epoch_of_validation_are_kept():
     strong = [line for line in lines if line.startswith("L2 10 ")]
     assert len(strong) < 30, "no early stop"
     graphdef, _ = nnx.split(NETWORKS["gru4rec"](ITEMS, rngs=nnx.Rngs(0)))
-    ranks = trainer.ranks(trainer.Scores(graphdef)(found.state, validation.history_NT), validation)
+    ranks = trainer.ranks(trainer.Scores(graphdef)(found.state, validation.history_BT), validation)
     assert np.mean(np.array(ranks) == 1) == found.hit_ratio
 
 
@@ -112,7 +112,7 @@ def test_l2_pulls_every_weight_by_its_share():
 
     def after(l2):
         copy = jax.tree.map(lambda x: x + 0, state)
-        batch = (train.history_NT[None], train.target_N[None])
+        batch = (train.history_BT[None], train.target_B[None])
         return trainer.make_epoch(graphdef, sgd)(
             copy, sgd.init(copy), jax.random.key(0), l2, *batch
         )[0]
@@ -288,7 +288,7 @@ def test_a_look_up_finds_the_target_where_candidates_depend_on_it(tmp_path):
     ("others", "said"),
     [
         # The target always comes first; negatives are items that are never a target.
-        (range(100, 140), "the target stands at one place of the list in 1.000 of the windows"),
+        (range(100, 140), "the target is at one place of the list in 1.000 of the windows"),
         (range(140, 180), "popularity is right in 1.000 of the windows, so negatives"),
     ],
 )
@@ -393,7 +393,7 @@ def test_the_look_up_counts_common_candidates_and_then_popularity():
     rows = [((1, 2, 3), 1), ((4, 5, 6), 1), ((1, 2, 4), 2), ((2, 3, 1), 2), ((3, 8, 9), 3)]
     shown = np.array([c for c, _ in rows])
     train = trainer.Arrays(np.zeros((5, 1), np.int32), shown, np.array([t for _, t in rows]))
-    lookup = leakcheck.Lookup(train, trivial.popularity(train.target_N, 10))
+    lookup = leakcheck.Lookup(train, trivial.popularity(train.target_B, 10))
     # Item 1 was shown with 2 and 3 (three in common), item 2 too, once more often; 7 never.
     scores = lookup.scores(np.array([1, 2, 3, 7]))
     assert np.floor(scores).tolist() == [3, 3, 1, 0] and scores[0] == scores[1] > scores[2]

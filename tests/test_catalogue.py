@@ -64,7 +64,7 @@ def test_a_trie_holds_every_title_once_and_common_beginnings_once():
     trie = title_trie.build(titles)
     assert trie.size == 1 + len({tuple(t[:n]) for t in titles for n in range(1, len(t) + 1)})
     for i, title in enumerate(titles):
-        path = trie.path_IA[i][: len(title)]
+        path = trie.path_YA[i][: len(title)]
         assert list(trie.token_X[path]) == title
         assert trie.leaf_X[path[-1]] == i
         assert list(trie.parent_X[path]) == [0, *path[:-1]]
@@ -87,10 +87,10 @@ def test_a_node_of_a_piece_sees_its_beginnings_and_itself():
     assert len(pieces.node_ZS) > 1
     nodes = pieces.node_ZS[pieces.node_ZS > 0]
     assert sorted(nodes) == [x for x in range(1, trie.size) if trie.leaf_X[x] < 0]
-    for node_S, seen_NK, mask_NQK in zip(
-        pieces.node_ZS, pieces.seen_ZNK, pieces.mask_ZNQK, strict=True
+    for node_S, seen_WT, mask_WQT in zip(
+        pieces.node_ZS, pieces.seen_ZWT, pieces.mask_ZWQT, strict=True
     ):
-        for n, (seen_K, mask_QK) in enumerate(zip(seen_NK, mask_NQK, strict=True)):
+        for n, (seen_K, mask_QK) in enumerate(zip(seen_WT, mask_WQT, strict=True)):
             for q, mask_K in enumerate(mask_QK):
                 node, expected = int(node_S[n * 8 + q]), set()
                 while node:
@@ -126,11 +126,11 @@ def test_a_narrow_beam_gives_titles_with_the_log_probs_they_have(alone):
 def test_a_beam_finds_only_what_is_allowed_however_little_it_is(alone):
     titles, examples, expected_BI = alone
     rng = np.random.default_rng(5)
-    allowed_BI = rng.random(expected_BI.shape) < 0.3
-    allowed_BI[1] = False
-    allowed_BI[1, 7] = True
-    title_BW, _ = ranked(tiny_model(), titles, examples, width=len(titles), allowed=allowed_BI)
-    for title_W, allowed_I, expected_I in zip(title_BW, allowed_BI, expected_BI, strict=True):
+    allowed_BY = rng.random(expected_BI.shape) < 0.3
+    allowed_BY[1] = False
+    allowed_BY[1, 7] = True
+    title_BW, _ = ranked(tiny_model(), titles, examples, width=len(titles), allowed=allowed_BY)
+    for title_W, allowed_I, expected_I in zip(title_BW, allowed_BY, expected_BI, strict=True):
         among = np.flatnonzero(allowed_I)
         best = among[np.argsort(-expected_I[among], kind="stable")]
         assert title_W[: len(best)].tolist() == best.tolist()

@@ -42,7 +42,7 @@ def test_known_answers_give_known_metrics(server, ask, dataset_folder, tmp_path,
     assert [line["hit"] for line in lines] == 3 * [True] + 9 * [False]
     assert [line["valid"] for line in lines] == 5 * [True] + 7 * [False]
     out, err = capfd.readouterr()
-    assert "chatrec step 0, greedy, test: HR@1 0.2500 [" in out and "asked now: 12" in out
+    assert "chatrec step 0, greedy, test: HR@1 0.2500 [" in out and "requests now: 12" in out
     assert "12/12" in err and "tokens in, 120 out, $0.0060" in err  # beside the bar
 
 
@@ -120,7 +120,7 @@ def test_a_window_that_is_refused_is_invalid_and_stops_nothing(server, ask, data
     server.reply = reply
     summary = ask()
     assert summary["n"] == 12 and summary["finishes"] == {"stop": 11, "refused": 1}
-    assert "ended by 11 stop, 1 refused" in capfd.readouterr().out
+    assert "finish reasons: 11 stop, 1 refused" in capfd.readouterr().out
     assert ask() == summary and len(server.sent) == 12
 
 
@@ -181,7 +181,7 @@ def test_a_file_of_answers_that_is_damaged_or_in_use_is_one_line(ask, tmp_path):
     path = tmp_path / "new" / "chatrec" / "answers.jsonl"
     with (
         chat_answers.appending(path, 0.0),
-        pytest.raises(InputError, match="another process is asking"),
+        pytest.raises(InputError, match="another process is writing"),
     ):
         ask()
     path.write_text("{}\n" + path.read_text())
@@ -240,7 +240,7 @@ def test_ctrl_c_keeps_what_is_under_way_and_the_command_goes_on(
         gate.set()
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err
-    assert "the same command goes on" in out and len(server.sent) in (5, 6)
+    assert "the same command resumes" in out and len(server.sent) in (5, 6)
     kept = chat_answers.read_answers(tmp_path / "run" / "chatrec" / "answers.jsonl")
     assert len(kept) == len(server.sent) and not (tmp_path / "run" / "eval").exists()
     server.sent.clear()

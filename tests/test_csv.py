@@ -64,9 +64,9 @@ def test_columns_may_be_in_any_order_quoted_and_with_a_byte_order_mark(tmp_path)
     )
     found = read_csv(tmp_path / "my.csv")
     assert found.titles == {0: "Net, The", 1: "Ran"}
-    assert found.rating_N is None and found.time_N.tolist() == [1e9, 1e9 + 1, 999993600.0]
-    assert [found.users[user] for user in found.user_N] == ['Ann "A", B', "名", "名"]
-    assert [found.items[item] for item in found.item_N] == [0, 1, 0]
+    assert found.rating_X is None and found.time_X.tolist() == [1e9, 1e9 + 1, 999993600.0]
+    assert [found.users[user] for user in found.user_X] == ['Ann "A", B', "名", "名"]
+    assert [found.items[item] for item in found.item_X] == [0, 1, 0]
     assert found.attributes == {0: {"item": "é", "extra": "x"}, 1: {"item": "7"}}
 
 
@@ -95,11 +95,14 @@ def test_columns_may_be_in_any_order_quoted_and_with_a_byte_order_mark(tmp_path)
         (f"{HEADER}\na,b,c,inf,5\n", ":2: found timestamp 'inf', expected a number or ISO 8601"),
         (f"{HEADER}\na,b,c,1_580,5\n", ":2: found timestamp '1_580'"),
         (f"{HEADER}\na,b,c,1,5\na,d,e,2001-09-09,5\n", ":3: found timestamp '2001-09-09', ISO"),
-        ("user,item,title,timestamp,Rating\n", ":1: found column 'Rating' and none of the name"),
+        ("user,item,title,timestamp,Rating\n", ":1: found column 'Rating' but none named"),
         (f"{HEADER}\na,b,c,12/30/1999,5\n", ":2: found timestamp '12/30/1999'"),
         (f"{HEADER}\na,b,c,1,5\n\nz,b,d,1,5\n", ":4: found item 'b' with the title 'd', expected"),
-        (f'{HEADER}\na,b,"c,1,5\n', ":2: found no CSV (unexpected end of data), expected a row"),
-        (f"{HEADER}\na,b,{'c' * 200_000},1,5\n", ":2: found no CSV (field larger than"),
+        (
+            f'{HEADER}\na,b,"c,1,5\n',
+            ":2: found invalid CSV (unexpected end of data), expected a CSV row",
+        ),
+        (f"{HEADER}\na,b,{'c' * 200_000},1,5\n", ":2: found invalid CSV (field larger than"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(tmp_path, text, said):
@@ -184,7 +187,7 @@ def test_columns_delimiter_and_quoting_are_found_or_given(
         written(tmp_path / "my.csv", header, delimiter, quote, first), Form.of(*options)
     )
     assert found.titles == usual.titles and found.users == usual.users
-    for name in ("user_N", "item_N", "rating_N", "time_N"):
+    for name in ("user_X", "item_X", "rating_X", "time_X"):
         assert (getattr(found, name) == getattr(usual, name)).all()
 
 
@@ -193,10 +196,10 @@ def test_columns_delimiter_and_quoting_are_found_or_given(
 )
 def test_a_column_that_seems_to_be_ratings_must_be_named_or_declined(tmp_path, name):
     file = written(tmp_path / "my.csv", f"user,item,title,timestamp,{name}")
-    refused(file, f"{file}:1: found column {name!r} and none of the name rating")
-    assert (read_csv(file, Form.of(f"rating={name}", None, None)).rating_N == 2).sum() == 12
+    refused(file, f"{file}:1: found column {name!r} but none named rating")
+    assert (read_csv(file, Form.of(f"rating={name}", None, None)).rating_X == 2).sum() == 12
     declined = read_csv(file, Form.of("rating=", None, None))
-    assert declined.rating_N is None
+    assert declined.rating_X is None
     assert "no column of ratings is read: every row counts as liked" in declined.notes
 
 
@@ -204,7 +207,7 @@ def test_a_column_that_seems_to_be_ratings_must_be_named_or_declined(tmp_path, n
 def test_what_many_people_rated_is_an_attribute_and_told(tmp_path, name):
     found = read_csv(written(tmp_path / "my.csv", f"user,item,title,timestamp,{name}"))
     assert f"columns kept as attributes of the items: {name}" in found.notes
-    assert found.attributes[0] == {"item": "i0", name: "2"} and found.rating_N is None
+    assert found.attributes[0] == {"item": "i0", name: "2"} and found.rating_X is None
 
 
 @pytest.mark.parametrize(
@@ -220,17 +223,20 @@ def test_columns_that_are_not_read_are_told(tmp_path, header, options, unread):
     usual = read_csv(write_csv(tmp_path / "usual.csv"))
     file = written(tmp_path / "my.csv", header)
     found = read_csv(file, Form.of(options, None, None))
-    assert f"columns not read: {unread}" in found.notes and found.rating_N is None
+    assert f"columns not read: {unread}" in found.notes and found.rating_X is None
     assert found.titles == usual.titles and found.attributes == usual.attributes
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("users=a", None, None), "--columns: found 'users=a', expected our name = the header's"),
-        (("user", None, None), "--columns: found 'user', expected our name"),
-        (("rating", None, None), "--columns: found 'rating', expected our name"),
-        (("user=", None, None), "--columns: found 'user=', expected our name"),
+        (
+            ("users=a", None, None),
+            "--columns: found 'users=a', expected NAME=COLUMN with a NAME of",
+        ),
+        (("user", None, None), "--columns: found 'user', expected NAME=COLUMN"),
+        (("rating", None, None), "--columns: found 'rating', expected NAME=COLUMN"),
+        (("user=", None, None), "--columns: found 'user=', expected NAME=COLUMN"),
         ((None, "::", None), "--delimiter: found '::', expected a character or tab"),
         ((None, None, "''"), "--quote: found \"''\", expected a character or none"),
         ((None, None, None, "", "\\\\"), "--escape: found '\\\\\\\\', expected a character"),
@@ -245,7 +251,7 @@ def test_a_form_that_is_none_is_refused(options, said):
 def test_a_quote_that_does_not_end_leads_to_the_option(tmp_path):
     file = written(tmp_path / "my.csv", HEADER, "\t", "")
     file.write_text(file.read_text().replace("Title", '"Weird Title'))
-    refused(file, f"{file}:3: found no CSV")
+    refused(file, f"{file}:3: found invalid CSV")
     with pytest.raises(InputError, match=r"or give --quote=none"):
         read_csv(file)
     assert read_csv(file, Form.of(None, None, "none")).titles[0] == '"Weird Title, the 0th'
@@ -264,7 +270,7 @@ def test_a_quote_after_a_backslash_leads_to_the_option(tmp_path):
     usual = written(tmp_path / "my.csv", HEADER, ";")
     title = 'A real "J. Peterman"; again'
     usual.write_text(usual.read_text().replace("Title, the 0th", title.replace('"', '\\"')))
-    with pytest.raises(InputError, match=r"my.csv:2: found no CSV .* --escape='\\' where"):
+    with pytest.raises(InputError, match=r"my.csv:2: found invalid CSV .* --escape='\\' where"):
         read_csv(usual)
     assert read_csv(usual, Form.of(None, None, None, "", "\\")).titles[0] == title
 

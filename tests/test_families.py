@@ -24,13 +24,7 @@ from sdpo_jax.objectives.logprobs import padded_logp, shared_prefix_logp
 from sdpo_jax.runs.checkpoints import Checkpoints
 from sdpo_jax.system import sharding
 from sdpo_jax.training.optimizer import make_optimizer
-from sdpo_jax.training.step import (
-    init_state,
-    make_logp,
-    make_train_step,
-    preference_objective,
-    state_shardings,
-)
+from sdpo_jax.training.step import build_step, make_logp, make_objective
 
 C, EOS = 4, 2
 LORA = LoraConfig(rank=2, alpha=4.0)
@@ -158,9 +152,8 @@ def test_a_step_of_sdpo_starts_at_log_c_falls_and_resumes(models, name, tmp_path
     batch["reference_logp_BMC"] = jax.jit(logp)(model.lora, model.base, batch)
     batches = {key: jnp.asarray(x)[None] for key, x in batch.items()}
     optimizer = make_optimizer(0.02, 20, warmup=0.05, clip=1.0, weight_decay=0.0)
-    objective = functools.partial(preference_objective, beta=1.0)
-    placed = state_shardings(model.lora, optimizer, mesh)
-    step = make_train_step(logp, objective, optimizer, placed, mesh)
+    step, first = build_step(logp, make_objective("sdpo"), optimizer, model.lora, mesh)
+    template = jax.tree.map(jnp.copy, first)
 
     def run(state, steps):
         losses = []
@@ -169,15 +162,13 @@ def test_a_step_of_sdpo_starts_at_log_c_falls_and_resumes(models, name, tmp_path
             losses.append(float(metrics["loss"]))
         return state, losses
 
-    fresh = jax.tree.map(jnp.copy, model.lora)
-    state, losses = run(init_state(fresh, optimizer, mesh), 6)
+    state, losses = run(first, 6)
     assert losses[0] == pytest.approx(np.log(C), abs=1e-5)
     assert losses[-1] < losses[0] - 0.01
     checkpoints = Checkpoints(tmp_path / name)
     checkpoints.save(state, {}, 1.0)
     checkpoints.wait()
     _, unbroken = run(state, 3)
-    template = init_state(jax.tree.map(jnp.copy, model.lora), optimizer, mesh)
     restored, _ = checkpoints.restore(6, template)
     checkpoints.close()
     assert run(restored, 3)[1] == unbroken

@@ -73,16 +73,16 @@ def test_one_command_trains_both_stages(unbroken, data):
 def test_each_epoch_has_negatives_of_its_own(unbroken, data):
     """The reference has log-probs of every drawn negative; SFT draws none."""
     with np.load(unbroken[0] / "reference" / "train.npz") as stored:
-        logp_NC = stored["logp_NC"]
+        logp_XC = stored["logp_XC"]
     windows = len(read_dataset(data, ["train"]).splits["train"])
     targets = sum(
         m["targets"]
         for m in read_metrics(unbroken[0] / "metrics")
         if m["stage"] == "sdpo" and "targets" in m
     )
-    assert len(logp_NC) == targets > windows
-    assert len(np.unique(logp_NC[:, 1:])) > 0.5 * logp_NC[:, 1:].size
-    assert len(np.unique(logp_NC[:, 0])) < windows + 10  # a target's does not depend on the draw
+    assert len(logp_XC) == targets > windows
+    assert len(np.unique(logp_XC[:, 1:])) > 0.5 * logp_XC[:, 1:].size
+    assert len(np.unique(logp_XC[:, 0])) < windows + 10  # a target's does not depend on the draw
 
 
 def test_it_is_evaluated_with_every_decoder(unbroken):
@@ -140,7 +140,7 @@ def test_hard_negatives_are_chosen_from_a_pool_that_the_reference_read(
     losses = trainers.curve(run, "sdpo")
     assert losses[0] == pytest.approx(np.log(4), abs=1e-5) and len(losses) == 4
     with np.load(run / "reference" / "train.npz") as stored:
-        assert stored["logp_NC"].shape[1] == 1 + 8
+        assert stored["logp_XC"].shape[1] == 1 + 8
 
 
 def stops_after(asks: int) -> SimpleNamespace:

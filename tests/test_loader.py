@@ -80,7 +80,7 @@ def test_a_stage_has_at_most_four_shapes_and_every_example_fits(make):
                 batch["prompt_BP"][b][batch["prompt_mask_BP"][b]], example.prompt
             )
             assert (batch["packed_BS"][b] >= 0).sum() == example.packed
-            assert (batch["head_BE"][b] >= 0).sum() == example.heads
+            assert (batch["head_BQ"][b] >= 0).sum() == example.heads
             assert (batch["place_BM"][b] >= 0).sum() == example.M
 
 
@@ -101,9 +101,9 @@ def test_every_token_of_an_answer_is_predicted_by_the_one_before_it():
     for make in (random_examples, random_segments):
         examples = make(np.random.default_rng(1), 5, 3)
         batch = loader.collate(examples, loader.choose_shapes([examples])[0])
-        E, answers = batch["head_BE"].shape[1], batch["answers_BMCA"].reshape(5, -1)
+        E, answers = batch["head_BQ"].shape[1], batch["answers_BMCA"].reshape(5, -1)
         for b, example in enumerate(examples):
-            head, packed = batch["prompt_BP"][b][batch["head_BE"][b]], batch["packed_BS"][b]
+            head, packed = batch["prompt_BP"][b][batch["head_BQ"][b]], batch["packed_BS"][b]
             fed = np.concatenate([head, answers[b][packed]])
             for m, (place, of) in enumerate(zip(example.places, example.answers_MC, strict=True)):
                 for c, answer in enumerate(of):

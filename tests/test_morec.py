@@ -125,7 +125,7 @@ def test_frozen_vectors_are_neither_trained_nor_under_l2(dataset, encoder):
     train = arrays(dataset[1], dataset[1].splits["train"][:8])
     epoch = trainer.make_epoch(graphdef, recipe.optimizer, frozen)
     start = jax.tree.map(jnp.copy, trained)
-    batch = (train.history_NT[None], train.target_N[None])
+    batch = (train.history_BT[None], train.target_B[None])
     moved, _, _ = epoch(start, recipe.optimizer.init(start), jax.random.key(0), 1e-3, *batch)
     jax.tree.map(lambda new, old: np.any(new != old) or pytest.fail("not trained"), moved, trained)
     np.testing.assert_array_equal(vectors, before)

@@ -68,7 +68,7 @@ def test_each_form_gives_the_same_interactions_titles_and_attributes(tmp_path, f
         5: {"year": 1995, "genres": ["Drama"]},
         9: {"year": 2006, "genres": []},
     }
-    rows = zip(found.user_N, found.item_N, found.rating_N, found.time_N, strict=True)
+    rows = zip(found.user_X, found.item_X, found.rating_X, found.time_X, strict=True)
     assert [(found.users[u], found.items[i], r, t) for u, i, r, t in rows] == RATINGS
     assert found.count == 5 and len(found.source) == 2
 
@@ -132,7 +132,7 @@ def test_a_larger_one_is_prepared_by_the_same_protocol_without_the_papers_counts
         ("ml-10m", "movies.dat", "1::Heat::x", "movies.dat:5: found item id 1 a second time"),
         ("ml-20m", "ratings.csv", "7,4,nan,3", "ratings.csv:7: found rating 'nan'"),
         ("ml-20m", "movies.csv", "8,Heat", "movies.csv:6: found 2 fields"),
-        ("ml-20m", "movies.csv", '8,"Heat,x', "movies.csv:6: found no CSV ("),
+        ("ml-20m", "movies.csv", '8,"Heat,x', "movies.csv:6: found invalid CSV ("),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, form, file, line, said):

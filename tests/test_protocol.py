@@ -137,7 +137,7 @@ def test_candidates_are_as_many_as_asked_for_and_twenty_are_those_of_the_default
     meta, data = prepared(tmp_path, num_candidates=7)
     assert meta["num_candidates"] == 7 and "7 candidates: the target and 6" in meta["protocol"]
     assert {len(w.candidates) for rows in data.splits.values() for w in rows} == {7}
-    assert "independent, 7 a window" in report(meta, "out")
+    assert "independent, 7 per window" in report(meta, "out")
     for name, options in (("a", Options()), ("b", Options(num_candidates=20))):
         prepare("csv", str(tmp_path / "my.csv"), str(tmp_path / name), options=options)
     assert read_dataset(tmp_path / "a").splits == read_dataset(tmp_path / "b").splits

@@ -43,9 +43,9 @@ def test_base_adapter_tokens_and_settings_all_change_the_fingerprint(changed):
 def test_stored_log_probs_are_read_back_only_under_their_own_fingerprint(tmp_path):
     path = tmp_path / "reference" / "train.npz"
     assert reference.read_reference(path, KEY) is None
-    logp_NC = np.array([[-1.5, -2.25]])
-    reference.write_reference(path, KEY, logp_NC)
-    np.testing.assert_array_equal(reference.read_reference(path, KEY), logp_NC)
+    logp_XC = np.array([[-1.5, -2.25]])
+    reference.write_reference(path, KEY, logp_XC)
+    np.testing.assert_array_equal(reference.read_reference(path, KEY), logp_XC)
     assert reference.read_reference(path, "another") is None
     assert [p.name for p in path.parent.iterdir()] == ["train.npz"]
 
@@ -96,7 +96,7 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(examples):
     left = np.isnan(saved[-1]).sum()
     assert len(computed) == 2 and left in {example.M for example in examples}
     stop.received = False
-    whole = inference.logp(None, examples, stop, known_NC=saved[-1])
+    whole = inference.logp(None, examples, stop, known_XC=saved[-1])
     assert len(computed) == 3
     expected = [-1 - place for example in examples for place in example.places]
     np.testing.assert_array_equal(whole[:, 0], expected)

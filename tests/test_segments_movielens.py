@@ -51,7 +51,7 @@ def test_a_target_takes_few_tokens_of_which_nearly_all_are_real(encoder, stage, 
     rows = SimpleNamespace(batch_size=config.microbatch, rows=1)
     made = Stage(stage, RunConfig.of(config.to_dict()), tmp_path, None, encoder, None, rows, None)
     count = config.batch_size // config.microbatch
-    examples = [[made.train_examples[key] for key in part] for part in made.cut]
+    examples = [[made.train_examples[key] for key in part] for part in made.train_batches]
     shapes = loader.choose_shapes(examples, count)
     fed = sum(shape.T * count for shape in shapes)
     real = sum(example.tokens for part in examples for example in part)

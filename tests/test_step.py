@@ -16,14 +16,7 @@ from sdpo_jax.data.loader import choose_shapes, collate
 from sdpo_jax.system import sharding
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from sdpo_jax.training.step import (
-    init_state,
-    make_logp,
-    make_train_step,
-    preference_objective,
-    sft_objective,
-    state_shardings,
-)
+from sdpo_jax.training.step import build_step, make_logp, preference_objective, sft_objective
 
 OPTIMIZER = make_optimizer(1e-2, 10, warmup=0.1, clip=1.0, weight_decay=0.0)
 SDPO = functools.partial(preference_objective, beta=1.0)
@@ -66,15 +59,8 @@ def run(
 ):
     mesh = mesh or mesh_of()
     lora, base = placed(model, mesh)
-    state = init_state(lora, OPTIMIZER, mesh)
-    step = make_train_step(
-        make_logp(model.graphdef, layout),
-        objective,
-        OPTIMIZER,
-        state_shardings(lora, OPTIMIZER, mesh),
-        mesh,
-        dropout_key,
-    )
+    logp = make_logp(model.graphdef, layout)
+    step, state = build_step(logp, objective, OPTIMIZER, lora, mesh, dropout_key=dropout_key)
     batches = jax.device_put(microbatches(batch, count), sharding.batch_sharding(mesh, 1))
     for _ in range(steps):
         state, metrics = step(state, base, batches)
@@ -101,7 +87,7 @@ def test_no_array_has_logits_at_other_positions_than_those_that_predict(make):
     """V is 97, a size nothing else has: every array with it has at most B * (E + S) rows."""
     step, args = step_of(make)
     B, S = args[2]["packed_BS"].shape[1:]
-    E = args[2]["head_BE"].shape[2]
+    E = args[2]["head_BQ"].shape[2]
     text = step.lower(*args).compile().as_text()
     shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"f32\[([\d,]+)\]", text)}
     of_logits = [s for s in shapes if TINY.V in s and s not in {(97, 16), (16, 97)}]
@@ -145,10 +131,9 @@ def test_the_model_is_traced_once_however_many_microbatches_there_are(objective)
         return logp(*args)
 
     lora, base = placed(model, mesh)
-    placement = state_shardings(lora, OPTIMIZER, mesh)
-    step = make_train_step(counted, objective, OPTIMIZER, placement, mesh)
+    step, state = build_step(counted, objective, OPTIMIZER, lora, mesh)
     batches = microbatches(random_batch(B=8, C=3, rows=4), 4)
-    step.trace(init_state(lora, OPTIMIZER, mesh), base, batches)
+    step.trace(state, base, batches)
     assert len(traced) == 1
 
 
@@ -205,15 +190,8 @@ def test_twenty_steps_with_dropout_lose_the_same_on_any_mesh(shape):
 def losses(model, batch, mesh, count: int, dropout_key, objective=SDPO) -> list[float]:
     """Of twenty steps on the same batch, cut into `count` microbatches."""
     lora, base = placed(model, mesh)
-    state = init_state(lora, OPTIMIZER, mesh)
-    step = make_train_step(
-        make_logp(model.graphdef, "shared_prefix"),
-        objective,
-        OPTIMIZER,
-        state_shardings(lora, OPTIMIZER, mesh),
-        mesh,
-        dropout_key,
-    )
+    logp = make_logp(model.graphdef, "shared_prefix")
+    step, state = build_step(logp, objective, OPTIMIZER, lora, mesh, dropout_key=dropout_key)
     batches = jax.device_put(microbatches(batch, count), sharding.batch_sharding(mesh, 1))
     found = []
     for _ in range(20):
@@ -225,15 +203,15 @@ def losses(model, batch, mesh, count: int, dropout_key, objective=SDPO) -> list[
 def test_shardings_stay_where_they_were_pinned():
     mesh = mesh_of((2, 2, 2))
     lora, base = placed(tiny_model(), mesh)
-    pinned = state_shardings(lora, OPTIMIZER, mesh)
+    _, first = build_step(None, SDPO, OPTIMIZER, lora, mesh)
     kernel = base["layers"]["gate"]["kernel"][...]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
     state, *_ = run(tiny_model(), random_batch(B=8, C=3, rows=8), mesh=mesh, count=2, steps=2)
-    jax.tree.map(_same, state, pinned)
+    jax.tree.map(_same, state, first)
 
 
 def _same(x, expected):
-    assert x.sharding.is_equivalent_to(expected, x.ndim), (x.sharding, expected)
+    assert x.sharding.is_equivalent_to(expected.sharding, x.ndim), (x.sharding, expected.sharding)
 
 
 @pytest.mark.parametrize(

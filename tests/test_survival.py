@@ -137,7 +137,7 @@ def test_without_any_whole_checkpoint_the_stage_says_so_and_ends(finished, confi
     for step in (run / "sft").iterdir():
         if step.name.isdigit():
             every(truncate, step / "lora")
-    with pytest.raises(InputError, match="delete this folder to start the stage anew"):
+    with pytest.raises(InputError, match="delete this folder to start the stage again"):
         train(config, run, NEVER)
 
 

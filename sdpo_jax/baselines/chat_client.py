@@ -1,4 +1,4 @@
-"""Requests to a chat model behind an OpenAI-compatible endpoint, and what its answers mean."""
+"""A client of chat models behind an OpenAI-compatible endpoint, which also reads their answers."""
 
 import collections
 import contextlib
@@ -17,13 +17,13 @@ from sdpo_jax.baselines.chat_answers import Answer, Request, key_of
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.files import COUNT
 
-# After 0.5, 1, 2, 4, 8, 8, … seconds, or as long as the server asks for, up to two minutes: in all
-# over the minute for which most servers count requests.
+# After 0.5, 1, 2, 4, 8, 8, … seconds, or the server's Retry-After up to two minutes: in total more
+# than the minute over which most servers count requests.
 RETRIES = 12
 TIMEOUT = 300.0  # seconds for one answer: a large model on a small machine reads slowly
-UNFIT = (400, 413, 422)  # statuses by which a server says that a request is not for it
-REFUSED = (401, 403, 404)  # and those by which it says that the key, the model or the path is wrong
-# How servers tell that a window, and not the request's form, is what they do not take.
+UNFIT = (400, 413, 422)  # statuses of a request that the server does not take
+REFUSED = (401, 403, 404)  # statuses of a wrong key, model or path
+# How servers say that they refuse a window's content, not the request's form.
 _FILTERED = re.compile(
     r"content.?(filter|management policy|policy)|moderation"
     r"|(input|prompt|content|request|response)\b.{0,40}\bflagged",
@@ -32,27 +32,27 @@ _FILTERED = re.compile(
 
 
 class Busy(InputError):
-    """The server answered that it cannot answer now."""
+    """The server cannot answer now."""
 
 
 class _Passing(Busy):
-    """`Busy` inside an answer of status 200, which no client repeats; after so many seconds."""
+    """`Busy` inside a 200, which the openai client does not retry; `after`: seconds to wait."""
 
-    def __init__(self, told: str, after: float | None = None):
-        super().__init__(told)
+    def __init__(self, message: str, after: float | None = None):
+        super().__init__(message)
         self.after = after
 
 
 class Endpoint:
-    """Asks one model server until it is closed; `ask` may be called from many threads.
+    """Client of one model server, closed at the end of its context; `ask` is thread-safe.
 
-    The openai client repeats what failed for a while (status 408, 409, 429, 5xx, a broken
-    connection). Every request sent counts for `requests_per_minute` (0: no limit), repeated ones
-    too. The key is read from OPENAI_API_KEY and appears in no message. A window that the server
-    filters, or answers with nothing, has an empty answer, whose `finish` says so. So has one that
-    it will not take otherwise, as for too long a prompt, once another was answered.
+    The openai client retries temporary failures (status 408, 409, 429, 5xx, a broken connection).
+    Every request sent counts towards `requests_per_minute` (0: no limit), retries too. The key is
+    read from OPENAI_API_KEY and appears in no message. A window that the server filters or answers
+    with nothing has an empty answer, and `finish` gives the reason. So has a window refused
+    otherwise, such as too long a prompt, once another was answered (`answered`: by an earlier run).
 
-    Raises InputError for a key that is none, and without the package openai.
+    Raises InputError for an invalid key, and without the package openai.
     """
 
     def __init__(self, url: str, requests_per_minute: int = 0, answered: bool = False):
@@ -61,7 +61,7 @@ class Endpoint:
             import openai
         except ImportError as error:
             raise InputError(
-                f"found no package openai ({error}), expected it: pip install 'sdpo_jax[chat]'"
+                f"the package openai is missing ({error}): pip install 'sdpo_jax[chat]'"
             ) from error
         self._openai = openai
         try:
@@ -69,7 +69,7 @@ class Endpoint:
             self._client = openai.OpenAI(
                 base_url=url, api_key=self._key or "none", timeout=TIMEOUT, http_client=http
             )
-        except Exception as error:  # of a host's name or of a proxy's settings
+        except Exception as error:  # an invalid host name or proxy setting
             raise InputError(
                 f"--endpoint: found {self._plain(error)}, expected http://host:port/v1"
             ) from error
@@ -81,7 +81,7 @@ class Endpoint:
         self._client.close()
 
     def ask_first(self, request: Request) -> Answer:
-        """`ask`, but a server that is not there is told at once."""
+        """`ask`, but an unreachable server raises InputError at once."""
         try:
             return self.ask(request, retries=0)
         except Busy:
@@ -100,7 +100,7 @@ class Endpoint:
         client = self._client.with_options(max_retries=retries)
         extra = {key: request[key] for key in request if key not in ("model", "messages")}
         try:
-            # Raw, as the client reads JSON of any shape without complaint.
+            # Raw, as the client accepts JSON of any shape.
             response = client.chat.completions.with_raw_response.create(
                 model=request["model"], messages=request["messages"], extra_body=extra
             )
@@ -118,7 +118,7 @@ class Endpoint:
         return answer
 
     def _unfit(self, status: object, fault: object) -> str:
-        """The `finish` of a window that the server will not take; "" where that is not it."""
+        """The `finish` of a window that the server refuses; "" for another fault."""
         if status in (None, *UNFIT, 403):
             parts = fault.values() if isinstance(fault, dict) else [fault]
             if any(isinstance(part, str) and _FILTERED.search(part) for part in parts):
@@ -130,38 +130,36 @@ class Endpoint:
 
     def _refused(self, error: Any) -> InputError:
         status = error.status_code
-        told = error.body.get("message") if isinstance(error.body, dict) else None
-        found = f"found status {status} ({self._plain(told or error.response.text)}), expected"
+        message = error.body.get("message") if isinstance(error.body, dict) else None
+        found = f"found status {status} ({self._plain(message or error.response.text)}), expected"
         if status in (401, 403):
-            held = "a key that it accepts: correct" if self._key else "a key: set"
-            return InputError(f"{self._url}: {found} {held} OPENAI_API_KEY")
+            advice = "a key that it accepts: correct" if self._key else "a key: set"
+            return InputError(f"{self._url}: {found} {advice} OPENAI_API_KEY")
         if status == 404:
             return InputError(
                 f"{self._url}: {found} /chat/completions and the model there: correct --endpoint "
-                f"or --model, which {self._url.rstrip('/')}/models lists"
+                f"or --model ({self._url.rstrip('/')}/models lists the models)"
             )
         if status in (408, 409, 429) or status >= 500:
             wait = error.response.headers.get("retry-after")
             later = f"in {self._plain(wait)} seconds, as it says" if wait else "later"
             return Busy(
                 f"{self._url}: {found} an answer: lower --parallel or --requests_per_minute and "
-                f"run this again {later}; what was answered is kept"
+                f"run this again {later}; earlier answers are saved"
             )
-        return InputError(f"{self._url}: {found} an answer: see --model and --parameters")
+        return InputError(f"{self._url}: {found} an answer: check --model and --parameters")
 
     def _parse(self, response: Any) -> Answer:
-        """Of an answer of status 200: what it says, or why it says nothing.
+        """Text, `finish` and token counts of a response of status 200.
 
-        Raises _Passing for a fault that passes, InputError for one of key, model or endpoint.
+        Raises _Passing for a temporary fault, InputError for a wrong key, model or endpoint.
         """
         try:
             body = json.loads(response.text)
         except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):
-            if self._answered:  # as of a gateway that is being changed
-                raise self._passing(response, response.text)
-            raise self._no_completion(response.text)
+            raise self._unreadable(response)
         choices = body.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices else {}
         choice = choice if isinstance(choice, dict) else {}
@@ -169,44 +167,51 @@ class Endpoint:
         if fault or choice.get("finish_reason") == "error":
             return self._fault(response, fault or choice)
         if "message" not in choice and {"text", "delta"} & {*choice}:
-            raise self._no_completion(response.text)  # of another path than /chat/completions
+            raise self._no_completion(response.text)  # another path than /chat/completions
         if not isinstance(choices, list) and body.get("object") != "chat.completion":
-            if self._answered:
-                raise self._passing(response, response.text)
-            raise self._no_completion(response.text)
+            raise self._unreadable(response)
         message = choice.get("message")
         said = _text_of(message.get("content") if isinstance(message, dict) else None)
         texts = {"text": said, "finish": str(choice.get("finish_reason", "no answer"))}
-        # Half of a surrogate pair could not be written.
+        # Half of a surrogate pair cannot be written as UTF-8.
         answer = {k: text.encode("utf-8", "replace").decode() for k, text in texts.items()}
         usage = body["usage"] if isinstance(body.get("usage"), dict) else {}
         tokens = {"tokens_in": "prompt_tokens", "tokens_out": "completion_tokens"}
         return answer | {k: usage[v] for k, v in tokens.items() if COUNT[1](usage.get(v))}
 
     def _fault(self, response: Any, fault: object) -> Answer:
-        """What an error inside a 200 comes to: an empty answer, or what is to be raised."""
+        """The answer of a refused window, from an error inside a 200.
+
+        Raises _Passing for a temporary error, InputError for a wrong key, model or request.
+        """
         code = fault.get("code", fault.get("status")) if isinstance(fault, dict) else None
         code = int(code) if isinstance(code, str) and code.isdecimal() else code
-        told = json.dumps(fault, ensure_ascii=False)
+        text = json.dumps(fault, ensure_ascii=False)
         if finish := self._unfit(code if isinstance(code, int) else None, fault):
             return {"text": "", "finish": finish}
-        if code in (*REFUSED, *UNFIT) or re.search(r"api.?key|model.?not.?found", told, re.I):
+        if code in (*REFUSED, *UNFIT) or re.search(r"api.?key|model.?not.?found", text, re.I):
             raise InputError(
-                f"{self._url}: found an error ({self._plain(told)}), expected an answer: see "
+                f"{self._url}: found an error ({self._plain(text)}), expected an answer: check "
                 "OPENAI_API_KEY, --model and --parameters"
             )
-        raise self._passing(response, told)
+        raise self._passing(response, text)
 
-    def _passing(self, response: Any, told: str) -> _Passing:
+    def _passing(self, response: Any, text: str) -> _Passing:
         wait = None
         for name, seconds in (("retry-after", 1.0), ("retry-after-ms", 1e-3)):
             with contextlib.suppress(KeyError, ValueError):
                 wait = min(max(float(response.headers[name]) * seconds, 0.0), 120.0)
         return _Passing(
-            f"{self._url}: found an error for an answer ({self._plain(told)}), expected a chat "
-            "completion: run this again later; what was answered is kept",
+            f"{self._url}: found an error in place of an answer ({self._plain(text)}), expected a "
+            "chat completion: run this again later; earlier answers are saved",
             wait,
         )
+
+    def _unreadable(self, response: Any) -> InputError:
+        """Temporary if another window was answered, as of a gateway under maintenance."""
+        if self._answered:
+            return self._passing(response, response.text)
+        return self._no_completion(response.text)
 
     def _no_completion(self, text: str) -> InputError:
         return InputError(
@@ -215,24 +220,24 @@ class Endpoint:
         )
 
     def _plain(self, text: object) -> str:
-        """Short, and without the key: servers repeat what they were sent."""
+        """One short line without the key: servers repeat what they were sent."""
         text = " ".join(str(text).split()) or "nothing"
         text = text.replace(self._key, "[key]") if self._key else text
         return text if len(text) <= 200 else text[:200] + "…"
 
 
 def _text_of(content: object) -> str:
-    """A message's text, which may come in parts; thoughts in parts of their own are left out."""
+    """A message's text, which may come in parts; parts with reasoning are left out."""
     if isinstance(content, list):
         parts = [{"text": part} if isinstance(part, str) else part for part in content]
         kinds = (None, "text", "output_text")
         said = [p.get("text") for p in parts if isinstance(p, dict) and p.get("type") in kinds]
         return "".join(text for text in said if isinstance(text, str))
-    return content if isinstance(content, str) else ""  # null: it refused, or thought too long
+    return content if isinstance(content, str) else ""  # null: refused, or cut while reasoning
 
 
 class Pace:
-    """Called before a request is sent; returns when it is its turn at `per_minute` a minute."""
+    """Rate limiter: each call waits for its turn, `per_minute` turns per minute (0: no limit)."""
 
     def __init__(self, per_minute: int = 0):
         self._gap = 60 / per_minute if per_minute else 0.0
@@ -249,14 +254,14 @@ class Pace:
 def ask_all(
     ask: Callable[[Request], Answer], requests: Iterable[Request], parallel: int
 ) -> Iterator[Answer]:
-    """Answers as they come, from `parallel` threads; to be run in the main thread.
+    """Yields answers in order of arrival, from `parallel` threads; runs in the main thread.
 
-    After an error or Ctrl-C nothing new is asked, but what is under way, and has to be paid for,
-    is still yielded before either is raised. A second Ctrl-C waits for nothing.
+    After an error or Ctrl-C no new request is sent, but answers under way, which have to be paid
+    for, are yielded before either is raised. A second Ctrl-C stops at once.
     """
     todo, done = collections.deque(requests), queue.SimpleQueue()
     for _ in range(parallel):
-        # A daemon, or a second Ctrl-C would wait for it after all.
+        # A daemon, as a second Ctrl-C must not wait for it.
         threading.Thread(target=_work, args=(ask, todo, done), daemon=True).start()
     errors = []
     with _interruptible(todo) as interrupted:
@@ -280,7 +285,7 @@ def _work(ask: Callable, todo: collections.deque, done: queue.SimpleQueue) -> No
     try:
         for request in iter(take, None):
             done.put(ask(request))
-    except Exception as error:  # raised again by whoever reads `done`
+    except Exception as error:  # `ask_all` raises it
         todo.clear()
         done.put(error)
     done.put(None)
@@ -288,14 +293,14 @@ def _work(ask: Callable, todo: collections.deque, done: queue.SimpleQueue) -> No
 
 @contextlib.contextmanager
 def _interruptible(todo: collections.deque) -> Iterator[list[int]]:
-    """Ctrl-C empties `todo` and is noted in the list."""
+    """The first Ctrl-C empties `todo` and is added to the list; the second interrupts as usual."""
     noted: list[int] = []
 
     def note(number: int, _frame: object) -> None:
         noted.append(number)
         todo.clear()
         signal.signal(signal.SIGINT, before)
-        print("\nstopping after the answers under way; Ctrl-C again: at once", flush=True)
+        print("\nstopping after the answers under way; Ctrl-C again stops at once", flush=True)
 
     before = signal.signal(signal.SIGINT, note)
     try:
@@ -305,19 +310,19 @@ def _interruptible(todo: collections.deque) -> Iterator[list[int]]:
 
 
 def check_url(url: str) -> None:
-    """Raises InputError for a URL that is none, or holds more than host and path."""
+    """Raises InputError for an invalid URL and for one with more than host and path."""
     expected = "expected http://host:port/v1"
     try:
         parts = urlsplit(url)
-        # A port out of range and a host that is no name raise ValueError.
+        # A port out of range and an invalid host name raise ValueError.
         host = (parts.hostname or "").encode("idna")
-        right = parts.scheme in ("http", "https") and host and parts.port != 0
+        valid = parts.scheme in ("http", "https") and host and parts.port != 0
     except ValueError:
-        right = False
-    if not right or not url.isprintable() or " " in url:
+        valid = False
+    if not valid or not url.isprintable() or " " in url:
         raise InputError(f"--endpoint: found {url!r}, {expected}")
     if parts.username or parts.password or parts.query or parts.fragment:
-        # It is written into the results, and a key must not be.
+        # The URL is written into the results, a key must not be.
         raise InputError(
             f"--endpoint: found more than host and path, {expected}: a key goes into the "
             "environment variable OPENAI_API_KEY"

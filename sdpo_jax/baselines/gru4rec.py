@@ -10,8 +10,8 @@ from sdpo_jax.baselines.networks import SIZE, Items, dropout, embed
 class GRU4Rec(nnx.Module):
     """One layer of gated recurrent units over item vectors, and a linear output layer (figure 1).
 
-    The paper's ranking losses stand in for a softmax over a large catalogue; with a catalogue of
-    thousands the softmax itself is trained.
+    The paper's ranking losses replace a softmax over a large catalogue; with thousands of items the
+    softmax itself is affordable.
     """
 
     def __init__(self, items: int, size: int = SIZE, dropout: float = 0.3, *, rngs: nnx.Rngs):
@@ -24,7 +24,7 @@ class GRU4Rec(nnx.Module):
         """Scores of every item as the next one, [B, I]."""
         T, vectors_ID = history_BT.shape[1], self.items.vectors()
         length_B = (history_BT < len(vectors_ID)).sum(-1)
-        # The state must not run over padding, so the items are moved to the left.
+        # `seq_lengths` expects padding on the right, so the items are moved to the left.
         places_BT = (jnp.arange(T) - length_B[:, None]) % T
         history_BT = jnp.take_along_axis(history_BT, places_BT, 1)
         x_BTD = dropout(embed(vectors_ID, history_BT), self.dropout, rngs)

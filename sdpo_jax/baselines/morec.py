@@ -1,5 +1,5 @@
 """MoRec: Yuan et al., "Where to Go Next for Recommender Systems? ID- vs. Modality-based Recommender
-Models Revisited", SIGIR 2023: SASRec whose item vectors are made of the titles."""
+Models Revisited", SIGIR 2023: SASRec with item vectors computed from the titles."""
 
 import dataclasses
 import os
@@ -28,9 +28,9 @@ ENCODER_LEARNING_RATE = 5e-5  # the authors search 1e-4, 5e-5 and 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """What reads the titles: `encoder`, a folder or a name on the Hub, by default MiniLM.
+    """The encoder of the titles: a folder or a name on the Hub, by default MiniLM.
 
-    `trained`: the encoder's weights too; otherwise only the linear map behind it and SASRec.
+    `trained`: train the encoder too, not only the linear map behind it and SASRec.
     """
 
     encoder: str | None = None
@@ -38,7 +38,7 @@ class Text:
 
 
 class EncodedOnce(nnx.Module):
-    """Vectors of the titles, [I, E], that stay as they are."""
+    """Frozen vectors of the titles, [I, E]."""
 
     def __init__(self, vectors_IE: jax.Array):
         self.vectors_IE = Frozen(vectors_IE)
@@ -48,21 +48,21 @@ class EncodedOnce(nnx.Module):
 
 
 class Encoded(nnx.Module):
-    """Vectors of the titles, [I, E], from an encoder that is trained."""
+    """Vectors of the titles, [I, E], from a trainable encoder."""
 
-    def __init__(self, bert: Bert, tokens_IS: np.ndarray):
-        self.bert, self.tokens_IS = bert, Frozen(jnp.asarray(tokens_IS))
+    def __init__(self, bert: Bert, tokens_IA: np.ndarray):
+        self.bert, self.tokens_IA = bert, Frozen(jnp.asarray(tokens_IA))
 
     def __call__(self) -> jax.Array:
-        return encoded(self.bert, self.tokens_IS[...])
+        return encoded(self.bert, self.tokens_IA[...])
 
 
 class TextItems(nnx.Module):
-    """A vector per item, [I, D]: its title's, through a linear map to the width of SASRec."""
+    """A vector per item, [I, D]: its title's, mapped linearly to the width of SASRec."""
 
     def __init__(self, text: nnx.Module, width: int, size: int = SIZE, *, rngs: nnx.Rngs):
         self.text = text
-        start = nnx.initializers.normal((width * size) ** -0.5)  # vectors as long as learned ones
+        start = nnx.initializers.normal((width * size) ** -0.5)  # norms as of learned vectors
         self.transformed = nnx.Linear(width, size, kernel_init=start, rngs=rngs)
 
     def vectors(self) -> jax.Array:
@@ -70,18 +70,18 @@ class TextItems(nnx.Module):
 
 
 def standardized(text_IE: jax.Array) -> jax.Array:
-    """Mean 0 over the titles, and a spread of 1 over all: encoders differ in both."""
+    """Mean 0 over the titles and overall variance 1: encoders differ in both."""
     text_IE -= text_IE.mean(0)
     return text_IE * jax.lax.rsqrt(jnp.square(text_IE).mean() + 1e-12)
 
 
 def recipe(titles: Sequence[str], text: Text, learning_rate: float, T: int = MAX_HISTORY) -> Recipe:
-    """Of the network over `titles`. Raises InputError where the encoder is not there or is none."""
+    """The recipe of MoRec over `titles`. Raises InputError for a missing or unfit encoder."""
     folder = encoder_folder(text.encoder)
     digest = source_digest(folder)
     bert = read_bert(folder)
-    tokens_IS = title_tokens(folder, titles, bert.config)
-    module = Encoded(bert, tokens_IS) if text.trained else EncodedOnce(encode_all(bert, tokens_IS))
+    tokens_IA = title_tokens(folder, titles, bert.config)
+    module = Encoded(bert, tokens_IA) if text.trained else EncodedOnce(encode_all(bert, tokens_IA))
 
     def make(rngs: nnx.Rngs) -> SASRec:
         return SASRec(TextItems(module, bert.config.E, rngs=rngs), T=T, rngs=rngs)
@@ -94,16 +94,16 @@ def recipe(titles: Sequence[str], text: Text, learning_rate: float, T: int = MAX
     return Recipe(make, optimizer(learning_rate), (digest, text.trained), about)
 
 
-def encode_all(bert: Bert, tokens_IS: np.ndarray) -> jax.Array:
+def encode_all(bert: Bert, tokens_IA: np.ndarray) -> jax.Array:
     """`encoded`, compiled."""
     graphdef, state = nnx.split(bert)
-    return jax.jit(lambda state, tokens_IS: encoded(nnx.merge(graphdef, state), tokens_IS))(
-        state, tokens_IS
+    return jax.jit(lambda state, tokens_IA: encoded(nnx.merge(graphdef, state), tokens_IA))(
+        state, tokens_IA
     )
 
 
 def optimizer(learning_rate: float) -> optax.GradientTransformation:
-    """Adam; what is known already, the encoder, learns more slowly."""
+    """Adam, with the lower ENCODER_LEARNING_RATE for the pre-trained encoder."""
 
     def names(state):
         return jax.tree_util.tree_map_with_path(
@@ -115,7 +115,7 @@ def optimizer(learning_rate: float) -> optax.GradientTransformation:
 
 
 def encoder_folder(encoder: str | None) -> Path:
-    """The folder of `--encoder`; of None, MiniLM's out of its wheel. Raises InputError for none."""
+    """The folder of `--encoder`, by default MiniLM's wheel. Raises InputError if it is missing."""
     if encoder is None:
         return [wheel_file(*pinned) for pinned in ENCODER].pop().parent
     if is_hub_name(encoder):

@@ -1,4 +1,4 @@
-"""What the networks share: items as vectors, and dropout that is off without a key."""
+"""Shared by the networks: item vectors, and dropout that is off without `rngs`."""
 
 from typing import Protocol
 
@@ -10,13 +10,13 @@ SIZE = 64  # D
 
 
 class Vectors(Protocol):
-    """A module that gives a vector per item, [I, D]."""
+    """A module that returns a vector per item, [I, D]."""
 
     def vectors(self) -> jax.Array: ...
 
 
 class Items(nnx.Module):
-    """A vector per item, [I, D]; that of the padding is zero."""
+    """A learned vector per item, [I, D]."""
 
     def __init__(self, items: int, size: int = SIZE, *, rngs: nnx.Rngs):
         self.table = nnx.Param(jax.random.normal(rngs.params(), (items, size)) * size**-0.5)
@@ -26,7 +26,7 @@ class Items(nnx.Module):
 
 
 def embed(vectors_ID: jax.Array, history_BT: jax.Array) -> jax.Array:
-    """The vectors of a history, [B, T, D]; zero where there is no item."""
+    """The vectors of a history, [B, T, D]; zero at padding."""
     return jnp.take(vectors_ID, history_BT, axis=0, mode="fill", fill_value=0)
 
 

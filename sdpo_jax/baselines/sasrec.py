@@ -29,10 +29,9 @@ class Block(nnx.Module):
 
 
 class SASRec(nnx.Module):
-    """Two blocks of causal self-attention; the last place against the items' own vectors (eq. 7).
+    """Two blocks of causal self-attention; the last state is scored with the item vectors (eq. 7).
 
-    `items` gives the vectors, [I, D]; by default one is learned for each item. A history has T
-    items at most.
+    `items`: their number, or a module that returns their vectors, [I, D]. T: longest history.
     """
 
     def __init__(
@@ -55,12 +54,12 @@ class SASRec(nnx.Module):
     def __call__(self, history_BT: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Scores of every item as the next one, [B, I]."""
         vectors_ID, T = self.items.vectors(), history_BT.shape[1]
-        there_BT = history_BT < len(vectors_ID)
-        # Scaled as in the authors' code; places are counted from the end.
+        is_item_BT = history_BT < len(vectors_ID)
+        # Scaled as in the authors' code; positions are counted from the end.
         x_BTD = embed(vectors_ID, history_BT) * vectors_ID.shape[1] ** 0.5
         x_BTD += self.places[...][-T:]
-        x_BTD = dropout(x_BTD, self.dropout, rngs) * there_BT[..., None]
-        mask = jnp.tril(jnp.ones((T, T), bool)) & there_BT[:, None, None]
+        x_BTD = dropout(x_BTD, self.dropout, rngs) * is_item_BT[..., None]
+        mask = jnp.tril(jnp.ones((T, T), bool)) & is_item_BT[:, None, None]
         for block in self.blocks:
             x_BTD = block(x_BTD, mask, rngs)
         return self.norm(x_BTD[:, -1]) @ vectors_ID.T

@@ -1,4 +1,4 @@
-"""Trained networks on disk, each one safetensors file that also tells what it was trained from."""
+"""Trained networks on disk: safetensors files with a key of data set and settings as metadata."""
 
 import dataclasses
 import hashlib
@@ -20,13 +20,13 @@ AGAIN = "remove it to train again, or choose another --workdir"
 
 
 def key(dataset_fingerprint: str, settings: Any, *more: Any) -> str:
-    """SHA-256 of what the weights depend on."""
+    """SHA-256 of all that the weights depend on."""
     content = [dataset_fingerprint, dataclasses.asdict(settings), *more]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder; raises InputError, before hours of training, where it cannot be written."""
+    """Makes the folder. Raises InputError, before hours of training, if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
@@ -37,9 +37,9 @@ def check_writable(folder: Path) -> None:
 
 
 def write(path: Path, key: str, dataset: str, state: nnx.State, about: dict[str, Any]) -> None:
-    """Writes a network whole or not at all; `dataset` is the fingerprint of its data set.
+    """Writes a network atomically; `dataset` is the fingerprint of its data set.
 
-    Raises InputError where the disk refuses.
+    Raises InputError if the file cannot be written.
     """
     tensors = {name: np.asarray(leaf) for name, leaf in zip(*_named(state), strict=True)}
     try:
@@ -48,14 +48,14 @@ def write(path: Path, key: str, dataset: str, state: nnx.State, about: dict[str,
             save_file(tensors, partial, metadata=meta)
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{path}: found {error}, expected to write it: free space or mend permissions"
+            f"{path}: cannot be written ({error}): free space or correct permissions"
         ) from error
 
 
 def read(path: Path, key: str, fresh: nnx.State) -> tuple[nnx.State, dict[str, Any]] | None:
-    """What `write` got, its state shaped as `fresh`; None where nothing is kept.
+    """The state, structured as `fresh`, and `about` given to `write`; None if there is no file.
 
-    Raises InputError where the file is broken, or of another data set or other settings.
+    Raises InputError for a broken file, another data set or other settings.
     """
     if not os.path.lexists(path):
         return None
@@ -66,13 +66,13 @@ def read(path: Path, key: str, fresh: nnx.State) -> tuple[nnx.State, dict[str, A
             if meta.get("key") != key:
                 raise InputError(
                     f"{path}: found a network of another data set or other settings, expected "
-                    f"this one's: {AGAIN}"
+                    f"those of this command: {AGAIN}"
                 )
             if set(file.keys()) != set(names):
                 raise SafetensorError("other tensors than this network has")
             found = [file.get_tensor(name) for name in names]
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: found {error}, expected a kept network: {AGAIN}") from error
+        raise InputError(f"{path}: found {error}, expected a saved network: {AGAIN}") from error
     if [x.shape for x in found] != [x.shape for x in leaves]:
         raise InputError(
             f"{path}: found tensors of another shape, expected this network's: {AGAIN}"
@@ -81,7 +81,7 @@ def read(path: Path, key: str, fresh: nnx.State) -> tuple[nnx.State, dict[str, A
 
 
 def _named(state: nnx.State) -> tuple[list[str], list[jax.Array]]:
-    """A name and an array of every leaf, in the tree's order."""
+    """Names and arrays of all leaves, in the tree's order."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     return names, [leaf for _, leaf in leaves]

@@ -1,7 +1,7 @@
-"""Trains a network to name the next item of a history, out of all items.
+"""Trains a network to predict the next item of a history among all items.
 
-Adam with L2 regularization, whose weight is chosen on validation, and early stopping. Validation
-counts hits among a window's candidates, as the evaluation does.
+Adam with early stopping and L2 regularization, whose weight validation chooses. Validation measures
+HR@1 among a window's candidates, as the evaluation does.
 """
 
 import dataclasses
@@ -29,13 +29,13 @@ class Settings:
     batch_size: int = 256
     l2: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
     epochs: int = 200  # at most
-    patience: int = 5  # epochs without a better validation, after which training ends
+    patience: int = 5  # epochs without a better validation before training stops
     seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """The weights at the best epoch, their L2 weight and HR@1 on validation; and all tried."""
+    """Weights, L2 weight and validation HR@1 of the best epoch; `tried`: L2 weight -> best HR@1."""
 
     state: nnx.State
     l2: float
@@ -49,9 +49,9 @@ NOTHING = nnx.State({})
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a network is made and what trains it, by default Adam.
+    """How a network is made, and its optimizer, by default Adam.
 
-    `depends` is what its weights depend on beside data and settings; `about` is told with them.
+    `depends`: what its weights depend on besides data and settings; `about`: more to report of it.
     """
 
     make: Callable[[nnx.Rngs], nnx.Module]
@@ -61,7 +61,7 @@ class Recipe:
 
 
 class Scores:
-    """Scores of every item, [N, I], from a network of one structure; compiled once."""
+    """Scores of every item, [B, I], from networks of one structure; compiled once."""
 
     BATCH = 1024
 
@@ -71,21 +71,20 @@ class Scores:
 
         self._scores, self._frozen = jax.jit(scores), frozen
 
-    def __call__(self, state: nnx.State, history_NT: np.ndarray) -> np.ndarray:
-        pad = np.resize(
-            history_NT, (-(-len(history_NT) // self.BATCH) * self.BATCH, history_NT.shape[1])
-        )
-        parts = pad.reshape(-1, self.BATCH, pad.shape[1])
-        cut = [self._scores(state, self._frozen, part) for part in parts]
-        return np.concatenate(jax.device_get(cut))[: len(history_NT)]
+    def __call__(self, state: nnx.State, history_BT: np.ndarray) -> np.ndarray:
+        N, T = history_BT.shape
+        # The last batch is filled with windows from the start.
+        batches = np.resize(history_BT, (-(-N // self.BATCH), self.BATCH, T))
+        scores = [self._scores(state, self._frozen, batch) for batch in batches]
+        return np.concatenate(jax.device_get(scores))[:N]
 
 
-def ranks(scores_NI: np.ndarray, windows: Arrays) -> list[int]:
+def ranks(scores_BI: np.ndarray, windows: Arrays) -> list[int]:
     """The target's rank among the candidates of each window."""
     return [
         metrics.target_rank(scores_I[candidates_C], place(candidates_C, target))
         for scores_I, candidates_C, target in zip(
-            scores_NI, windows.candidates_NC, windows.target_N, strict=True
+            scores_BI, windows.candidates_BC, windows.target_B, strict=True
         )
     ]
 
@@ -93,9 +92,10 @@ def ranks(scores_NI: np.ndarray, windows: Arrays) -> list[int]:
 def make_epoch(
     graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, frozen: nnx.State = NOTHING
 ):
-    """Jitted `epoch(state, opt_state, key, l2, history_XBT, target_XB)`; X counts the batches.
+    """Jitted `epoch(state, opt_state, key, l2, history_XBT, target_XB)` over X batches.
 
-    `state` is trained and under L2, `frozen` is the rest of the network.
+    Returns (state, opt_state, mean loss). `state` is trained and regularized, `frozen` is the rest
+    of the network.
     """
 
     def loss(state, frozen, history_BT, target_B, key, l2):
@@ -128,16 +128,16 @@ def fit(
     settings: Settings,
     report: Callable[[str], Any] = print,
 ) -> Fitted:
-    """The best of one training for each L2 weight; `report` hears a line of each epoch.
+    """The best of one training per L2 weight; `report` receives a line per epoch.
 
-    What of a network is no `nnx.Param` stays as it is. Raises InputError where training diverges.
+    Only `nnx.Param`s are trained. Raises InputError where training diverges.
     """
     graphdef, first, frozen = nnx.split(recipe.make(nnx.Rngs(settings.seed)), nnx.Param, ...)
     optimizer = recipe.optimizer or optax.adam(settings.learning_rate)
     epoch, scores = make_epoch(graphdef, optimizer, frozen), Scores(graphdef, frozen)
 
     def hit_ratio(state: nnx.State) -> float:
-        found = ranks(scores(state, validation.history_NT), validation)
+        found = ranks(scores(state, validation.history_BT), validation)
         return metrics.mean([rank == 1 for rank in found])
 
     best = None
@@ -166,8 +166,8 @@ def _until_no_better(first, epoch, optimizer, train, settings, l2, hit_ratio, re
         loss = float(loss)
         if not math.isfinite(loss):
             raise InputError(
-                f"L2 {l2:g}, epoch {number}: found a loss of {loss}, expected a number: training "
-                "diverged: leave out this --l2"
+                f"L2 {l2:g}, epoch {number}: found a loss of {loss}, expected a finite number: "
+                "training diverged, leave out this --l2"
             )
         value = hit_ratio(state)
         report(f"L2 {l2:g} epoch {number}: loss {loss:.4f}, validation HR@1 {value:.4f}")
@@ -179,8 +179,8 @@ def _until_no_better(first, epoch, optimizer, train, settings, l2, hit_ratio, re
 
 
 def _shuffled(train: Arrays, order: np.random.Generator, size: int) -> Sequence[np.ndarray]:
-    """History and targets of full batches, [X, B, T] and [X, B]; what is left over waits."""
-    size = min(size, len(train.target_N))
-    rows = order.permutation(len(train.target_N))
+    """Shuffled full batches of history, [X, B, T], and targets, [X, B]; the rest is left out."""
+    size = min(size, len(train.target_B))
+    rows = order.permutation(len(train.target_B))
     rows = rows[: len(rows) // size * size].reshape(-1, size)
-    return train.history_NT[rows], train.target_N[rows]
+    return train.history_BT[rows], train.target_B[rows]

@@ -1,4 +1,4 @@
-"""Windows as arrays of item numbers: the place of an item in items.jsonl, from 0 to I - 1."""
+"""Windows as arrays of item numbers: an item's line in items.jsonl, from 0 to I - 1."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,27 +10,27 @@ from sdpo_jax.data.prepared import Dataset, Window
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """`history_NT` is padded on its left with I, the number of no item; all int32."""
+    """`history_BT` is left-padded with I, one past the last item's number; all int32."""
 
-    history_NT: np.ndarray
-    candidates_NC: np.ndarray
-    target_N: np.ndarray
+    history_BT: np.ndarray
+    candidates_BC: np.ndarray
+    target_B: np.ndarray
 
 
 def arrays(dataset: Dataset, windows: Sequence[Window]) -> Arrays:
-    """The item numbers of `windows`, T being the most items that the data set's windows show."""
+    """Item numbers of `windows`; T is the most items that a window of the data set shows."""
     number = {item: n for n, item in enumerate(dataset.titles)}
     T = dataset.meta["history"]
-    history_NT = np.full((len(windows), T), len(number), np.int32)
-    for row, window in zip(history_NT, windows, strict=True):
+    history_BT = np.full((len(windows), T), len(number), np.int32)
+    for row, window in zip(history_BT, windows, strict=True):
         row[T - len(window.history) :] = [number[item] for item in window.history]
     return Arrays(
-        history_NT,
+        history_BT,
         np.array([[number[item] for item in w.candidates] for w in windows], np.int32),
         np.array([number[w.target] for w in windows], np.int32),
     )
 
 
 def place(among_X: np.ndarray, target: int) -> int:
-    """Where `target` stands in `among_X`, which holds it once."""
+    """Index of `target` in `among_X`, which contains it once."""
     return int(np.flatnonzero(among_X == target)[0])

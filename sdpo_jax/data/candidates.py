@@ -1,4 +1,4 @@
-"""The candidates of a window: the target and, by default, 19 items it could be mistaken for."""
+"""Candidate lists of windows: the target and, by default, 19 negatives."""
 
 import dataclasses
 import random
@@ -20,10 +20,9 @@ def independent(
 ) -> list[Window]:
     """Windows with `count` candidates drawn by (seed, split, row), independently of the target.
 
-    A candidate's title differs from every other candidate's and from every title of the
-    history: the title is what the model answers. (Exception: a history may itself hold the
-    target, where users may repeat an item, or its title under another id; the target stays.)
-    Raises InputError when the items are too few.
+    All titles of candidates and history differ, since the title is the model's answer. Exception:
+    the target stays where the history contains it, or its title under another id. Raises
+    InputError if there are too few items.
     """
     ids = list(titles)
     return [
@@ -40,29 +39,29 @@ def _draw(
     split: str,
     count: int,
 ) -> Window:
-    """Takes negatives from one random order of all items, the target only being skipped."""
+    """Takes negatives from a permutation of all items, which is independent of the target."""
     rng = generator(seed, "candidates", split, row)
     place = int(rng.integers(count))
     order = rng.permutation(len(ids))
-    shown = {titles[item] for item in window.history} | {titles[window.target]}
+    used = {titles[item] for item in window.history} | {titles[window.target]}
     chosen: list[int] = []
     for index in order:
         item = ids[index]
-        if titles[item] not in shown:
-            shown.add(titles[item])
+        if titles[item] not in used:
+            used.add(titles[item])
             chosen.append(item)
             if len(chosen) == count - 1:
                 break
     else:
-        raise _too_few(len(chosen), f"the window {row} of {split}", count)
+        raise _too_few(len(chosen), f"window {row} of {split}", count)
     chosen.insert(place, window.target)
     return dataclasses.replace(window, candidates=tuple(chosen))
 
 
 def _too_few(found: int, window: str, count: int = NUM_CANDIDATES) -> InputError:
     return InputError(
-        f"items: found {found} titles outside {window}, expected {count - 1}: give a --source with "
-        "more items or fewer --num_candidates"
+        f"items: found {found} titles outside {window}, expected {count - 1} or more: give a "
+        "--source with more items or fewer --num_candidates"
     )
 
 
@@ -70,8 +69,8 @@ def released(windows: Sequence[Window], ids: Sequence[int]) -> list[Window]:
     """Windows with the candidate lists that the S-DPO authors released for LastFM.
 
     Their rule seeds Python's `random` with the target id, so the list is nearly a function of
-    the target: a look-up that ignores the history scores HR@1 0.99. `ids` is in the order of
-    id2name.txt. Raises InputError when the items are too few.
+    the target: a look-up that ignores the history scores HR@1 0.99. `ids`: item ids in the order
+    of id2name.txt. Raises InputError if there are too few items.
     """
     place = {item: index for index, item in enumerate(ids)}
     return [_released(window, ids, place) for window in windows]

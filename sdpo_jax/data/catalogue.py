@@ -1,4 +1,4 @@
-"""The data sets that `prepare` knows: the one place to add another."""
+"""The data sets of `prepare`; add another here."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from sdpo_jax.data.sequences import MIN_HISTORY
 class Source:
     """A data set and its protocol.
 
-    `read` takes --source, which may be None where `files`, what it must be, is empty. `kept`: which
-    interactions count. `rated`: ratings below 3 are no part of a sequence; `repeats`: a user may
-    have an item several times. `split`, `min_interactions`, `min_history`: what holds without
-    options; a source of fixed windows or splits has its own.
+    `read`: reader of --source; it accepts None if `files`, the description of --source, is empty.
+    `kept`: which interactions count. `rated`: sequences exclude ratings below 3. `repeats`: a user
+    may have an item several times. `split`, `min_interactions`, `min_history`: defaults; a source
+    with fixed windows or splits has its own.
     """
 
     domain: str
@@ -63,7 +63,7 @@ DATASETS = {
         min_history=1,
     ),
     "csv": Source(
-        "movie",  # without --domain
+        "movie",  # unless --domain is given
         read_csv,
         "ratings >= 3, or all rows where there is no rating, of an item the first, by time",
         "a CSV file",

@@ -1,4 +1,4 @@
-"""Raw interactions as arrays: who had what, when, and how it was rated."""
+"""Raw interactions as arrays: user, item, rating and time."""
 
 import dataclasses
 from array import array
@@ -10,23 +10,24 @@ from sdpo_jax.data.prepared import User
 
 @dataclasses.dataclass(frozen=True)
 class Interactions:
-    """Who had what, and when, in the order of the file.
+    """X interactions in file order.
 
-    `users`, `items`: what the numbers in `user_N` and `item_N` (int32) stand for; `rating_N`: None
-    where nobody rated; `time_N`: seconds; `count`: how many the source has, those that the reader
-    left out too; `untitled`: items and interactions that it left out for want of a title.
-    `titles` and `attributes` may have items that nobody had. `source`: file -> SHA-256. `notes`:
-    what the reader has to tell, a line each; `rounded`: what tells that times were rounded, or "".
+    `users`, `items`: ids, indexed by `user_X` and `item_X` (int32). `rating_X`: None for a source
+    without ratings. `time_X`: seconds, or the source's own unit. `count`: interactions in the
+    source, including those that the reader left out. `untitled`: items, and interactions, left out
+    for lack of a title. `titles`, `attributes`: by item id, also of items without interactions.
+    `source`: file -> SHA-256. `notes`: the reader's notes to the user, one line each. `rounded`:
+    the message that times were rounded, or "".
     """
 
     titles: dict[int, str]
     attributes: dict[int, dict]
     users: list[User]
     items: list[int]
-    user_N: np.ndarray
-    item_N: np.ndarray
-    rating_N: np.ndarray | None
-    time_N: np.ndarray
+    user_X: np.ndarray
+    item_X: np.ndarray
+    rating_X: np.ndarray | None
+    time_X: np.ndarray
     count: int
     source: dict[str, str]
     untitled: tuple[int, int] = (0, 0)
@@ -35,7 +36,7 @@ class Interactions:
 
 
 class Rows:
-    """Interactions while they are read: 24 bytes each, as there may be many millions."""
+    """Collects interactions in 24 bytes each, as a source may have many millions."""
 
     def __init__(self):
         self.users: dict[User, int] = {}
@@ -60,8 +61,8 @@ class Rows:
         *,
         rated: bool = True,
     ) -> Interactions:
-        """What was read; nothing can be added any more."""
-        user_N, item_N, rating_N, time_N = (
+        """The interactions as views of the columns, after which none can be added."""
+        user_X, item_X, rating_X, time_X = (
             np.frombuffer(c, c.typecode) if c else np.array(c) for c in self._columns
         )
         whole = {item: attributes.get(item, {}) for item in titles}
@@ -70,10 +71,10 @@ class Rows:
             whole,
             [*self.users],
             [*self.items],
-            user_N,
-            item_N,
-            rating_N if rated else None,
-            time_N,
+            user_X,
+            item_X,
+            rating_X if rated else None,
+            time_X,
             count,
             source,
         )

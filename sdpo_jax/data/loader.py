@@ -10,19 +10,19 @@ import numpy as np
 from sdpo_jax.data.randomness import generator
 from sdpo_jax.data.tokens import Example
 
-MAX_SHAPES = 4  # compiled shapes a stage may have
-GROUP = 16  # batches that are sorted by length together before they are cut
-ROUND = 8
+MAX_SHAPES = 4  # compiled shapes per stage
+GROUP = 16  # batches per run of examples that is sorted by length
+ROUND = 8  # padded sizes are multiples of it
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Padded sizes: P prompt tokens, S packed answer tokens, E prompt tokens that predict, M
-    targets, A tokens of an answer, T of a row."""
+    """Padded sizes: P prompt tokens, S packed answer tokens, Q prompt tokens that predict, M
+    targets, A tokens per answer, T tokens per row."""
 
     P: int
     S: int
-    E: int
+    Q: int
     M: int
     A: int
     T: int
@@ -33,15 +33,15 @@ def round_up(n: int, multiple: int = ROUND) -> int:
 
 
 def balance(sizes: Sequence[int], rows: int) -> list[int]:
-    """An order in which `rows` equal runs of the sizes have nearly equal sums.
+    """Indices in an order in which `rows` equal runs of the sizes have nearly equal sums.
 
-    The largest are dealt first, forth and back, as cards are.
+    Distributes the largest first, with the direction reversed every turn.
     """
-    hands: list[list[int]] = [[] for _ in range(rows)]
+    runs: list[list[int]] = [[] for _ in range(rows)]
     for k, i in enumerate(sorted(range(len(sizes)), key=lambda i: -sizes[i])):
         turn, place = divmod(k, rows)
-        hands[rows - 1 - place if turn % 2 else place].append(i)
-    return [i for hand in hands for i in hand]
+        runs[rows - 1 - place if turn % 2 else place].append(i)
+    return [i for run in runs for i in run]
 
 
 def collate(examples: Sequence[Example], shape: Shape, rows: int = 1) -> dict[str, np.ndarray]:
@@ -54,7 +54,7 @@ def collate(examples: Sequence[Example], shape: Shape, rows: int = 1) -> dict[st
         "answers_BMCA": np.zeros((B, shape.M, C, A), np.int32),
         "answers_mask_BMCA": np.zeros((B, shape.M, C, A), bool),
         "packed_BS": np.full((B, shape.S), -1, np.int32),
-        "head_BE": np.full((B, shape.E), -1, np.int32),
+        "head_BQ": np.full((B, shape.Q), -1, np.int32),
         "predictor_BMCA": np.zeros((B, shape.M, C, A), np.int32),
         "slot_WT": np.full((rows, shape.T), -1, np.int32),
     }
@@ -68,7 +68,7 @@ def collate(examples: Sequence[Example], shape: Shape, rows: int = 1) -> dict[st
 
 
 def stack_targets(values: Sequence[np.ndarray], M: int) -> np.ndarray:
-    """Arrays [targets of an example, C] as one [B, M, C] of float32; zeros where no target is."""
+    """Stacks arrays [targets of an example, C] to float32 [B, M, C], padded with zeros."""
     out = np.zeros((len(values), M, values[0].shape[1]), np.float32)
     for b, value in enumerate(values):
         out[b, : len(value)] = value
@@ -76,8 +76,8 @@ def stack_targets(values: Sequence[np.ndarray], M: int) -> np.ndarray:
 
 
 def _fill(example: Example, row: dict[str, np.ndarray]) -> None:
-    """Writes one example into its part of the batch's arrays."""
-    M, C, (E, A) = example.M, example.C, (len(row["head_BE"]), row["answers_BMCA"].shape[-1])
+    """Writes one example into its row of the batch's arrays."""
+    M, C, (Q, A) = example.M, example.C, (len(row["head_BQ"]), row["answers_BMCA"].shape[-1])
     padding = len(row["prompt_BP"]) - len(example.prompt)
     row["prompt_BP"][padding:] = example.prompt
     row["prompt_mask_BP"][padding:] = True
@@ -89,19 +89,19 @@ def _fill(example: Example, row: dict[str, np.ndarray]) -> None:
     row["answers_mask_BMCA"][:M] = mask_MCA
 
     fed_MCA = np.arange(A) < sizes_MC[..., None] - 1
-    # How many prompt tokens predict a token of each target: its place, or the chosen answer's all.
+    # Prompt tokens that predict a target's answers: one, or one per token of the chosen answer.
     heads_M = np.ones(M, np.int64)
     if example.continued:
         fed_MCA[:, 0], heads_M = False, sizes_MC[:, 0]
     packed = np.flatnonzero(fed_MCA)
     row["packed_BS"][: len(packed)] = packed
-    first_M = np.cumsum(heads_M) - heads_M  # of each target in head_BE
+    first_M = np.cumsum(heads_M) - heads_M  # each target's first index in head_BQ
     within = np.arange(heads_M.sum()) - np.repeat(first_M, heads_M)
-    row["head_BE"][: len(within)] = np.repeat(places_M, heads_M) + within
+    row["head_BQ"][: len(within)] = np.repeat(places_M, heads_M) + within
 
-    # An answer's first token is predicted at the place, each other one by the token before it.
+    # An answer's first token is predicted at its target's place, the others by the token before.
     before = np.full(M * C * A, -1)
-    before[packed] = E + np.arange(len(packed))
+    before[packed] = Q + np.arange(len(packed))
     predictor_MCA = row["predictor_BMCA"][:M]
     predictor_MCA[..., 1:] = before.reshape(M, C, A)[..., :-1]
     predictor_MCA[..., 0] = first_M[:, None]
@@ -113,10 +113,10 @@ def _fill(example: Example, row: dict[str, np.ndarray]) -> None:
 def choose_shapes(
     batches: Sequence[Sequence[Example]], rows: int = 1, limit: int = MAX_SHAPES
 ) -> list[Shape]:
-    """The shape of each batch, at most `limit` distinct ones.
+    """The shape of each batch, with at most `limit` distinct shapes.
 
-    The batches, sorted by the tokens of their fullest row, are cut again and again where that
-    saves the most tokens.
+    Sorts the batches by the tokens of their fullest row and repeatedly makes the cut that saves
+    the most tokens.
     """
     A = max(len(a) for examples in batches for e in examples for a in e.answers)
     needs = np.array([_needs(examples, rows) for examples in batches])
@@ -128,29 +128,26 @@ def choose_shapes(
         parts[i : i + 1] = np.split(parts[i], [count])
     shapes: list[Any] = [None] * len(batches)
     for part in parts:
-        T, P, S, E, M = map(int, needs[part].max(0))
-        E = E if E == 1 else round_up(E)  # the paper's prompt has one place that predicts
+        T, P, S, Q, M = map(int, needs[part].max(0))
+        Q = Q if Q == 1 else round_up(Q)  # the paper's prompt has one predicting token
         for i in part:
-            shapes[i] = Shape(round_up(P), round_up(S), E, M, A, round_up(T))
+            shapes[i] = Shape(round_up(P), round_up(S), Q, M, A, round_up(T))
     return shapes
 
 
 def _best_cut(sizes: np.ndarray) -> tuple[int, int]:
-    """Of ascending sizes, each fed at its run's largest: tokens saved by a cut, and its place."""
+    """Tokens saved by the best cut of ascending sizes, padded to their run's largest; its index."""
     count = np.arange(len(sizes))
-    saved = count * (sizes[-1] - np.roll(sizes, 1))  # the first `count` fed as their own largest
+    saved = count * (sizes[-1] - np.roll(sizes, 1))  # the first `count` padded to their own largest
     best = int(np.argmax(saved))
     return int(saved[best]), best
 
 
 def _needs(examples: Sequence[Example], rows: int) -> tuple[int, int, int, int, int]:
-    """Tokens of the fullest row; prompt, packed, predicting tokens and targets at their most."""
+    """Tokens of the fullest row; maxima of prompt, packed and predicting tokens and of targets."""
     fullest = np.reshape([e.tokens for e in examples], (rows, -1)).sum(-1).max()
-    most = [
-        max(of)
-        for of in zip(*((len(e.prompt), e.packed, e.heads, e.M) for e in examples), strict=True)
-    ]
-    return int(fullest), *most
+    sizes = [(len(e.prompt), e.packed, e.heads, e.M) for e in examples]
+    return int(fullest), *(max(column) for column in zip(*sizes, strict=True))
 
 
 def stream(rows: int, seed: int, epochs: int) -> grain.MapDataset:
@@ -161,12 +158,12 @@ def stream(rows: int, seed: int, epochs: int) -> grain.MapDataset:
 def grouped_batches(
     order: Sequence[Any], lengths: Mapping[Any, int], batch_size: int, seed: int, alike: bool
 ):
-    """Cuts `order` into batches, in runs of GROUP that are put into a drawn order.
+    """Cuts `order` into batches and shuffles the GROUP batches of each run.
 
-    With `alike`, a run is sorted by length and cut, so that a batch has little padding while any
-    row still can come at any place of its run. Else it is dealt by length, so that all batches of a
-    run have about as many tokens: what segments of histories need, each token of which is part of a
-    target, and whose batches would else hold ten targets or hundreds.
+    With `alike`, a run is sorted by length and cut, so that a batch has little padding and a row
+    can come anywhere in its run. Otherwise the batches of a run are balanced to similar numbers of
+    tokens. Segments of histories need that, as each of their tokens belongs to a target: sorted
+    batches would have ten targets or hundreds.
     """
     batches = []
     for start in range(0, len(order), GROUP * batch_size):
@@ -192,10 +189,10 @@ def batches(
     Args:
       examples: the examples of each batch.
       references: for each batch the reference's log-probs of each example, [M, C].
-      start: the first batch's number, for going on after a restart.
-      rows: in how many rows of tokens a batch lies.
-      limit: how many distinct shapes there may be.
-      own: the rows that this process makes; None: all. Shapes follow from the whole batch.
+      start: number of the first batch, to resume after a restart.
+      rows: rows of tokens per batch.
+      limit: maximum number of distinct shapes.
+      own: the rows that this process makes; None: all. Shapes depend on the whole batch.
     """
     shapes = choose_shapes(examples, rows, limit)
     chosen = range(rows) if own is None else own

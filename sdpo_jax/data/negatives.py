@@ -1,8 +1,7 @@
-"""The rejected titles of a target: how they are drawn, as pure functions of (seed, draw, row)."""
+"""Draws the rejected titles of a target, as pure functions of (seed, draw, row)."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -10,24 +9,24 @@ from sdpo_jax.data.prepared import Dataset, User, Window
 from sdpo_jax.data.randomness import generator
 from sdpo_jax.system.errors import InputError
 
-TRIES = 512  # draws with replacement before all items are looked through
+TRIES = 512  # draws with replacement before a permutation of all items
 NEGATIVES = ("shown", "uniform", "popularity", "hard", "disliked")
 
 
 class Negatives:
-    """Draws the titles that stand beside a target.
+    """Draws the rejected titles of a target.
 
     `kind`, one of NEGATIVES:
-      shown: of the other candidates that the window shows (the paper).
-      uniform: of all items.
-      popularity: of all items, by their number of training targets to the power `power`.
-      hard: as uniform, for a pool of which the reference's log-probs choose (`band`).
-      disliked: what the user rated below the protocol's least rating, up to the end of the
-        segment; filled up as uniform does.
+      shown: from the other candidates of the window (the paper).
+      uniform: from all items.
+      popularity: from all items, by their number of training targets to the power `power`.
+      hard: as uniform, into a pool from which the reference's log-probs choose (`hard_band`).
+      disliked: from the user's items rated below the protocol's minimum, up to the end of the
+        segment; filled up as uniform.
 
-    Except for `shown`, no title is drawn that the user has up to the last target of the split, nor
-    two equal titles. Titles of the user's later targets can be drawn: if they never were, the
-    negatives of training would tell the targets of the test.
+    Except for `shown`, titles are distinct, and none is the user's up to the last target of the
+    split. Titles of the user's later targets can be drawn: otherwise their absence from training's
+    negatives would reveal the test targets.
     """
 
     def __init__(self, dataset: Dataset, kind: str, seed: int, power: float = 1.0):
@@ -40,10 +39,10 @@ class Negatives:
         self._own = {split: _own_titles(dataset, split) for split in dataset.splits}
 
     def draw(self, split: str, row: int, count: int, draw: int = 0, until: int = 0) -> list[int]:
-        """`count` items beside the target of a row; the draws 0, 1, … are independent.
+        """`count` negatives of a row's target; the draws 0, 1, … are independent.
 
         `until`: the place in the user's sequence up to which dislikes count, at least the target's.
-        Raises InputError where there are not as many titles.
+        Raises InputError if there are too few titles.
         """
         window = self.dataset.splits[split][row]
         random = generator(self.seed, f"negatives/{draw}" if draw else "negatives", split, row)
@@ -60,13 +59,13 @@ class Negatives:
         if len(chosen) < count:
             key = "hard_pool" if self.kind == "hard" else "num_negatives"
             raise InputError(
-                f"config.{key}: found {len(chosen)} titles beside those of the user "
-                f"{window.user}, expected {count}: lower it"
+                f"config.{key}: found {len(chosen)} titles beside those of user {window.user}, "
+                f"expected {count}: lower it"
             )
         return chosen
 
     def _take(self, items: Iterable[int], count: int, taken: set[str], chosen: list[int]) -> None:
-        """Moves items of titles that are not taken into `chosen` until it has `count`."""
+        """Appends items whose titles are not in `taken` to `chosen`, until it has `count`."""
         for item in items:
             if len(chosen) >= count:
                 return
@@ -75,20 +74,22 @@ class Negatives:
                 chosen.append(item)
 
     def _any(self, random: np.random.Generator) -> Iterable[int]:
-        """Items by their shares as long as that soon finds new ones, then all in a drawn order."""
+        """TRIES items drawn by their shares, then a permutation of all items."""
         if self._shares is None:
             places = random.integers(len(self._items), size=TRIES)
         else:
             places = np.searchsorted(self._shares, random.random(TRIES), side="right")
-        for place in itertools.chain(places, _permutation(random, len(self._items))):
+        for place in places:
+            yield self._items[place]
+        for place in random.permutation(len(self._items)):  # drawn only if needed, as it is O(n)
             yield self._items[place]
 
 
 def against_disliked(dataset: Dataset, split: str) -> dict[int, Window]:
     """Row -> its window with two candidates: the target, and an item that the same user rated low.
 
-    That item is drawn from those which the user rated after the window's history: training, which
-    ends before a window of another split, has seen none of them as `disliked`. Rows without such an
+    The item is drawn from those that the user rated after the window's history: training, which
+    ends before a window of another split, used none of them as `disliked`. Rows without such an
     item are left out.
     """
     found = {}
@@ -104,7 +105,7 @@ def against_disliked(dataset: Dataset, split: str) -> dict[int, Window]:
 def _own_titles(dataset: Dataset, split: str) -> dict[User, frozenset[str]]:
     """The titles of each user up to the last target of a split.
 
-    By title, as equal titles cannot be told apart.
+    Titles instead of ids, since a model cannot distinguish equal titles.
     """
     last: dict[User, int] = {}
     for window in dataset.splits[split]:
@@ -116,13 +117,8 @@ def _own_titles(dataset: Dataset, split: str) -> dict[User, frozenset[str]]:
 
 
 def _shares(counts: np.ndarray, power: float) -> np.ndarray | None:
-    """Cumulative shares of counts to a power, the last one 1; None where all counts are 0."""
+    """Cumulative shares of counts to a power, the last one 1; None if all counts are 0."""
     if not counts.any():
         return None
     sums = np.cumsum((counts / counts.max()) ** power)
     return sums / sums[-1]
-
-
-def _permutation(random: np.random.Generator, n: int) -> Iterator[int]:
-    """Drawn only where it is asked for, as it costs as much as there are items."""
-    yield from random.permutation(n)

@@ -1,6 +1,6 @@
-"""What the S-DPO paper reports (Chen et al. 2024, arXiv 2406.09215), as far as a source is at hand.
+"""Known figures of the S-DPO paper (Chen et al. 2024, arXiv 2406.09215).
 
-A figure that is not here is shown as "–".
+Reports print "–" for the others.
 """
 
 # Users (sequences), items, interactions: Table 3.

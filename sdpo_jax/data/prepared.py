@@ -6,12 +6,13 @@ train.jsonl and the other splits: {"user", "place", "history", "candidates", "ta
 is the user's items[place], the history items[max(0, place - N):place], where N is "history" of
 dataset.json.
 
-Windows of one's own need neither sequences.jsonl nor "place", and {"domain"} is enough for
-dataset.json. N is then their longest history.
+Your own windows need neither sequences.jsonl nor "place", and dataset.json only needs "domain". N
+is then their longest history.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,7 @@ from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import parse_json, read_json, read_text, whole_folder
 
 DOMAINS = ("movie", "music", "book", "product")
-# Every split a folder can hold, in the order of the fingerprint; the first three must be there.
+# All splits, in the order of the fingerprint; the first three are required.
 SPLITS = ("train", "val", "test", "val_all", "test_all")
 _SEQUENCE_KEYS = ("user", "items", "disliked")
 _OWN_KEYS = ("user", "history", "candidates", "target")
@@ -39,8 +40,8 @@ User = int | str
 class Window:
     """A target and the items before it.
 
-    `place`: of the target in the user's sequence; `history`: up to N item ids, oldest first;
-    `candidates`: item ids in display order, the target among them.
+    `place`: index of the target in the user's sequence; `history`: up to N item ids, oldest first;
+    `candidates`: item ids in the prompt's order, including the target.
     """
 
     user: User
@@ -54,8 +55,8 @@ class Window:
 class UserSequence:
     """All items of a user, oldest first, over all splits.
 
-    `disliked`: (place, item) of each item rated below the protocol's minimum, oldest first. It came
-    after `place` of the items, so it is known to every target at `place` or later.
+    `disliked`: (place, item) of each item rated below the protocol's minimum, oldest first. The
+    rating follows the first `place` items, so it precedes every target at `place` or later.
     """
 
     user: User
@@ -63,16 +64,16 @@ class UserSequence:
     disliked: tuple[tuple[int, int], ...] = ()
 
     def window(self, place: int, history: int, candidates: tuple[int, ...] = ()) -> Window:
-        """The window whose target is items[place]; `history`: the most items it shows."""
+        """The window whose target is items[place], with at most `history` items of history."""
         before = self.items[max(0, place - history) : place]
         return Window(self.user, place, before, candidates, self.items[place])
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """`titles`, `attributes`: of every item id, in file order; `sequences`: of every user.
+    """`titles`, `attributes`: by item id, in file order; `sequences`: by user.
 
-    `meta`: dataset.json, with "fingerprint"; its "history" is the most items a window shows.
+    `meta`: dataset.json with "fingerprint"; its "history" is the most history items per window.
     """
 
     domain: str
@@ -83,15 +84,15 @@ class Dataset:
     attributes: dict[int, dict]
 
     def repeats(self, split: str) -> bool:
-        """Whether users have items repeatedly: some window's history holds its target."""
+        """Whether some window's history contains its target."""
         return any(window.target in window.history for window in self.splits[split])
 
 
 def write_dataset(path: str | Path, dataset: Dataset) -> None:
-    """Writes the whole folder, or nothing: a folder beside it is filled and then renamed.
+    """Writes the folder atomically: fills a temporary folder beside it, then renames that.
 
-    Raises InputError when `path` is a file or a folder with something in it, and when the disk
-    is full or not writable.
+    Raises InputError if `path` is a file or a non-empty folder, or if the disk is full or
+    read-only.
     """
     path = Path(path).absolute()
     try:
@@ -99,41 +100,41 @@ def write_dataset(path: str | Path, dataset: Dataset) -> None:
             _write_files(partial, dataset)
     except OSError as error:
         raise InputError(
-            f"{path}: found {error.strerror or error}, expected to write a new folder: "
-            "choose another --output or free space"
+            f"{path}: cannot write the folder ({error.strerror or error}): choose another --output "
+            "or free space"
         ) from error
 
 
 def read_dataset(path: str | Path, splits: Sequence[str] | None = None) -> Dataset:
-    """Reads and checks a prepared folder; `splits` (default: all there are) limits the windows.
+    """Reads and checks a prepared folder; `splits`: those whose windows are read (default: all).
 
-    `meta["fingerprint"]` is the SHA-256 of items, sequences and all splits as they lie on disk,
-    whichever splits are read. Raises InputError naming the file and the malformed line.
+    `meta["fingerprint"]` is `fingerprint` of all files, whichever splits are read. Raises
+    InputError naming the file and the malformed line.
     """
     path = Path(path)
     meta = read_meta(path)
     titles, attributes = _read_items(path / "items.jsonl")
-    there = [s for s in SPLITS if s in SPLITS[:3] or os.path.lexists(path / f"{s}.jsonl")]
+    available = [s for s in SPLITS if s in SPLITS[:3] or os.path.lexists(path / f"{s}.jsonl")]
     if _is_own(path):
-        sequences, rows, meta["history"] = _read_own(path, there, titles)
+        sequences, rows, meta["history"] = _read_own(path, available, titles)
     else:
         sequences = _read_sequences(path / "sequences.jsonl", titles)
-        rows = {name: _rows(path / f"{name}.jsonl", _WINDOW_KEYS) for name in there}
+        rows = {name: _rows(path / f"{name}.jsonl", _WINDOW_KEYS) for name in available}
     N = _history(path / "dataset.json", meta)
     size: int | None = None
     windows: dict[str, list[Window]] = {}
-    for name in splits or there:
+    for name in splits or available:
         windows[name] = _read_windows(rows[name], titles, sequences, N, size)
         size = len(windows[name][0].candidates)
     found = fingerprint(path)
     if meta.get("fingerprint", found) != found:
-        logging.warning("%s: files were changed after they were prepared", path)
+        logging.warning("%s: files changed since they were prepared", path)
     meta["fingerprint"] = found
     return Dataset(meta["domain"], titles, windows, meta, sequences, attributes)
 
 
 def read_split(path: Path, split: str) -> Dataset:
-    """`read_dataset` of one split. Raises InputError that names --split where it is not there."""
+    """`read_dataset` of one split. Raises InputError naming --split if the split is missing."""
     known = [name for name in SPLITS if os.path.lexists(path / f"{name}.jsonl")]
     if known and split not in known:
         raise InputError(
@@ -143,10 +144,10 @@ def read_split(path: Path, split: str) -> Dataset:
 
 
 def fingerprint(path: Path) -> str:
-    """Hexadecimal SHA-256 of all that windows follow from.
+    """Hexadecimal SHA-256 of everything that determines the windows.
 
-    That is "history" of dataset.json, and names and bytes of items.jsonl, sequences.jsonl and the
-    splits that are there.
+    That is "history" of dataset.json, and the names and bytes of items.jsonl, sequences.jsonl and
+    the available splits.
     """
     meta = read_meta(path)
     return _digest(path, 0 if _is_own(path) else _history(path / "dataset.json", meta))
@@ -206,14 +207,15 @@ def _history(file: Path, meta: dict) -> int:
     value = meta.get("history")
     if type(value) is not int or value < 1:
         raise InputError(
-            f"{file}: found history {brief(value)}, expected how many items a window shows, 1 or "
-            "more: prepare the data again"
+            f"{file}: found history {brief(value)}, expected the most history items per window, 1 "
+            "or more: prepare the data again"
         )
     return value
 
 
 def _rows(path: Path, keys: Sequence[str]):
-    """(file:line, record) for every line; each record is a dict with `keys`."""
+    """Yields (file:line, record) for every line; each record is a dict with `keys`."""
+    expected = f"an object with {', '.join(keys)}"
     lines = read_text(path, _expected(path)).removesuffix("\n").split("\n")
     if lines == [""]:
         raise InputError(f"{path}: found no lines, expected at least one: prepare the data again")
@@ -222,12 +224,12 @@ def _rows(path: Path, keys: Sequence[str]):
         try:
             record = parse_json(line)
         except ValueError as error:
-            raise _bad(where, f"no valid JSON ({error})", f"an object with {keys}") from error
+            raise _bad(where, f"no valid JSON ({error})", expected) from error
         if not isinstance(record, dict):
-            raise _bad(where, f"a {type(record).__name__}", f"an object with {keys}")
+            raise _bad(where, f"a {type(record).__name__}", expected)
         for key in keys:
             if key not in record:
-                raise _bad(where, f"no key {key!r}", f"an object with {keys}")
+                raise _bad(where, f"no key {key!r}", expected)
         yield where, record
 
 
@@ -236,7 +238,7 @@ def _bad(where: str, found: str, expected: str) -> InputError:
 
 
 def _read_items(path: Path) -> tuple[dict[int, str], dict[int, dict]]:
-    """Titles, and attributes: whatever else a line holds."""
+    """Item -> title, and item -> attributes: all further keys of its line."""
     titles: dict[int, str] = {}
     attributes: dict[int, dict] = {}
     for where, record in _rows(path, ("id", "title")):
@@ -257,7 +259,7 @@ def read_titles(path: Path) -> dict[int, str]:
 
 
 def is_title(title: object) -> bool:
-    """One line of text. An empty one is a substring of every answer and encodes to no tokens."""
+    """Whether it is a non-empty line; an empty title is a substring of every answer."""
     return type(title) is str and title.strip() != "" and not {"\n", "\r"} & set(title)
 
 
@@ -289,13 +291,13 @@ def _disliked(
             raise _bad(where, f"place {brief(place)} in disliked", f"{last} to {len(items)}")
         _ids(where, "disliked", [item], titles, 1)
         if item in items:
-            raise _bad(where, f"item {item} in items and disliked", "it in one of them")
+            raise _bad(where, f"item {item} in items and disliked", "it in one of the two")
         last = place
     return tuple((place, item) for place, item in pairs)
 
 
 def _is_own(path: Path) -> bool:
-    """Whether windows of one's own lie there: without places, and there are no sequences."""
+    """Whether the folder has your own windows: without places and sequences.jsonl."""
     if os.path.lexists(path / "sequences.jsonl") or not os.path.lexists(path / "train.jsonl"):
         return False
     _, first = next(_rows(path / "train.jsonl", ("user", "candidates")))
@@ -305,9 +307,9 @@ def _is_own(path: Path) -> bool:
 def _read_own(
     path: Path, splits: Sequence[str], titles: dict[int, str]
 ) -> tuple[dict[User, UserSequence], dict[str, list[tuple[str, dict]]], int]:
-    """Sequences, (file:line, window by its place) per split, and the longest history.
+    """Sequences, (file:line, record with its place) per split, and the longest history.
 
-    A user's windows follow each other: each shows the latest of what those before it have.
+    A user's windows must be consecutive: each history is the end of the user's items so far.
     """
     own: dict[User, list[int]] = {}
     rows: dict[str, list[tuple[str, dict]]] = {}
@@ -322,11 +324,11 @@ def _read_own(
             before = own.setdefault(user, [*history])
             if tuple(before[-len(history) :]) != history:
                 found = f"history {brief(list(history))} of user {brief(user)}"
-                raise _bad(where, found, f"the latest of {brief(before)}, as in those before")
+                raise _bad(where, found, f"the latest of the user's items so far, {brief(before)}")
             rows[name].append((where, record | {"place": len(before)}))
             before.append(target)
-    N = max(len(record["history"]) for of_split in rows.values() for _, record in of_split)
-    for where, record in (row for of_split in rows.values() for row in of_split):
+    N = max(len(record["history"]) for part in rows.values() for _, record in part)
+    for where, record in itertools.chain.from_iterable(rows.values()):
         count, expected = len(record["history"]), min(N, record["place"])
         if count != expected:
             found = f"a history of {count} items"

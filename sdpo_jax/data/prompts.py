@@ -12,7 +12,7 @@ from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.files import read_text
 
 PROMPTS = ("candidates", "history")
-# What a template of each kind of prompt holds.
+# The placeholders of each kind of prompt.
 PLACEHOLDERS = {"candidates": ("[HistoryHere]", "[CansHere]"), "history": ("[HistoryHere]",)}
 _PLACEHOLDER = re.compile(r"\[(HistoryHere|CansHere)\]")
 
@@ -21,7 +21,7 @@ _LISTS = {
     "history": "{before}\n[HistoryHere]\n",
 }
 
-# (what comes before the history, between the lists, after the candidates)
+# (text before the history, between the lists, after the candidates)
 _WORDING = {
     "movie": (
         (
@@ -200,11 +200,11 @@ def templates_of(domain: str, prompt_file: str = "", prompt: str = "candidates")
 
 
 def in_chat(template: str, tokenizer: Any, options: str = "{}") -> str:
-    """The template as a user's message, up to where the answer begins.
+    """The template as a user's message in the chat format, up to the start of the answer.
 
-    Without the BOS that many chat formats write, where the encoder puts it before every prompt.
-    `options`: a JSON object of what else the format reads; most read nothing. Raises InputError
-    where the tokenizer has no chat format, or one that changes the placeholders.
+    A leading BOS is removed if the encoder puts one before every prompt. `options`: a JSON object
+    of further variables of the format. Raises InputError if the tokenizer has no chat format, or
+    one that changes the placeholders.
     """
     message = [{"role": "user", "content": template.strip()}]
     try:
@@ -226,43 +226,37 @@ def in_chat(template: str, tokenizer: Any, options: str = "{}") -> str:
 
 
 def bos(tokenizer: Any) -> list[int]:
-    """BOS, if it is what the tokenizer puts before every text (Llama's does), else nothing.
+    """[BOS] if the tokenizer puts it before every text (Llama's does), else [].
 
-    SmolLM2's `<|im_start|>` is BOS too, but begins each turn of its chat format instead.
+    SmolLM2's BOS, `<|im_start|>`, begins each turn of its chat format instead.
     """
     first = tokenizer("", add_special_tokens=True).input_ids[:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 
 def fingerprint(templates: Sequence[str]) -> str:
-    """SHA-256 of the wording, so that a run never goes on with, or is evaluated on, another."""
+    """SHA-256 of the wording, so that a run is resumed and evaluated with the same one only."""
     return hashlib.sha256(json.dumps(list(templates)).encode()).hexdigest()
 
 
 def answer_end(tokenizer: Any, prompt: str) -> int:
     """The token that ends an answer: EOS, or in a history the line break after each title.
 
-    Raises InputError where the tokenizer has no token for a line break alone.
+    Raises InputError if the tokenizer has no token for a line break alone.
     """
-    return _end_of_line(tokenizer) if prompt == "history" else tokenizer.eos_token_id
-
-
-def _end_of_line(tokenizer: Any) -> int:
-    """The token id of a line break.
-
-    Raises InputError where the tokenizer has no token for it alone.
-    """
+    if prompt != "history":
+        return tokenizer.eos_token_id
     ids = tokenizer("\n", add_special_tokens=False).input_ids[-1:]
     if not ids or tokenizer.decode(ids) != "\n" or ids[0] == tokenizer.unk_token_id:
         raise InputError(
             "config.prompt is 'history': found a tokenizer without a token for a line break alone, "
-            "expected one, as it ends each title: use another model, or prompt=candidates"
+            "which ends each title: use another model, or --config.prompt=candidates"
         )
     return ids[0]
 
 
 def head(template: str) -> str:
-    """What a history's template has before the titles."""
+    """The text of a history's template before the titles."""
     return template.removesuffix("\n").removesuffix("[HistoryHere]")
 
 
@@ -275,7 +269,7 @@ def render(template: str, history_titles: Sequence[str], candidate_titles: Seque
         alone = before[-1:] in ("", "\n") and after[:1] in ("", "\n")
         return ("\n" if alone else ", ").join(titles[match[1]])
 
-    # One pass, so that a title that holds a placeholder's text is left alone.
+    # One pass, so that a title that contains a placeholder's text is left alone.
     return _PLACEHOLDER.sub(fill, template)
 
 
@@ -289,7 +283,7 @@ def read_templates(prompt_file: str | Path, prompt: str = "candidates") -> tuple
 
     The two characters \n stand for a line break (the authors' files have none). A template that
     does not end in one gets a single space at its end, as in the authors' Prompt.py. Templates of
-    `prompt` history hold [HistoryHere] alone and end with it, as the titles follow line by line.
+    `prompt` history have [HistoryHere] only, at the end, as the titles follow line by line.
     Raises InputError naming file and line.
     """
     path, names = Path(prompt_file), PLACEHOLDERS[prompt]
@@ -303,7 +297,7 @@ def read_templates(prompt_file: str | Path, prompt: str = "candidates") -> tuple
                 raise InputError(
                     f"{path}:{number}: found {line[:40]!r} without {name}, expected a prompt "
                     f"template with {' and '.join(names)}: add it, or give a file with "
-                    "one template a line"
+                    "one template per line"
                 )
         template = line.replace("\\n", "\n")
         if prompt == "history":
@@ -341,6 +335,6 @@ def _read(path: Path) -> str:
     except (ValueError, RecursionError):
         return text
     raise InputError(
-        f"{path}:1: found JSON, expected text with one prompt template a line: give a prompt "
+        f"{path}:1: found JSON, expected text with one prompt template per line: give a prompt "
         "file, not a data file"
     )

@@ -1,4 +1,4 @@
-"""A source by its data set's protocol, or by the options that replace parts of it: windows."""
+"""Windows of a source, by its data set's protocol and the options that override it."""
 
 import dataclasses
 from pathlib import Path
@@ -12,7 +12,7 @@ from sdpo_jax.data.readers.sources import Sequences, Sessions
 from sdpo_jax.data.text import has_entity, misread, plain
 from sdpo_jax.system.errors import InputError, brief
 
-VAGUE = 0.95  # share of a user's neighbours with one time from which on the order is made up
+VAGUE = 0.95  # share of equal neighbouring times from which a user's order counts as unknown
 
 _SPLIT = {
     "users": "users by first interaction, 8:1:1; history {} items; train: every window, val and "
@@ -33,7 +33,7 @@ _PUBLISHED = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command line says of the protocol; None: as the data set has it."""
+    """Options of the command line that override the protocol; None: the data set's default."""
 
     split: str | None = None
     history: int | None = None
@@ -44,9 +44,9 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Windows without candidates, and what dataset.json says of them.
+    """Windows before candidates are drawn, and their description for dataset.json.
 
-    `notes`: what a person should know of the source, a line each.
+    `notes`: notes to the user about the source, one line each.
     """
 
     titles: dict[int, str]
@@ -69,8 +69,8 @@ def read_windows(
 ) -> Found:
     """Reads `source` and cuts it into windows.
 
-    `seed`: of the order of interactions with one time; `form`: of a CSV file. Raises InputError for
-    what is wrong with the source, and for an option that it does not have.
+    `seed`: of the order of interactions with equal times; `form`: of a CSV file. Raises InputError
+    for errors in the source, and for an option that does not apply to it.
     """
     known = DATASETS[dataset]
     if not source and known.files:
@@ -88,8 +88,8 @@ def read_windows(
         if not rows:
             raise InputError(
                 f"{where}: found no window with {known.min_history} items of history in {name} "
-                f"from {found.kept:,} interactions kept ({known.kept}) of {found.count:,}, "
-                "expected at least one: give a source with more users and interactions"
+                f"from {found.kept:,} of {found.count:,} interactions ({known.kept}), expected "
+                "at least one: give a source with more users and interactions"
             )
     for item, title in found.titles.items():
         if not is_title(title):
@@ -104,33 +104,28 @@ def read_windows(
 
 
 def _notes_of(titles: dict[int, str]) -> list[str]:
-    """What titles hold that a file should not."""
+    """Notes on entities and encoding errors in titles."""
     entities = sum(map(has_entity, titles.values()))
     read = [(title, misread(title)) for title in titles.values()]
     lost = sum("\ufffd" in title + before for title, before in read)
     wrong = [(title, before) for title, before in read if before and "\ufffd" not in before]
-    return [
-        *([f"HTML entities are resolved in {entities:,} titles"] if entities else ()),
-        *(
-            [f"{lost:,} titles hold a character that was lost before, in another encoding"]
-            if lost
-            else ()
-        ),
-        *(
-            [
-                f"{len(wrong):,} titles seem to be UTF-8 that was read as Latin-1, as "
-                f"{brief(wrong[0][0])} for {brief(wrong[0][1])}: they are kept as they are"
-            ]
-            if wrong
-            else ()
-        ),
-    ]
+    notes = []
+    if entities:
+        notes.append(f"HTML entities are resolved in {entities:,} titles")
+    if lost:
+        notes.append(f"{lost:,} titles hold a character that was lost before, in another encoding")
+    if wrong:
+        notes.append(
+            f"{len(wrong):,} titles seem to be UTF-8 that was read as Latin-1, as "
+            f"{brief(wrong[0][0])} for {brief(wrong[0][1])}: they are kept as they are"
+        )
+    return notes
 
 
 def _titles_again(found: Found) -> list[str]:
-    """Tells of targets that a history gives away under another id."""
+    """A note on targets whose title the history has under another id."""
     titles, splits = found.titles, found.windows
-    # test_all holds those of test.
+    # test_all contains the windows of test.
     windows = [w for name in splits if f"{name}_all" not in splits for w in splits[name]]
     again = sum(
         window.target not in window.history
@@ -148,9 +143,9 @@ def _titles_again(found: Found) -> list[str]:
 def _check_times(
     where: str, by_user: sequences.Histories, rounded: str, shortest: int, allow: bool
 ) -> list[str]:
-    """What is to be told of equal times, of users with more than `shortest` items.
+    """Notes on equal times of users with more than `shortest` items.
 
-    Raises InputError where they leave the order of most users open, or come of rounding, unless
+    Raises InputError if they leave the order of most users unknown, or result from rounding, unless
     `allow` is true.
     """
     pairs = {user: len(by_user.sequences[user].items) - 1 for user in by_user.tied}
@@ -165,11 +160,11 @@ def _check_times(
             f"{rounded}, so that {share}, expected whole numbers: save the column again as numbers "
             "without an exponent"
         )
-    vague = sum(of_user >= VAGUE for of_user in shares)
+    vague = sum(tied_share >= VAGUE for tied_share in shares)
     if 2 * vague > len(shares) and not allow:
         raise InputError(
-            f"{where}: found {share}, for {vague:,} of {len(shares):,} users {VAGUE:.0%} or more, "
-            "expected times that tell an order: give finer ones, or have it drawn with --allow_ties"
+            f"{where}: {share} ({VAGUE:.0%} or more for {vague:,} of {len(shares):,} users), "
+            "expected times that determine an order: give finer ones, or --allow_ties to draw it"
         )
     return [f"{share}: their order is drawn from the seed"]
 
@@ -190,8 +185,8 @@ def _from_interactions(
             f"{where}: found no users and items with {least} interactions among {read.count:,} "
             f"({known.kept}), expected some: correct --source or lower --min_interactions"
         )
-    told = _check_times(where, by_user, read.rounded, shortest, options.allow_ties)
-    notes = (*read.notes, *told)
+    times = _check_times(where, by_user, read.rounded, shortest, options.allow_ties)
+    notes = (*read.notes, *times)
     if split == "users":
         windows = sequences.last_windows(sequences.split_users(users), N, shortest)
     elif split == "time":
@@ -222,7 +217,7 @@ def _from_interactions(
 
 
 def _from_splits(read: Sequences | Sessions, dataset: str, options: Options) -> Found:
-    """What its authors split; of `Sessions` the windows are fixed too."""
+    """Windows of a source with published splits; those of `Sessions` are published too."""
     N = (isinstance(read, Sequences) and options.history) or sequences.MAX_HISTORY
     for name, value in dataclasses.asdict(options).items():
         if value and name != "num_candidates" and (name != "history" or value != N):

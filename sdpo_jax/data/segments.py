@@ -1,7 +1,7 @@
-"""Which windows of a split become one training example.
+"""Groups the windows of a split into training examples.
 
-A candidates prompt has one target. A history's titles are all targets, so a user's windows that
-follow one another are one example, cut where it would be too long.
+A candidates prompt has one target. In a history prompt all titles are targets, so a user's
+consecutive windows form one example, which is cut if it is too long.
 """
 
 import itertools
@@ -16,10 +16,10 @@ Unit = tuple[int, ...]  # row numbers of a split
 
 
 def units(encoder: Encoder, split: str, segment: int) -> list[Unit]:
-    """The rows of each example of a split, in order; `segment`: the most targets of one.
+    """The rows of each example of a split, in order, with at most `segment` targets per example.
 
-    A user's windows are cut into equal parts, as few as fit beside their context into the
-    encoder's `max_length`. Raises InputError where one target alone does not fit.
+    A user's consecutive windows are cut into the fewest equal parts that, with their context, fit
+    into the encoder's `max_length`. Raises InputError if one target alone does not fit.
     """
     windows = encoder.dataset.splits[split]
     if encoder.prompt == "candidates":
@@ -28,15 +28,16 @@ def units(encoder: Encoder, split: str, segment: int) -> list[Unit]:
 
 
 def _runs(windows: Sequence[Window]) -> Iterator[list[int]]:
-    """Rows of one user whose targets follow one another, wherever in the split they are."""
+    """The rows of each user's consecutive targets, wherever in the split they are."""
     own: dict[User, list[int]] = {}
     for row, window in enumerate(windows):
         own.setdefault(window.user, []).append(row)
     for rows in own.values():
         rows.sort(key=lambda row: windows[row].place)
-        # Along a run the number in this order and the target's place grow alike.
-        starts = [windows[row].place - n for n, row in enumerate(rows)]
-        for _, run in itertools.groupby(zip(starts, rows, strict=True), lambda pair: pair[0]):
+        # Along a run, the target's place minus the index in `rows` is constant.
+        for _, run in itertools.groupby(
+            enumerate(rows), lambda pair: windows[pair[1]].place - pair[0]
+        ):
             yield [row for _, row in run]
 
 

@@ -1,4 +1,7 @@
-"""Chronological sequences, their split, and windows (history -> target)."""
+"""Chronological sequences, their split, and windows (history -> target).
+
+X counts interactions, of a source or of a part of it; Y those of one user.
+"""
 
 import dataclasses
 import hashlib
@@ -21,10 +24,10 @@ Windows = dict[str, list[Window]]
 
 @dataclasses.dataclass(frozen=True)
 class Histories:
-    """`sequences`: of users in the order of their first item.
+    """`sequences`: by user, in the order of their first items.
 
-    `ranks`: user -> for each item of the sequence its place among all interactions by time.
-    `tied`: user -> the share of its neighbours in the sequence that have one time.
+    `ranks`: user -> for each item of the sequence its index among all interactions by time.
+    `tied`: user -> the share of neighbouring items of the sequence with equal times.
     """
 
     sequences: dict[User, UserSequence]
@@ -37,95 +40,96 @@ def by_user(found: Interactions, *, rated: bool, repeats: bool, least: int, seed
 
     Args:
       found: the interactions.
-      rated: ratings below 3 are no items of a sequence but its disliked ones, if the user never
+      rated: items rated below 3 are not in a sequence but in its `disliked`, if the user never
         rated the item, or one of the same title, 3 or more.
-      repeats: a user may have an item several times; otherwise the first counts. What a history
-        shows is never a negative, so a later one could be told without a model: the candidate that
-        the history has.
-      least: users and items with fewer interactions are dropped until there are none.
-      seed: of the order of interactions with one time, which is drawn: that of a file, often by
-        item, would put a pattern into the sequences that a model learns and no taste has.
+      repeats: a user may have an item several times; otherwise the first counts. Negatives are
+        never titles of the history, so a repeated target could be found without a model: as the
+        candidate that is in the history.
+      least: users and items with fewer interactions are dropped repeatedly until none is left.
+      seed: of the drawn order of interactions with equal times. A file's order, often by item,
+        would be a pattern that a model learns though it is not a preference.
     """
-    order_N = _in_time(found, seed)
-    user_N, item_N = found.user_N[order_N], found.item_N[order_N]
-    liked_N = np.ones(len(order_N), bool)
-    if rated and found.rating_N is not None:
-        liked_N = found.rating_N[order_N] >= MIN_RATING
-    rank_N = np.flatnonzero(liked_N)
+    order_X = _in_time(found, seed)
+    user_X, item_X = found.user_X[order_X], found.item_X[order_X]
+    liked_X = np.ones(len(order_X), bool)
+    if rated and found.rating_X is not None:
+        liked_X = found.rating_X[order_X] >= MIN_RATING
+    rank_X = np.flatnonzero(liked_X)
     if not repeats:
-        rank_N = rank_N[_first(user_N[rank_N], item_N[rank_N])]
-    rank_N = rank_N[core(user_N[rank_N], item_N[rank_N], least)]
-    low_N = np.flatnonzero(~liked_N)
+        rank_X = rank_X[_first(user_X[rank_X], item_X[rank_X])]
+    rank_X = rank_X[core(user_X[rank_X], item_X[rank_X], least)]
+    low_X = np.flatnonzero(~liked_X)
     if least > 1:
-        low_N = low_N[np.isin(item_N[low_N], item_N[rank_N])]
-    low_N = low_N[_first(user_N[low_N], item_N[low_N])]
-    ranks, low = _per_user(user_N, rank_N), _per_user(user_N, low_N)
-    sequences, tied, time_N = {}, {}, found.time_N[order_N]
-    for user, own in ranks.items():
-        items = [found.items[item] for item in item_N[own].tolist()]
-        disliked = _disliked(found, items, own, item_N, low.get(user, own[:0]))
-        sequences[found.users[user]] = UserSequence(found.users[user], tuple(items), disliked)
+        low_X = low_X[np.isin(item_X[low_X], item_X[rank_X])]
+    low_X = low_X[_first(user_X[low_X], item_X[low_X])]
+    ranks, low = _per_user(user_X, rank_X), _per_user(user_X, low_X)
+    sequences, tied, time_X = {}, {}, found.time_X[order_X]
+    for number, own in ranks.items():
+        user, items = found.users[number], [found.items[item] for item in item_X[own].tolist()]
+        disliked = _disliked(found, items, own, item_X, low.get(number, own[:0]))
+        sequences[user] = UserSequence(user, tuple(items), disliked)
         if len(own) > 1:
-            tied[found.users[user]] = float((np.diff(time_N[own]) == 0).mean())
+            tied[user] = float((np.diff(time_X[own]) == 0).mean())
     return Histories(sequences, {found.users[user]: own for user, own in ranks.items()}, tied)
 
 
 def _in_time(found: Interactions, seed: int) -> np.ndarray:
-    """Places of all interactions by time; of those with one time in an order that is drawn.
+    """Indices of all interactions by time, those with equal times in a drawn order.
 
-    The draw is a function of (seed, user, title), so neither the order nor further lines of a file
+    The draw is a function of (seed, user, title), so neither the order of a file nor further lines
     change it.
     """
-    order_N = np.argsort(found.time_N, kind="stable")
-    tied_N = np.zeros(len(order_N), bool)
-    tied_N[1:] = np.diff(found.time_N[order_N]) == 0
-    tied_N[:-1] |= tied_N[1:]
-    drawn_N = np.zeros(len(order_N), np.uint64)
-    for place in order_N[tied_N].tolist():
-        user, item = found.users[found.user_N[place]], found.items[found.item_N[place]]
+    order_X = np.argsort(found.time_X, kind="stable")
+    tied_X = np.zeros(len(order_X), bool)
+    tied_X[1:] = np.diff(found.time_X[order_X]) == 0
+    tied_X[:-1] |= tied_X[1:]
+    drawn_X = np.zeros(len(order_X), np.uint64)
+    for place in order_X[tied_X].tolist():
+        user, item = found.users[found.user_X[place]], found.items[found.item_X[place]]
         key = f"{seed}/{user}/{found.titles[item]}".encode("utf-8", "surrogatepass")
-        drawn_N[place] = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest())
-    return np.lexsort((drawn_N, found.time_N))
+        drawn_X[place] = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest())
+    return np.lexsort((drawn_X, found.time_X))
 
 
 def _disliked(
-    found: Interactions, items: list[int], own_T: np.ndarray, item_N: np.ndarray, low_D: np.ndarray
+    found: Interactions, items: list[int], own_Y: np.ndarray, item_X: np.ndarray, low_Y: np.ndarray
 ) -> tuple[tuple[int, int], ...]:
-    liked = {found.titles[item] for item in items} if len(low_D) else ()
-    pairs = zip(np.searchsorted(own_T, low_D).tolist(), item_N[low_D].tolist(), strict=True)
+    """(place, item) of the low-rated items, without those whose titles are in `items`."""
+    liked = {found.titles[item] for item in items} if len(low_Y) else ()
+    pairs = zip(np.searchsorted(own_Y, low_Y).tolist(), item_X[low_Y].tolist(), strict=True)
     named = ((place, found.items[item]) for place, item in pairs)
     return tuple((place, item) for place, item in named if found.titles[item] not in liked)
 
 
-def _first(user_N: np.ndarray, item_N: np.ndarray) -> np.ndarray:
-    """Places of each pair's first interaction, ascending."""
-    pair_N = user_N.astype(np.int64) << 32 | item_N
-    return np.sort(np.unique(pair_N, return_index=True)[1])
+def _first(user_X: np.ndarray, item_X: np.ndarray) -> np.ndarray:
+    """Indices of each (user, item) pair's first interaction, ascending."""
+    pair_X = user_X.astype(np.int64) << 32 | item_X
+    return np.sort(np.unique(pair_X, return_index=True)[1])
 
 
-def core(user_N: np.ndarray, item_N: np.ndarray, least: int) -> np.ndarray:
-    """Places of what stays when users and items with fewer than `least` are dropped until none is.
+def core(user_X: np.ndarray, item_X: np.ndarray, least: int) -> np.ndarray:
+    """Indices of the k-core with k = `least`; each repeated interaction counts.
 
-    The k-core; repeated interactions count each.
+    Users and items with fewer interactions are dropped repeatedly until none is left.
     """
-    kept_N = np.arange(len(user_N))
-    while len(kept_N):
-        users, items = user_N[kept_N], item_N[kept_N]
-        few_N = (np.bincount(users)[users] < least) | (np.bincount(items)[items] < least)
-        if not few_N.any():
+    kept_X = np.arange(len(user_X))
+    while len(kept_X):
+        users, items = user_X[kept_X], item_X[kept_X]
+        few_X = (np.bincount(users)[users] < least) | (np.bincount(items)[items] < least)
+        if not few_X.any():
             break
-        kept_N = kept_N[~few_N]
-    return kept_N
+        kept_X = kept_X[~few_X]
+    return kept_X
 
 
-def _per_user(user_N: np.ndarray, rank_N: np.ndarray) -> dict[int, np.ndarray]:
-    """user -> its part of the ascending `rank_N`; users by their first."""
-    if not len(rank_N):
+def _per_user(user_X: np.ndarray, rank_X: np.ndarray) -> dict[int, np.ndarray]:
+    """user -> its part of the ascending `rank_X`, with users in the order of their first."""
+    if not len(rank_X):
         return {}
-    order_N = np.argsort(user_N[rank_N], kind="stable")
-    grouped_N = rank_N[order_N]
-    parts = np.split(grouped_N, np.flatnonzero(np.diff(user_N[grouped_N])) + 1)
-    return {int(user_N[part[0]]): part for part in sorted(parts, key=lambda part: part[0])}
+    order_X = np.argsort(user_X[rank_X], kind="stable")
+    grouped_X = rank_X[order_X]
+    parts = np.split(grouped_X, np.flatnonzero(np.diff(user_X[grouped_X])) + 1)
+    return {int(user_X[part[0]]): part for part in sorted(parts, key=lambda part: part[0])}
 
 
 def split_users(sequences: dict[User, UserSequence]) -> Splits:
@@ -134,7 +138,7 @@ def split_users(sequences: dict[User, UserSequence]) -> Splits:
 
 
 def _cut(rows: list) -> dict[str, list]:
-    """8:1:1."""
+    """Cuts rows 8:1:1 into SPLITS."""
     first, second = int(0.8 * len(rows)), int(0.9 * len(rows))
     return dict(zip(SPLITS, (rows[:first], rows[first:second], rows[second:]), strict=True))
 
@@ -142,9 +146,8 @@ def _cut(rows: list) -> dict[str, list]:
 def windows(
     sequence: UserSequence, history: int = MAX_HISTORY, least: int = MIN_HISTORY
 ) -> list[Window]:
-    """Every window of a sequence with at least `least` items before it; no candidates yet."""
-    places = range(least, len(sequence.items))
-    return [sequence.window(place, history) for place in places]
+    """Every window of a sequence with `least` or more items before its target; no candidates."""
+    return [sequence.window(place, history) for place in range(least, len(sequence.items))]
 
 
 def all_windows(splits: Splits, history: int = MAX_HISTORY, least: int = MIN_HISTORY) -> Windows:
@@ -156,9 +159,9 @@ def all_windows(splits: Splits, history: int = MAX_HISTORY, least: int = MIN_HIS
 
 
 def last_windows(splits: Splits, history: int = MAX_HISTORY, least: int = MIN_HISTORY) -> Windows:
-    """All windows of train users, the last one of each val and test user.
+    """All windows of train users, the last window of each val and test user.
 
-    `val_all` and `test_all` hold every window of the same val and test users.
+    `val_all` and `test_all` contain every window of the same val and test users.
     """
     whole = all_windows(splits, history, least)
     last = {name: list({w.user: w for w in rows}.values()) for name, rows in whole.items()}
@@ -174,8 +177,8 @@ def last_windows(splits: Splits, history: int = MAX_HISTORY, least: int = MIN_HI
 def windows_by_time(found: Histories, history: int, least: int) -> Windows:
     """All windows in the order of their targets, the first int(0.8 n) train, … (8:1:1).
 
-    As D3 and MiniOneRec: a user may be in every split, and nothing of training is later than a
-    target of the test.
+    As in D3 and MiniOneRec, a user may be in every split, and nothing in train is later than a
+    target of test.
     """
     rows = [
         (rank, window)
@@ -189,7 +192,7 @@ def windows_by_time(found: Histories, history: int, least: int) -> Windows:
 
 
 def leave_one_out(sequences: Iterable[UserSequence], history: int, least: int) -> Windows:
-    """Of each user the last window is for the test, the one before it for val, the rest train."""
+    """Per user, the last window is in test, the one before it in val, the others in train."""
     found: Windows = {name: [] for name in SPLITS}
     for sequence in sequences:
         own = windows(sequence, history, least)

@@ -1,4 +1,4 @@
-"""Marks that models and their chat formats put around thoughts."""
+"""Marks that reasoning models and their chat formats put around thoughts."""
 
 import re
 
@@ -16,15 +16,15 @@ _CLOSE = re.compile(
 
 
 def after(text: str) -> str:
-    """What a model says after its thoughts; nothing where they do not end.
+    """The answer after a model's thoughts, or "" if they do not end.
 
-    Servers give them before the answer in one text, some without the mark that opens them.
+    Servers return both in one text, some without the opening mark.
     """
-    said = _CLOSE.split(text)[-1]
-    return "" if _OPEN.search(said) else said
+    answer = _CLOSE.split(text)[-1]
+    return "" if _OPEN.search(answer) else answer
 
 
 def opened(text: str) -> str:
-    """The mark of a thought that a text opens and does not close, or ""."""
+    """The opening mark of a thought that a text does not close, or ""."""
     marks = [*_OPEN.finditer(_CLOSE.split(text)[-1])]
     return marks[-1][0] if marks else ""

@@ -1,4 +1,4 @@
-"""From windows to token ids: prompt and answers are tokenized apart, so sharing is always legal."""
+"""Tokenizes windows, prompt and answers separately, so that answers can share a prompt's tokens."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from sdpo_jax.data.text import plain
 from sdpo_jax.system.errors import InputError
 
 NEW_TOKENS = 20  # the authors' evaluate_batch.py
-MARK = "\ue000"  # around an item's number in the text of a prompt; for private use in Unicode
+MARK = "\ue000"  # around an item's number in the text of a prompt; a private-use character
 _MARKED = re.compile(f"{MARK}(\\d+){MARK}")
 
 
@@ -21,9 +21,9 @@ _MARKED = re.compile(f"{MARK}(\\d+){MARK}")
 class Example:
     """Token ids of a prompt and of C answers for each of its M targets; all int32.
 
-    An answer ends in its end token. `places`: of each target the index of the prompt token that
-    predicts its answers' first token. `continued`: the prompt goes on with each target's first
-    answer, so only the others are fed beside it.
+    An answer ends in its end token. `places`: per target, the index of the prompt token that
+    predicts its answers' first token. `continued`: the prompt contains each target's first answer,
+    so only the others are fed beside it.
     """
 
     prompt: np.ndarray
@@ -51,24 +51,24 @@ class Example:
 
     @property
     def packed(self) -> int:
-        """How many answer tokens are fed beside the prompt: all but each answer's last."""
+        """Number of answer tokens fed beside the prompt: all but each answer's last."""
         return sum(len(a) - 1 for answers in self.answers_MC for a in answers[self.continued :])
 
     @property
     def heads(self) -> int:
-        """How many prompt tokens predict a token of an answer."""
+        """Number of prompt tokens that predict a token of an answer."""
         return sum(len(answers[0]) for answers in self.answers_MC) if self.continued else self.M
 
     @property
     def tokens(self) -> int:
-        """How many tokens are fed in all."""
+        """Number of tokens fed in all."""
         return len(self.prompt) + self.packed
 
 
 def title_ids(item: int, title: str, tokenizer, end: int) -> np.ndarray:
-    """Token ids of a title, no special tokens, then `end`.
+    """Token ids of a title without special tokens, then `end`.
 
-    Raises InputError when the title encodes to nothing or to special tokens.
+    Raises InputError if the title encodes to nothing or to special tokens.
     """
     ids = tokenizer(title, add_special_tokens=False).input_ids
     if not ids or set(ids) & {*tokenizer.all_special_ids, end}:
@@ -80,15 +80,15 @@ def title_ids(item: int, title: str, tokenizer, end: int) -> np.ndarray:
 
 
 def new_tokens(titles: Iterable[str], tokenizer) -> int:
-    """How many tokens a free answer may have: the paper's 20, or as many as the longest title."""
+    """Most tokens of a free answer: the paper's 20, or the longest title's if it has more."""
     ids = tokenizer([*titles], add_special_tokens=False).input_ids
     return max(NEW_TOKENS, *map(len, ids))
 
 
 def check_titles(titles: Mapping[int, str], tokenizer) -> None:
-    """Raises InputError unless every title gives tokens, and they the title back.
+    """Raises InputError unless every title has tokens that decode to it.
 
-    A title that comes back changed could never be found in what the model generates.
+    A title that decodes to another text could never match a generated answer.
     """
     changed = []
     for item, title in titles.items():
@@ -107,15 +107,15 @@ class Encoder:
     """Renders and tokenizes the windows of a data set.
 
     Every prompt begins with BOS if the tokenizer puts one there (Llama's does), in both stages.
-    `max_length` bounds prompt plus longest answer: a longer prompt keeps its end, as in the
-    official recipe, and is counted in `truncated`, of `encoded` in all.
+    `max_length` bounds prompt plus longest answer. A longer prompt loses its beginning, as in the
+    official recipe; `truncated` counts those prompts, `encoded` all.
 
-    `prompt` is one of `prompts.PROMPTS`. A history shows up to `history` titles, each on a line of
-    its own whose end is the answers' end too; one that is too long loses its oldest titles.
+    `prompt` is one of `prompts.PROMPTS`. A history has up to `history` titles, one per line; the
+    line break also ends the answers. A history that is too long loses its oldest titles.
 
     With `first_vector`, the size of the model's vocabulary, a title in a prompt can be followed by
-    its item's vector (`sdpo_jax.models.item_vectors`): as the token id `first_vector` plus the
-    item's place in items.jsonl.
+    its item's vector (`sdpo_jax.models.item_vectors`): the token id `first_vector` plus the item's
+    index in items.jsonl.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Encoder:
             raise InputError(f"found the character {MARK!r} in a title or prompt: remove it")
 
     def truncation(self) -> str:
-        """What is to be told of prompts that were too long, or ""."""
+        """The warning about prompts that were too long, or ""."""
         if not self.truncated:
             return ""
         return (
@@ -171,7 +171,7 @@ class Encoder:
         )
 
     def before(self, window: Window) -> tuple[int, ...]:
-        """The items that a history's prompt may show before a window's target, oldest first."""
+        """The items that a history prompt may contain before a window's target, oldest first."""
         items = self.dataset.sequences[window.user].items
         return items[max(0, window.place - self.history) : window.place]
 
@@ -189,41 +189,39 @@ class Encoder:
         items: Sequence[Sequence[int]],
         vectors: Sequence[bool] | None = None,
     ) -> list[Example]:
-        """Examples of `rows`, the answers of each being the titles of `items[i]`, in that order.
+        """Examples of `rows`; the answers of `rows[i]` are the titles of `items[i]`, in order.
 
-        `vectors`: whether item vectors stand in each prompt; by default where there are any.
+        `vectors`: whether each prompt has item vectors (default: if there are any).
         """
         if self.prompt == "history":
             return [
-                self._history(split, row, [self.answer(item) for item in of_row])
-                for row, of_row in zip(rows, items, strict=True)
+                self._history(split, row, [*map(self.answer, listed)])
+                for row, listed in zip(rows, items, strict=True)
             ]
         vectors = vectors or [self.first_vector is not None] * len(rows)
-        texts = [
-            self.prompt_text(split, row, shown) for row, shown in zip(rows, vectors, strict=True)
-        ]
+        texts = [self.prompt_text(split, row, v) for row, v in zip(rows, vectors, strict=True)]
         return [
-            self._example(ids, [self.answer(item) for item in of_row])
-            for ids, of_row in zip(self._ids(texts), items, strict=True)
+            self._example(ids, [*map(self.answer, listed)])
+            for ids, listed in zip(self._ids(texts), items, strict=True)
         ]
 
     def segment(self, split: str, rows: Sequence[int], items: Sequence[Sequence[int]]) -> Example:
-        """One example of a history whose titles at `rows`, one after the other, all are targets.
+        """One example of a history in which the titles at the consecutive `rows` all are targets.
 
-        `items[i]`: the target of `rows[i]`, and the titles beside it.
+        `items[i]`: the target of `rows[i]`, then its negatives.
         """
-        targets = [self.answer(of_row[0]) for of_row in items]
+        targets = [self.answer(target) for target, *_ in items]
         ids = self.head(split, rows[0]) + self._lines(self.context(split, rows[0]))
         sizes = [len(answer) for answer in targets]
         places = len(ids) - 1 + np.cumsum([0, *sizes[:-1]])
-        # The last end is predicted and never fed.
+        # The last end token is predicted but never fed.
         prompt = np.concatenate([np.array(ids, np.int32), *targets])[:-1]
         self.encoded += 1
-        answers = tuple(tuple(self.answer(item) for item in of_row) for of_row in items)
+        answers = tuple(tuple(map(self.answer, listed)) for listed in items)
         return Example(prompt, tuple(map(int, places)), answers, continued=True)
 
     def head(self, split: str, row: int) -> list[int]:
-        """Token ids of a history's prompt before its titles."""
+        """Token ids of a history prompt before its titles."""
         index = prompts.template_index(self.seed, split, row, len(self.templates))
         if index not in self._heads:
             text = prompts.head(self.templates[index])
@@ -232,7 +230,7 @@ class Encoder:
 
     @functools.cached_property
     def room(self) -> int:
-        """How many tokens the titles of a history may have beside any head."""
+        """Most tokens that the titles of a history may have with the longest head."""
         heads = [prompts.head(template) for template in self.templates]
         longest = max(map(len, self.tokenizer(heads, add_special_tokens=False).input_ids))
         return self.max_length - len(self.bos) - longest
@@ -252,7 +250,7 @@ class Encoder:
         return [int(token) for item in items for token in self.answer(item)]
 
     def _fitting(self, items: Sequence[int], room: int) -> Sequence[int]:
-        """The latest of `items` whose titles have at most `room` tokens together."""
+        """The latest of `items` whose titles have at most `room` tokens in all."""
         sizes = np.cumsum([len(self.answer(item)) for item in reversed(items)])
         count = int(np.searchsorted(sizes, room, side="right"))
         if items and count == 0:
@@ -260,7 +258,7 @@ class Encoder:
         return items[len(items) - count :]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, what lies between marks tokenized apart."""
+        """Token ids of each text: marked numbers as vectors, the pieces between tokenized apart."""
         cut = [_MARKED.split(text) for text in texts]  # text, number, text, …, text
         pieces = [piece for parts in cut for piece in parts[::2]]
         encoded = iter(self.tokenizer(pieces, add_special_tokens=False).input_ids if pieces else [])
@@ -282,7 +280,7 @@ class Encoder:
         return Example.single(np.array(self.bos + ids[-room:], np.int32), answers)
 
     def no_room(self, tokens: int) -> InputError:
-        """What to raise where the titles of a prompt do not fit."""
+        """The error for titles that do not fit into a prompt."""
         return InputError(
             f"max_length={self.max_length} leaves no room for a prompt beside an answer of "
             f"{tokens} tokens: raise --config.max_length"

@@ -1,9 +1,9 @@
 """Three decoders over one prefilled prompt.
 
-`prefill` runs the prompt once and keeps its keys and values; `score`, `greedy` and `trie` read
-them. All take a batch as `sdpo_jax.objectives.logprobs` describes it and are pure, so whoever
-calls them jits them. Shape letters are declared in `sdpo_jax.system.sharding`; N in
-`tokens_BN` counts new tokens.
+`prefill` runs the prompt once and stores its keys and values; `score`, `greedy` and `trie` read
+them. All take a batch as `sdpo_jax.objectives.logprobs` describes it, and are pure functions for
+the caller to jit. Shape letters are declared in `sdpo_jax.system.sharding`; A counts the tokens
+that may be generated.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def prefill(decoder: Decoder, batch: Batch) -> Prefix:
     mask_BP = batch["prompt_mask_BP"]
 
     def attention(q, k, v, _):
-        # `attend` multiplies in this dtype, so keeping more of the numbers would change nothing.
+        # `attend` multiplies in this dtype: a wider cache would change nothing.
         kept = (k.astype(decoder.dtype), v.astype(decoder.dtype))
         return attend_causal(q, k, v, mask_BP, decoder.dtype, decoder.config.window), kept
 
@@ -63,14 +63,14 @@ def score(decoder: Decoder, prefix: Prefix, batch: Batch) -> jax.Array:
 
 
 def greedy(decoder: Decoder, prefix: Prefix, ends: Sequence[int], max_new_tokens: int) -> jax.Array:
-    """The most likely token at every step, `tokens_BN`; from one of `ends` on all is the first."""
-    end, ends_E = ends[0], jnp.array(ends)
+    """The most likely token at every step, `tokens_BA`; after one of `ends` the first of them."""
+    end, all_ends = ends[0], jnp.array(ends)
 
     def choose(logits_BV, i, state):
-        tokens_BN, done_B = state
+        tokens_BA, done_B = state
         token_B = jnp.where(done_B, end, jnp.argmax(logits_BV, -1)).astype(jnp.int32)
-        done_B |= jnp.isin(token_B, ends_E)
-        return token_B, done_B, (tokens_BN.at[:, i].set(token_B), done_B)
+        done_B |= jnp.isin(token_B, all_ends)
+        return token_B, done_B, (tokens_BA.at[:, i].set(token_B), done_B)
 
     B = prefix.last_BD.shape[0]
     start = (jnp.full((B, max_new_tokens), end, jnp.int32), jnp.zeros(B, bool))
@@ -80,8 +80,8 @@ def greedy(decoder: Decoder, prefix: Prefix, ends: Sequence[int], max_new_tokens
 def trie(decoder: Decoder, prefix: Prefix, answers_BCA: jax.Array) -> jax.Array:
     """Greedy decoding among the tokens that continue a candidate; the candidate's index, [B].
 
-    A candidate is alive while its tokens equal those generated. A row is done when one is left,
-    which happens at the latest at the end of one of two answers with a common beginning.
+    A candidate is alive while its tokens equal those generated. An example is done when one is
+    left, at the latest at the end of one of two answers with a common beginning.
     """
 
     def choose(logits_BV, i, alive_BC):
@@ -98,9 +98,9 @@ def trie(decoder: Decoder, prefix: Prefix, answers_BCA: jax.Array) -> jax.Array:
 
 
 def _generate(decoder: Decoder, prefix: Prefix, choose: Choose, state: Any, steps: int) -> Any:
-    """Chooses up to `steps` tokens, until every row is done; returns `choose`'s last state.
+    """Chooses up to `steps` tokens, until every example is done; returns `choose`'s last state.
 
-    New tokens have a cache of their own, `steps` long, so the prompt's is never written again.
+    New tokens have their own cache of `steps` places, so the prompt's is never copied.
     """
     length_B, window = prefix.mask_BP.sum(-1), decoder.config.window
     L, B, _, G, H = prefix.keys_LBPGH.shape
@@ -109,16 +109,16 @@ def _generate(decoder: Decoder, prefix: Prefix, choose: Choose, state: Any, step
     def step(carry):
         i, token_B, _, state, cache = carry
         now_B1 = (length_B + i)[:, None]
-        new_BN = length_B[:, None] + jnp.arange(steps)
+        new_BA = length_B[:, None] + jnp.arange(steps)
         prompt_mask_B1P = prefix.mask_BP[:, None] & near(now_B1, place_BP, window)
-        seen_B1N = near(now_B1, new_BN, window) & (jnp.arange(steps) <= i)
+        seen_B1A = near(now_B1, new_BA, window) & (jnp.arange(steps) <= i)
 
         def attention(q, k, v, layer):
-            k_prompt, v_prompt, keys_BNGH, values_BNGH = layer
-            keys_BNGH = _put(keys_BNGH, k, i)
-            values_BNGH = _put(values_BNGH, v, i)
-            blocks = [(k_prompt, v_prompt, prompt_mask_B1P), (keys_BNGH, values_BNGH, seen_B1N)]
-            return attend(q, blocks, decoder.dtype), (keys_BNGH, values_BNGH)
+            k_prompt, v_prompt, keys_BAGH, values_BAGH = layer
+            keys_BAGH = _put(keys_BAGH, k, i)
+            values_BAGH = _put(values_BAGH, v, i)
+            blocks = [(k_prompt, v_prompt, prompt_mask_B1P), (keys_BAGH, values_BAGH, seen_B1A)]
+            return attend(q, blocks, decoder.dtype), (keys_BAGH, values_BAGH)
 
         layers = (prefix.keys_LBPGH, prefix.values_LBPGH, *cache)
         hidden_B1D, cache = decoder(token_B[:, None], now_B1, attention, layers)
@@ -134,6 +134,6 @@ def _generate(decoder: Decoder, prefix: Prefix, choose: Choose, state: Any, step
     return jax.lax.while_loop(goes_on, step, (0, *first, cache))[3]
 
 
-def _put(cache_BNGH: jax.Array, new_B1GH: jax.Array, i: jax.Array) -> jax.Array:
-    new_B1GH = new_B1GH.astype(cache_BNGH.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(cache_BNGH, new_B1GH, i, 1)
+def _put(cache_BAGH: jax.Array, new_B1GH: jax.Array, i: jax.Array) -> jax.Array:
+    new_B1GH = new_B1GH.astype(cache_BAGH.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(cache_BAGH, new_B1GH, i, 1)

@@ -29,25 +29,24 @@ from sdpo_jax.system import sharding
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.processes import set_up_jax
 
-BATCHES_PER_SHAPE = 8  # fewer batches than this do not repay the compilation of a closer shape
+BATCHES_PER_SHAPE = 8  # fewer batches do not repay the compilation of a closer shape
 
 
 class Evaluator:
     """Decodes windows of one split with any adapter of a run.
 
     Args:
-      run: what `workdir.read_run` returns.
+      run: of `workdir.read_run`.
       split: of the run's data set.
-      limit: number of windows, evenly spread over the split so that those of many users are
-        among them (users lie one after another); 0 or more than there are: all.
+      limit: number of windows, evenly spaced over the split, so that they cover many users; 0: all.
       rank: "candidates", those of each window; "catalogue", see `RankedItems`; or "disliked", see
-        `against_disliked`: of the rows chosen, those that it has.
+        `against_disliked`, which leaves out windows without such an item.
       beams: width of the decoder `beam`.
       batch_size: windows at once, rounded up to a multiple of the data shards; 0: 8 on a CPU, 32
-        elsewhere. Results do not depend on it but for rounding.
+        elsewhere. Results depend on it by rounding only.
 
     Raises:
-      InputError: a missing or changed data set or model, a split that the data set has not.
+      InputError: a missing or changed data set or model, an unknown split.
     """
 
     def __init__(
@@ -65,7 +64,6 @@ class Evaluator:
         inputs.verify(run)  # before gigabytes are read
         self.split, self.dataset = split, inputs.dataset
         self.rank, self.beams = rank, beams
-        # How often each item was a target in training.
         self.exposure = (
             exposure_of(read_split(Path(c.dataset), "train")) if rank == "catalogue" else None
         )
@@ -92,7 +90,7 @@ class Evaluator:
         self.encoder = inputs.encoder(self.model.tokenizer, self.model.config.V)
         self.ends = (self.encoder.end, *self.model.ends)
         answers = [self.windows[row].candidates for row in self.rows]
-        if rank == "catalogue":  # its longest title: no prompt depends on its target's length
+        if rank == "catalogue":  # the longest title, so that no prompt's room depends on its target
             longest = max(self.dataset.titles, key=lambda item: len(self.encoder.answer(item)))
             answers = [(longest,)] * len(self.rows)
         self.examples = self.encoder.examples(split, self.rows, answers)
@@ -107,11 +105,11 @@ class Evaluator:
 
     @functools.cached_property
     def new_tokens(self) -> int:
-        """How many tokens `greedy` generates at most."""
+        """The most tokens that `greedy` generates."""
         return new_tokens(self.dataset.titles.values(), self.model.tokenizer)
 
     def _cut(self, size: int) -> list[list[int]]:
-        """Batches of similar length; the last one is filled up with repeats."""
+        """Batches of similar length; the last is filled with repeats."""
         examples = self.examples
         order = sorted(
             range(len(examples)), key=lambda i: len(examples[i].prompt) + examples[i].packed
@@ -162,8 +160,8 @@ class Evaluator:
     ) -> tuple[dict[str, list[Prediction]], dict[str, float]]:
         """Predictions of every decoder in order of rows, and its seconds.
 
-        The prompts are run once for all decoders; the seconds of each include them, and the
-        compilation where it was the first. `advance` hears how many windows were done.
+        The prompts are run once for all decoders; the seconds of each include them, and
+        compilation. `advance` is called with the number of windows done.
         """
         found: dict[str, dict[int, Prediction]] = {name: {} for name in decoders}
         seconds: dict[str, float] = collections.defaultdict(float)
@@ -190,9 +188,9 @@ class Evaluator:
         return ordered, dict(seconds)
 
     def _prediction(self, decoder: str, i: int, value: Any) -> Prediction:
-        """Judges what a decoder gave for window i.
+        """The prediction of window i from a decoder's output.
 
-        `trie` and `score` choose a candidate, so they are valid whatever its title contains.
+        `trie` and `score` choose a candidate, so they are always valid.
         """
         window = self.windows[self.rows[i]]
         titles = [self.dataset.titles[item] for item in window.candidates]
@@ -229,7 +227,7 @@ def only(batch: Batch) -> jax.Array:
 
 
 def _mesh(mesh: MeshConfig):
-    """All devices here, the model cut as in training where their number allows it."""
+    """All devices here, with training's model sharding where their number allows it."""
     fsdp, tensor = max(mesh.fsdp, 1), max(mesh.tensor, 1)
     if jax.device_count() % (fsdp * tensor):
         fsdp = tensor = 1

@@ -1,9 +1,9 @@
 """Metrics of next-item recommendation with one relevant item per example.
 
 Accuracy is measured per example; a system's value is the mean over all examples, invalid ones
-included. `coverage`, `gini` and `mean_popularity` describe which items a system recommends, whether
-or not they are relevant. Intervals are 95%. Windows of one user are not independent, so users are
-taken as the drawn units: see `design_effect`.
+included. `coverage`, `gini` and `mean_popularity` describe the recommended items, relevant or not.
+Intervals are 95%. Windows of one user are not independent, so users are the sampled units: see
+`design_effect`.
 """
 
 import collections
@@ -25,7 +25,7 @@ def recommended(generation: str, candidates: Sequence[str]) -> int | None:
     A generation is valid iff exactly one candidate is a substring of it, case-sensitive (Chen
     et al. 2024, arXiv 2406.09215; the authors' evaluate_batch.py). So a candidate that contains
     another candidate's title can never be recommended: both are found. The generation is compared
-    in the form that titles have, accents composed and spaces single.
+    in the titles' form, with composed accents and single spaces.
     """
     generation = plain(generation)
     found = [i for i, title in enumerate(candidates) if title in generation]
@@ -33,12 +33,11 @@ def recommended(generation: str, candidates: Sequence[str]) -> int | None:
 
 
 def target_rank(scores: Sequence[float] | np.ndarray, target: int) -> int:
-    """The target's place, 1 to C, by descending score.
+    """The target's rank, 1 to C, by descending score.
 
-    Candidates that score as high as the target stand before it. A system that gives every
-    candidate the same score thus gets the last place; placing the target first would call it
-    perfect (on ties in ranking metrics: McSherry & Najork 2008, doi 10.1007/978-3-540-78646-7_38).
-    NaN counts as high.
+    Candidates with the target's score rank before it. A system that gives every candidate the same
+    score thus gets the last rank; ranking the target first would make it perfect (on ties in
+    ranking metrics: McSherry & Najork 2008, doi 10.1007/978-3-540-78646-7_38). NaN counts as high.
     """
     return 1 + sum(not s < scores[target] for i, s in enumerate(scores) if i != target)
 
@@ -119,13 +118,12 @@ def chance(metric, candidates: int) -> float:
 
 
 def design_effect(values: Sequence[float], users: Sequence[Hashable]) -> float:
-    """Variance of the mean of `values`, users being drawn, over that of independent examples.
+    """Variance of the mean of `values` with users sampled, over that of independent examples.
 
     With G users: G/(G-1) sum_g (sum_{i of g} (x_i - mean))^2 / n^2, over s^2/n; Kish 1965, Survey
     Sampling. For few users times the square of the quantile of Student's t, G-1 degrees of freedom,
-    over that of the normal distribution. 1 where each user has one example. Never less than 1, as
-    by chance few users may seem more alike than independent examples are, nor more than n: then
-    all examples tell as much as one.
+    over that of the normal distribution. 1 where each user has one example. At least 1, as few
+    users may by chance vary less than independent examples; at most n, as if all were one example.
     """
     n, centre = len(values), mean(values)
     of_user: dict[Hashable, float] = collections.defaultdict(float)
@@ -143,7 +141,7 @@ def design_effect(values: Sequence[float], users: Sequence[Hashable]) -> float:
 
 
 def wilson(successes: float, n: float, effect: float = 1.0) -> tuple[float, float]:
-    """Score interval of a proportion p = s/n; n/effect independent examples would tell as much.
+    """Score interval of a proportion p = s/n, worth n/effect independent examples.
 
     (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n): Wilson 1927
     (doi 10.1080/01621459.1927.10502953). It stays within [0, 1] and has a positive width even at
@@ -159,7 +157,7 @@ def wilson(successes: float, n: float, effect: float = 1.0) -> tuple[float, floa
 
 
 def interval(values: Sequence[float], users: Sequence[Hashable]) -> tuple[float, float]:
-    """Interval of the mean of `values`, users being drawn.
+    """Interval of the mean of `values`, with users sampled.
 
     mean ± z sqrt(d s² / n) with sample variance s² and design effect d; clipped to [0, 1] when all
     values lie in it. Its width is 0 when all values are equal, so use `wilson` for proportions. A
@@ -219,17 +217,17 @@ def paired_difference(
 
 
 def exchanged(nets: Sequence[int]) -> float:
-    """Exact two-sided p-value: how often a sum so far from 0 comes of exchanging the systems.
+    """Exact two-sided p-value: the share of exchanges of the systems with a sum so far from 0.
 
-    `nets` are, user by user, the hits of one system less those of the other. Were the systems
-    equal, each could as well have the other sign (Fisher's randomization test). Where each user
-    has one example, that is McNemar's exact test (1947, doi 10.1007/BF02295996).
+    `nets` are, by user, the hits of one system minus those of the other. Were the systems equal,
+    each could as well have the other sign (Fisher's randomization test). Where each user has one
+    example, it is McNemar's exact test (1947, doi 10.1007/BF02295996).
     """
     reach = sum(map(abs, nets))
-    share = np.zeros(2 * reach + 1)  # of all exchanges, by the sum that they give: [-reach, reach]
+    share = np.zeros(2 * reach + 1)  # of all exchanges, by their sum from -reach to reach
     share[reach] = 1.0
     for net in map(abs, nets):
         if net:
-            share = (np.roll(share, net) + np.roll(share, -net)) / 2  # nothing passes the ends
+            share = (np.roll(share, net) + np.roll(share, -net)) / 2  # nothing wraps around
     distance = np.abs(np.arange(-reach, reach + 1))
     return min(1.0, float(share[distance >= abs(sum(nets))].sum()))

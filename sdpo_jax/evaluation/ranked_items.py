@@ -9,17 +9,15 @@ from sdpo_jax.data.prepared import Dataset, Window
 from sdpo_jax.data.tokens import Encoder
 from sdpo_jax.evaluation import metrics, title_trie
 
-SHOWN = 10  # of a ranking, in the predictions
+SHOWN = 10  # items of a ranking that a prediction lists
 
 
 class RankedItems:
-    """The items of a data set and their distinct titles, of which I and Y are the numbers.
+    """The I items of a data set and their Y distinct titles.
 
-    A window's own history is not recommended, unless users of the split have items repeatedly: then
-    every item is, as leaving out all of a history but its target would tell the target. The same
-    items for every system.
-    Items of one title cannot be told apart: all stand where the title stands, and the target after
-    the others.
+    A window's own history is not recommended, unless users of the split have items repeatedly. Then
+    every item is ranked, as leaving out a history but its target would reveal the target. The same
+    items are ranked for every system. Items of one title share the title's rank, the target last.
     """
 
     def __init__(self, dataset: Dataset, split: str, encoder: Encoder):
@@ -44,7 +42,7 @@ class RankedItems:
 
     def allowed_titles(self, windows: Sequence[Window]) -> np.ndarray:
         """[B, Y]: the titles of those items."""
-        out_BY = np.zeros((len(windows), self.trie.path_IA.shape[0]), bool)
+        out_BY = np.zeros((len(windows), self.trie.path_YA.shape[0]), bool)
         for b, window in enumerate(windows):
             out_BY[b, self.title_I[self.allowed_items(window)]] = True
         return out_BY
@@ -58,8 +56,8 @@ class RankedItems:
         first = np.argsort(-logp, kind="stable")[:SHOWN]
         return self._prediction(window, among[first], logp[first], rank)
 
-    def by_beam(self, window: Window, title_W: np.ndarray, logp_W: np.ndarray) -> dict[str, Any]:
-        """A prediction from the titles that a beam found, -1 where it found no more.
+    def by_beam(self, window: Window, title_C: np.ndarray, logp_C: np.ndarray) -> dict[str, Any]:
+        """A prediction from the titles that beam search found, -1 where it found fewer.
 
         The rank is None where the target is not among them.
         """
@@ -67,7 +65,7 @@ class RankedItems:
         places: list[int] = []
         logp: list[float] = []
         rank = None
-        for title, value in zip(title_W.tolist(), logp_W.tolist(), strict=True):
+        for title, value in zip(title_C.tolist(), logp_C.tolist(), strict=True):
             of_title = np.flatnonzero((self.title_I == title) & allowed_I).tolist()
             places += of_title
             logp += [value] * len(of_title)

@@ -6,8 +6,8 @@
 | a baseline, by score | `<system>-candidates` | `<system>-<rank>` |
 | ChatRec | `chatrec-greedy` | |
 
-Such a file holds the split evaluated last. An older evaluation of another split is kept with
-`-<split>` at the end of its name, so each split has one file and none is lost.
+Such a file has the split evaluated last. An older evaluation of another split is renamed to end in
+`-<split>`, so each split has one file and none is lost.
 """
 
 import collections
@@ -36,13 +36,13 @@ from sdpo_jax.system.files import (
 )
 
 # What is ranked: a window's candidates; all items but those of its history; or the target against
-# an item that the same user rated low, among which HR@1 is the AUC of liked against disliked.
+# an item that the same user rated low, where HR@1 is the AUC of liked against disliked.
 RANKS = ("candidates", "catalogue", "disliked")
 DECODERS = ("greedy", "trie", "score", "beam")
 RANKING_DECODERS = ("score", "beam")  # their predictions have a rank
-CUTOFF = 10  # of the lists whose coverage, Gini index and popularity are measured
+CUTOFF = 10  # of the lists in coverage, Gini index and mean popularity
 Metric = Callable[[int | None], float]
-# The metrics of a rank, by key of the summary.
+# Key of the summary -> metric of a rank.
 METRICS: dict[str, dict[str, Metric]] = {
     rank: {
         **{f"hit_ratio_at_{k}": functools.partial(metrics.hit_at, k) for k in hits},
@@ -61,7 +61,7 @@ _SHARES = (
     "gini_at_10",
     *dict.fromkeys(name for of_rank in METRICS.values() for name in of_rank),
 )
-# Stage, step, decoder, rank and split are also parts of names of files.
+# Stage, step, decoder, rank and split are also parts of file names.
 SUMMARY = {
     **{f"{name}?": SHARE for name in _SHARES},
     **{f"{name}_ci95?": INTERVAL for name in _SHARES},
@@ -89,7 +89,7 @@ Exposure = tuple[int, Mapping[Hashable, int]]  # the number of all items, item -
 
 
 def exposure_of(dataset: Dataset) -> Exposure:
-    """What recommended items are compared with; an item's count is that of training targets."""
+    """The number of items, and how often each is a target in training."""
     targets: list[Hashable] = [window.target for window in dataset.splits["train"]]
     return len(dataset.titles), collections.Counter(targets)
 
@@ -106,7 +106,7 @@ def header(
     seed: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """What every result says of its windows and of how it came about; `folder`: of `data`."""
+    """The keys that every result has: its windows, its system, its data in `folder`."""
     return {
         "protocol": data.meta.get("protocol"),
         "split": split,
@@ -130,8 +130,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Metrics over all predictions; those of ranks only for decoders that rank.
 
-    A prediction of the catalogue has `rank` (None: not in the ranked list) and `top`, the ids of
-    the first 10 items, which are compared with `exposure` where it is given.
+    A prediction over the catalogue has `rank` (None: not in the ranked list) and `top`, the ids of
+    the first 10 items. `exposure` gives their coverage, Gini index and mean popularity.
     """
     n, users = len(predictions), users_of(predictions)
     summary = {"rank": rank, "n": n, "users": len(set(users))}
@@ -180,7 +180,7 @@ def _of_items(
 
 
 def users_of(predictions: Iterable[Prediction]) -> list[Any]:
-    """Whose window each is; each that does not tell is taken as of a user of its own."""
+    """The user of each window; one without a user counts as a user."""
     return [prediction.get("user", (prediction["row"],)) for prediction in predictions]
 
 
@@ -196,7 +196,7 @@ def result_path(
 def find(
     folder: Path, stage: str, step: int, decoder: str, split: str, rank: str = "candidates"
 ) -> dict[str, Any] | None:
-    """The summary of an earlier evaluation, whichever of the two names it has."""
+    """The summary of an earlier evaluation, under either of its two names."""
     path = result_path(folder, stage, step, decoder, rank)
     for candidate in (path, path.with_stem(f"{path.stem}-{split}")):
         if os.path.lexists(candidate) and (summary := _read(candidate))["split"] == split:
@@ -205,9 +205,9 @@ def find(
 
 
 def write_result(folder: Path, summary: dict[str, Any], predictions: Iterable[Prediction]) -> Path:
-    """Writes both files, each whole or not at all, the summary last; returns its path.
+    """Writes both files atomically, the summary last; returns its path.
 
-    Raises InputError where the disk refuses.
+    Raises InputError if they cannot be written.
     """
     path = result_path(folder, *(summary[key] for key in ("stage", "step", "decoder", "rank")))
     try:

@@ -1,6 +1,6 @@
-"""What is compared: the recommenders that are no stage of a run, and how tables name them all."""
+"""The recommenders that are compared, and their names in tables."""
 
-# Those of `sdpo_jax.baselines`: name -> as a table has it, in its order.
+# Those of `sdpo_jax.baselines`, in the order of tables.
 TRADITIONAL = {
     "random": "random",
     "popularity": "popularity",
@@ -9,6 +9,6 @@ TRADITIONAL = {
     "sasrec": "SASRec",
     "morec": "MoRec",
 }
-# In results they stand where a stage's name would.
+# All that are no stage of a run; results name them where a stage would be.
 SYSTEMS = TRADITIONAL | {"chatrec": "ChatRec"}
 NAMES = SYSTEMS | {"base": "base", "sft": "SFT"}

@@ -1,7 +1,9 @@
-"""The titles of a catalogue as a trie of tokens: common beginnings stand in it once.
+"""The titles of a catalogue as a trie of tokens: common beginnings are stored once.
 
-Nodes are numbered in preorder: a node stands before all that begin with it, and they follow it
-without a gap. Letters: I titles, X nodes (0 is the root), A tokens of the longest title.
+Nodes are numbered in preorder: the descendants of a node follow it without a gap. Letters beside
+those of `sdpo_jax.system.sharding`: Y distinct titles, X nodes (0 is the root), Z pieces of S
+nodes; A is the length of the longest title. A piece's attention runs in W rows, each of Q queries
+over T = A + Q keys.
 """
 
 import dataclasses
@@ -19,9 +21,9 @@ class TitleTrie:
       parent_X: int32, of the root 0.
       depth_X: int32, tokens from the root: the root has 0.
       leaf_X: int32, the title that ends here, -1 at inner nodes.
-      end_X: int32, the first node after those that begin with this one.
+      end_X: int32, the first node after the descendants of this one.
       first_X, children: CSR: the children of node x are `children[first_X[x] : first_X[x + 1]]`.
-      path_IA: int32, the nodes of each title, its leaf last, 0 where it has fewer.
+      path_YA: int32, the nodes of each title, its leaf last, 0 where it has fewer.
     """
 
     token_X: np.ndarray
@@ -31,7 +33,7 @@ class TitleTrie:
     end_X: np.ndarray
     first_X: np.ndarray
     children: np.ndarray
-    path_IA: np.ndarray
+    path_YA: np.ndarray
 
     @property
     def size(self) -> int:
@@ -39,23 +41,23 @@ class TitleTrie:
 
     @property
     def A(self) -> int:
-        return self.path_IA.shape[1]
+        return self.path_YA.shape[1]
 
 
 def build(titles: Sequence[Sequence[int]]) -> TitleTrie:
-    """The trie of token ids, each title ending in a token that stands nowhere else.
+    """The trie of token ids, each title ending in a token that occurs nowhere else.
 
     Raises ValueError for two equal titles.
     """
     order = sorted(range(len(titles)), key=lambda i: tuple(titles[i]))
     token, parent, depth, leaf = [0], [0], [0], [-1]
-    path_IA = np.zeros((len(titles), max(map(len, titles))), np.int32)
+    path_YA = np.zeros((len(titles), max(map(len, titles))), np.int32)
     open_nodes: list[int] = []  # of the title before, by depth
     before: Sequence[int] = ()
     for title in order:
         ids = titles[title]
         if tuple(ids) == tuple(before):
-            raise ValueError(f"title {title} stands twice")
+            raise ValueError(f"title {title} occurs twice")
         common = 0
         while common < min(len(ids), len(before)) and ids[common] == before[common]:
             common += 1
@@ -67,7 +69,7 @@ def build(titles: Sequence[Sequence[int]]) -> TitleTrie:
             leaf.append(-1)
             open_nodes.append(len(token) - 1)
         leaf[-1] = title
-        path_IA[title, : len(ids)] = open_nodes
+        path_YA[title, : len(ids)] = open_nodes
         before = ids
     parent_X, depth_X = np.array(parent, np.int32), np.array(depth, np.int32)
     children = 1 + np.argsort(parent_X[1:], kind="stable")
@@ -80,7 +82,7 @@ def build(titles: Sequence[Sequence[int]]) -> TitleTrie:
         _ends(parent_X),
         first_X.astype(np.int32),
         children.astype(np.int32),
-        path_IA,
+        path_YA,
     )
 
 
@@ -93,25 +95,25 @@ def _ends(parent_X: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """The trie's inner nodes in Z pieces of S places, each computed in one pass.
+    """The trie's inner nodes in Z pieces of S nodes, each computed in one pass.
 
-    A piece is a run of whole branches of the root, so it needs nothing of another piece. Within
-    it attention goes by blocks of Q places: as nodes stand in preorder, the beginnings of a block's
-    nodes lie in the block or are beginnings of its first node.
+    A piece consists of whole branches of the root, so it needs nothing of another piece. Within
+    it attention runs in blocks of Q nodes. In preorder, the ancestors of a block's nodes lie in the
+    block or are ancestors of its first node.
 
     Attributes:
       node_ZS: int32, the nodes, 0 where a piece has fewer.
-      seen_ZNK: int32, for each of N = S/Q blocks the places in the piece of K = A + Q keys.
-      mask_ZNQK: bool, which of them a node sees: its beginnings and itself.
+      seen_ZWT: int32, for each of W = S/Q blocks the places in the piece of T = A + Q keys.
+      mask_ZWQT: bool, which of them a node sees: its ancestors and itself.
     """
 
     node_ZS: np.ndarray
-    seen_ZNK: np.ndarray
-    mask_ZNQK: np.ndarray
+    seen_ZWT: np.ndarray
+    mask_ZWQT: np.ndarray
 
 
 def pieces(trie: TitleTrie, block: int = 128, size: int = 2048) -> Pieces:
-    """`size`: places of a piece at least; more where one branch of the root has more nodes."""
+    """`size`: nodes of a piece at least; more where one branch of the root has more."""
     inner = trie.leaf_X < 0
     branches = [
         np.flatnonzero(inner[a:b]) + a
@@ -126,15 +128,15 @@ def pieces(trie: TitleTrie, block: int = 128, size: int = 2048) -> Pieces:
     nodes = [np.concatenate(group) for group in groups]
     S = -(-max(map(len, nodes)) // block) * block
     node_ZS = np.zeros((len(nodes), S), np.int32)
-    seen_ZNK = np.zeros((len(nodes), S // block, trie.A + block), np.int32)
-    mask_ZNQK = np.zeros((len(nodes), S // block, block, trie.A + block), bool)
+    seen_ZWT = np.zeros((len(nodes), S // block, trie.A + block), np.int32)
+    mask_ZWQT = np.zeros((len(nodes), S // block, block, trie.A + block), bool)
     for z, of_piece in enumerate(nodes):
         node_ZS[z, : len(of_piece)] = of_piece
         for n in range(S // block):
             part = of_piece[n * block : (n + 1) * block]
             if len(part):
-                seen_ZNK[z, n], mask_ZNQK[z, n] = _seen(trie, of_piece, part, n * block, block)
-    return Pieces(node_ZS, seen_ZNK, mask_ZNQK)
+                seen_ZWT[z, n], mask_ZWQT[z, n] = _seen(trie, of_piece, part, n * block, block)
+    return Pieces(node_ZS, seen_ZWT, mask_ZWQT)
 
 
 def _seen(trie: TitleTrie, of_piece: np.ndarray, part: np.ndarray, start: int, block: int):
@@ -150,7 +152,7 @@ def _seen(trie: TitleTrie, of_piece: np.ndarray, part: np.ndarray, start: int, b
     keys[trie.A : trie.A + len(part)] = start + np.arange(len(part))
     there = np.zeros(trie.A + block, bool)
     there[: len(ancestors)] = there[trie.A : trie.A + len(part)] = True
-    # A node begins with another where that stands before it and ends after it.
+    # A node descends from another that comes before it and whose descendants end after it.
     key_nodes = np.where(there, of_piece[keys], trie.size)
     last = np.where(there, trie.end_X[np.where(there, key_nodes, 0)], 0)
     mask = np.zeros((block, trie.A + block), bool)

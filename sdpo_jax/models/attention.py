@@ -1,7 +1,7 @@
-"""Softmax attention over blocks of keys, with a vjp that keeps no weights.
+"""Softmax attention over blocks of keys, with a vjp that stores no attention weights.
 
 Shape letters are declared in `sdpo_jax.system.sharding`; here X is T * N/G: the queries that share
-a key/value head, and S the keys of a block.
+a key/value head, and Z the keys of a block.
 """
 
 import functools
@@ -16,16 +16,16 @@ from jax.ad_checkpoint import checkpoint_name
 from sdpo_jax.models.product import contract, transposed
 
 KeyBlock = tuple[jax.Array, jax.Array, jax.Array]
-CAUSAL_BLOCK = 128  # queries; smaller ones skip more of the future and are more operations
+CAUSAL_BLOCK = 128  # queries; smaller blocks skip more of the future but are more operations
 
 
-def near(queries_BT: jax.Array, keys_BS: jax.Array, window: int | None) -> jax.Array:
-    """[B, T, S]: which keys a query at these positions may see, looking `window` positions back.
+def near(queries_BT: jax.Array, keys_BZ: jax.Array, window: int | None) -> jax.Array:
+    """[B, T, Z]: which keys a query at these positions may see, looking `window` positions back.
 
     The query's own position counts as one of them; None is no limit.
     """
-    distance_BTS = queries_BT[:, :, None] - keys_BS[:, None, :]
-    return jnp.ones_like(distance_BTS, bool) if window is None else distance_BTS < window
+    distance_BTZ = queries_BT[:, :, None] - keys_BZ[:, None, :]
+    return jnp.ones_like(distance_BTZ, bool) if window is None else distance_BTZ < window
 
 
 def causal_mask(mask_BT: jax.Array, window: int | None = None) -> jax.Array:
@@ -40,8 +40,8 @@ def attend_causal(
 ) -> jax.Array:
     """Attention of every token over the real ones up to itself, [B, T, N*H].
 
-    Queries go in equal blocks, each over the keys up to its end and from its window's beginning:
-    the future is not computed, nor what is too far back.
+    Queries run in equal blocks, each over the keys from its window's beginning to its end, so
+    neither the future nor what lies too far back is computed.
     """
     T, causal_BTT = mask_BT.shape[1], causal_mask(mask_BT, window)
     blocks = -(-T // CAUSAL_BLOCK)
@@ -57,15 +57,15 @@ def attend_causal(
 def attend(q_BTNH: jax.Array, blocks: Sequence[KeyBlock], dtype) -> jax.Array:
     """Softmax attention of `q_BTNH` over the concatenation of key blocks, softmax in float32.
 
-    A block is (k_BSGH, v_BSGH, mask_BTS); the mask is True where a query sees a key. A query that
-    sees nothing (a padded one) gets a finite mean that nobody reads. Returns [B, T, N*H].
+    A block is (k_BZGH, v_BZGH, mask_BTZ); the mask is True where a query sees a key. A padded
+    query sees nothing and gets a finite mean, which is never read. Returns [B, T, N*H].
     """
     B, T, N, H = q_BTNH.shape
     G = blocks[0][0].shape[2]
     q_BGTnH = (q_BTNH * H**-0.5).reshape(B, T, G, N // G, H).transpose(0, 2, 1, 3, 4)
-    keys = tuple(k_BSGH.transpose(0, 2, 1, 3) for k_BSGH, _, _ in blocks)
-    values = tuple(v_BSGH.transpose(0, 2, 1, 3) for _, v_BSGH, _ in blocks)
-    masks = tuple(jnp.repeat(mask_BTS, N // G, 1)[:, None] for _, _, mask_BTS in blocks)
+    keys = tuple(k_BZGH.transpose(0, 2, 1, 3) for k_BZGH, _, _ in blocks)
+    values = tuple(v_BZGH.transpose(0, 2, 1, 3) for _, v_BZGH, _ in blocks)
+    masks = tuple(jnp.repeat(mask_BTZ, N // G, 1)[:, None] for _, _, mask_BTZ in blocks)
     out_BGXH: Any = _attend(q_BGTnH.reshape(B, G, -1, H), keys, values, masks, dtype)
     return out_BGXH.reshape(B, G, T, N // G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N * H)
 
@@ -75,9 +75,9 @@ def _attend(q_BGXH, keys, values, masks, dtype):
     return _forward(q_BGXH, keys, values, masks, dtype)[0]
 
 
-def _scores(q_BGXH, k_BGSH, mask_B1XS, dtype) -> jax.Array:
-    scores_BGXS = contract("bgxh,bgsh->bgxs", q_BGXH, k_BGSH, dtype)
-    return jnp.where(mask_B1XS, scores_BGXS.astype(jnp.float32), -1e30)
+def _scores(q_BGXH, k_BGZH, mask_B1XZ, dtype) -> jax.Array:
+    scores_BGXZ = contract("bgxh,bgzh->bgxz", q_BGXH, k_BGZH, dtype)
+    return jnp.where(mask_B1XZ, scores_BGXZ.astype(jnp.float32), -1e30)
 
 
 def _forward(q_BGXH, keys, values, masks, dtype):
@@ -86,7 +86,7 @@ def _forward(q_BGXH, keys, values, masks, dtype):
     weights = [jnp.exp(s - largest) for s in scores]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
     out_BGXH: Any = sum(
-        contract("bgxs,bgsh->bgxh", w.astype(q_BGXH.dtype), v, dtype)
+        contract("bgxz,bgzh->bgxh", w.astype(q_BGXH.dtype), v, dtype)
         for w, v in zip(weights, values, strict=True)
     )
     out_BGXH = checkpoint_name((out_BGXH / total).astype(q_BGXH.dtype), "attention")
@@ -101,13 +101,13 @@ def _backward(dtype, residuals, g_BGXH):
     dq_BGXH, d_keys, d_values = 0.0, [], []
     for k, v, mask in zip(keys, values, masks, strict=True):
         weights = jnp.exp(_scores(q_BGXH, k, mask, dtype) - logsumexp)
-        d_weights = contract("bgxh,bgsh->bgxs", g_BGXH, v, dtype)
+        d_weights = contract("bgxh,bgzh->bgxz", g_BGXH, v, dtype)
         d_scores = (weights * (d_weights - mean)).astype(q_BGXH.dtype)
-        dq_BGXH += contract("bgxs,bgsh->bgxh", d_scores, k, dtype)
+        dq_BGXH += contract("bgxz,bgzh->bgxh", d_scores, k, dtype)
         # The narrow matrix on the left, or XLA:CPU would transpose the wide one.
-        d_keys.append(transposed(contract("bgxh,bgxs->bghs", q_BGXH, d_scores, dtype)))
+        d_keys.append(transposed(contract("bgxh,bgxz->bghz", q_BGXH, d_scores, dtype)))
         weights = weights.astype(q_BGXH.dtype)
-        d_values.append(transposed(contract("bgxh,bgxs->bghs", g_BGXH, weights, dtype)))
+        d_values.append(transposed(contract("bgxh,bgxz->bghz", g_BGXH, weights, dtype)))
     return dq_BGXH, tuple(d_keys), tuple(d_values), None
 
 

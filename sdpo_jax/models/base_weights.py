@@ -21,7 +21,7 @@ def write_weights(path: Path, tree: Any) -> None:
     Raises InputError where the disk refuses (full, read-only, over quota).
     """
     check_room(Path(path).parent, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
-    # Orbax would copy every array first, against changes meanwhile, and encode each in one piece.
+    # Orbax would copy every array first, against later changes, and encode each in one piece.
     registry = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # it warns without one
@@ -36,7 +36,7 @@ def write_weights(path: Path, tree: Any) -> None:
             ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
         ) as checkpointer:
             checkpointer.save(Path(path).absolute(), args=args)
-    except (ValueError, OSError) as error:  # tensorstore tells a full disk as a ValueError
+    except (ValueError, OSError) as error:  # tensorstore raises ValueError on a full disk
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise InputError(
             f"{path}: the weights cannot be written ({reason}): free space or choose another folder"
@@ -46,7 +46,7 @@ def write_weights(path: Path, tree: Any) -> None:
 def read_weights(path: Path, abstract_tree: Any) -> Iterator[tuple[str, jax.Array]]:
     """Yields ("layers/q/kernel", array) one by one, straight onto the devices of its sharding.
 
-    Whoever takes them may make each smaller before the next is read.
+    The caller may shrink each before the next is read.
 
     Args:
       path: what `write_weights` wrote.
@@ -54,7 +54,7 @@ def read_weights(path: Path, abstract_tree: Any) -> Iterator[tuple[str, jax.Arra
 
     Raises:
       InputError: the folder is broken, or an array's name, shape or dtype is not the expected one
-        (Orbax itself would cast in silence).
+        (Orbax itself would cast silently).
     """
     path = Path(path).absolute()
     with ocp.PyTreeCheckpointer() as checkpointer:

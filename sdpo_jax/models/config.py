@@ -1,6 +1,6 @@
 """A model's config.json, read into the sizes and switches of a decoder.
 
-The family is config.json's `model_type`; keys may be spelt as today or as before transformers 5.
+The family is config.json's `model_type`; keys may have the names of transformers 5 or older ones.
 Shape letters are declared in `sdpo_jax.system.sharding`.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import read_object
 
-# More than any model has; a damaged file must not make tables of names or shapes beyond memory.
+# More than any model has: a damaged file must not make tables of names or shapes beyond memory.
 MOST_LAYERS, MOST = 2**10, 2**20
 MOST_OF_ROPE = 1e12
 # What a kind of RoPE reads beside theta.
@@ -27,9 +27,9 @@ ROPE_KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions: `fraction` of a head's width turns; `kind` is a key of ROPE_KEYS.
+    """Rotary positions on `fraction` of a head's width; `kind` is a key of ROPE_KEYS.
 
-    `positions` is what `dynamic` and `llama3` stretch from: the model's length before it.
+    `positions`: the length of the model's texts before `dynamic` or `llama3` stretches it.
     """
 
     theta: float = 10000.0
@@ -43,11 +43,11 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a decoder, named by their shape letters, and what its family switches on.
+    """Sizes of a decoder, named by their shape letters, and its family's switches.
 
-    `window`: how many positions back a token sees, itself included; None for all. `gelu`: of
-    GPT-NeoX's MLP, "exact" or "tanh". `parallel`: GPT-NeoX's attention and MLP read the same input.
-    `positions`: the longest text that the model was made for; None where it does not say.
+    `window`: positions back that a token sees, itself included; None for all. `gelu`: of GPT-NeoX's
+    MLP, "exact" or "tanh". `parallel`: GPT-NeoX's attention and MLP read the same input.
+    `positions`: the longest text the model was made for; None where it does not say.
     """
 
     V: int
@@ -72,7 +72,7 @@ class DecoderConfig:
 
     @property
     def rotated(self) -> int:
-        """How many of a head's H values RoPE turns."""
+        """How many of a head's H values RoPE rotates."""
         return int(self.H * self.rope.fraction)
 
     @property
@@ -84,7 +84,7 @@ class DecoderConfig:
 
     @classmethod
     def read(cls, folder: Path) -> "DecoderConfig":
-        """That of a model folder's config.json. Raises InputError."""
+        """The config of a model folder. Raises InputError."""
         path = folder / "config.json"
         return cls.from_hf(read_object(path, "expected that of a whole model"), str(path))
 
@@ -144,19 +144,14 @@ def _wrong(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _turns(config: DecoderConfig) -> bool:
-    """Whether RoPE turns a part of a head that has halves."""
+    """Whether RoPE rotates an even number of a head's values."""
     return 0 < config.rotated <= config.H and config.rotated % 2 == 0
 
 
 def _sizes(config: dict[str, Any], family: str) -> dict[str, Any]:
     heads, width = config["num_attention_heads"], config["hidden_size"]
-    groups = (
-        config.get("num_key_value_heads")
-        if family in ("llama", "gpt_neox")
-        else (
-            config["num_key_value_heads"]  # transformers' default is not the number of heads
-        )
-    )
+    key = "num_key_value_heads"  # the other families' default is not the number of heads
+    groups = config.get(key) if family in ("llama", "gpt_neox") else config[key]
     return {
         "V": config["vocab_size"],
         "L": config["num_hidden_layers"],

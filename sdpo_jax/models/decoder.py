@@ -1,8 +1,8 @@
 """Decoder of any family in `sdpo_jax.models.config`: embedding, stacked layers, norm, head.
 
-The decoder does not know how its tokens are laid out: whoever calls it gives each token's
-position and the attention, a function of queries, keys and values. Shape letters are declared in
-`sdpo_jax.system.sharding`.
+The decoder does not know how its tokens are laid out: its caller gives each token's position and
+the attention, a function of queries, keys and values. Shape letters are declared in
+`sdpo_jax.system.sharding`; X counts pieces of the MLP of Y tokens each, or places.
 """
 
 import functools
@@ -21,9 +21,9 @@ from sdpo_jax.models.lora import Frozen, LinearOptions, LoraConfig, fold_in
 from sdpo_jax.models.product import product
 from sdpo_jax.models.rope import rotary
 
-# What the backward pass computes again: nothing; what is element-wise, while the results of
-# products and of attention and the norms' scales are kept, each once; the whole layer; or the whole
-# layer with its MLP piece by piece, whose wide arrays then are never all there.
+# What the backward pass recomputes. none: nothing. cheap: element-wise operations; results of
+# products and attention and the norms' scales are stored once. full: the whole layer. least: the
+# whole layer, with its MLP in pieces, so that its wide arrays never exist whole.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "cheap": jax.checkpoint_policies.save_only_these_names(
@@ -35,7 +35,7 @@ REMAT = {
 PIECES = 8  # of a row's tokens, whose number is a multiple of 8 (`sdpo_jax.data.loader`)
 
 
-# (q_BTNH, k_BTGH, v_BTGH, the layer's cache) -> (output [B, T, N*H], what to keep of the layer)
+# (q_BTNH, k_BTGH, v_BTGH, the layer's cache) -> (output [B, T, N*H], the layer's new cache)
 Attention = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
@@ -44,17 +44,17 @@ def mlp_whole(mlp, x_BTD: jax.Array, dropout_keys_W) -> jax.Array:
 
 
 def mlp_in_pieces(mlp, x_BTD: jax.Array, dropout_keys_W) -> jax.Array:
-    """The same for up to PIECES equal runs of tokens, one after the other, forth and back."""
+    """The same for up to PIECES equal runs of tokens, one after the other in both passes."""
     B, T, D = x_BTD.shape
     pieces = math.gcd(T, PIECES)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def piece(x_BTD, i):
-        return mlp(x_BTD, fold_in(dropout_keys_W, i))
+    def piece(x_BYD, i):
+        return mlp(x_BYD, fold_in(dropout_keys_W, i))
 
-    x_XBTD = x_BTD.reshape(B, pieces, T // pieces, D).swapaxes(0, 1)
-    out_XBTD = jax.lax.map(lambda xs: piece(*xs), (x_XBTD, jnp.arange(pieces)))
-    return out_XBTD.swapaxes(0, 1).reshape(B, T, D)
+    x_XBYD = x_BTD.reshape(B, pieces, T // pieces, D).swapaxes(0, 1)
+    out_XBYD = jax.lax.map(lambda xs: piece(*xs), (x_XBYD, jnp.arange(pieces)))
+    return out_XBYD.swapaxes(0, 1).reshape(B, T, D)
 
 
 class Decoder(nnx.Module):
@@ -94,14 +94,14 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens_BT, positions_BT, attention: Attention, cache=None, dropout_keys_W=None
     ):
-        """Hidden states after the final norm, [B, T, D], and what `attention` kept, stacked over L.
+        """Hidden states after the final norm, [B, T, D], and the new caches, stacked over L.
 
         Args:
           tokens_BT: int32 token ids; from V on items, where there are item vectors.
           positions_BT: int32 positions for RoPE.
           attention: see `Attention`; it holds the masks.
           cache: pytree with leading axis L handed to `attention` layer by layer, or None.
-          dropout_keys_W: keys of LoRA's dropout, one per row of tokens, or None for none.
+          dropout_keys_W: keys of LoRA's dropout, one per row of tokens; None: no dropout.
         """
         angles = rotary(positions_BT, self.config)
         mlp = mlp_in_pieces if self.remat == "least" else mlp_whole

@@ -32,7 +32,7 @@ NAMES = {
 # Pre-tokenizers whose rule is: single digits, then GPT-2's byte-level split.
 DIGITS_THEN_BYTES = ("smollm", "starcoder", "refact", "command-r")
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
-# The reader trusts offsets, counts and types of the file, so a damaged one fails in these ways.
+# The reader trusts the file's offsets, counts and types, so a damaged one raises any of these.
 BROKEN = (
     ValueError,
     LookupError,
@@ -99,7 +99,7 @@ def _reader(path: Path):
         ) from error
 
     class Reader(GGUFReader):
-        """Past the file's end there is nothing: the loop over a wrong count would never end."""
+        """Refuses to read past the file's end, where a wrong count would loop for ever."""
 
         def _get(self, offset, dtype, count=1, override_order=None):
             if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
@@ -127,7 +127,7 @@ def _hf_name(name: str) -> str:
 
 
 def _config(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
-    """The metadata as a Hugging Face config.json, less what the tensors tell."""
+    """The metadata as a Hugging Face config.json, less what follows from the tensors."""
     family = meta["general.architecture"]
     if family != "llama":
         raise InputError(f"{path}: general.architecture is {family!r}, expected 'llama'")
@@ -180,7 +180,7 @@ def _write_tokenizer(path: Path, fields: dict[str, Any], folder: Path) -> None:
         )
     try:
         tokens, special = _build_tokenizer(meta, folder / "tokenizer.json")
-    except Exception as error:  # tokenizers raises what it likes
+    except Exception as error:  # tokenizers raises plain Exception
         raise InputError(f"{path}: the tokenizer's metadata is broken: {error!r}") from error
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -214,21 +214,12 @@ def _build_tokenizer(meta: dict[str, Any], path: Path) -> tuple[list[str], list[
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(token, special=True, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind == CONTROL
-        ]
+    special, added = (
+        [token for token, kind in zip(tokens, types, strict=True) if kind == wanted]
+        for wanted in (CONTROL, USER_DEFINED)
     )
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind == USER_DEFINED
-        ]
-    )
-    special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
     if meta.get("tokenizer.ggml.add_bos_token", False):
         index = meta["tokenizer.ggml.bos_token_id"]
         tokenizer.post_processor = processors.TemplateProcessing(

@@ -19,7 +19,7 @@ from sdpo_jax.models.product import product
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.sharding import shard_whole, to_host
 
-ITEMS = "items/table/value"  # the tensor of a kept network that has a vector per item
+ITEMS = "items/table/value"  # a stored network's tensor of one vector per item
 
 
 class ItemVectors(nnx.Module):
@@ -33,11 +33,11 @@ class ItemVectors(nnx.Module):
             drawn = jax.random.normal(rngs.params(), (size_in, size)) * scale * size_in**-0.5
             return nnx.LoRAParam(drawn, letters="EE")
 
-        # Both set by `fill`. No letter that a mesh would cut, here and below.
+        # Both set by `fill`. E: a letter that no mesh shards, here and below.
         self.vectors = Frozen(jnp.zeros((items, width)), letters="IE")
         self.token_rms = Frozen(jnp.ones(1), letters="E")
-        # Trained and kept with the adapter, hence of its kind. GELU's output has a mean square of
-        # 0.425 for standard normal input, so at first an item is as long as a token's embedding.
+        # Of the adapter's kind, to be trained and stored with it. GELU's output has a mean square
+        # of 0.425 for standard normal input, so an item starts as long as a token's embedding.
         self.inner, self.outer = weights(width, 1.0), weights(size, 0.425**-0.5)
         self.inner_bias = nnx.LoRAParam(jnp.zeros(size), letters="E")
         self.outer_bias = nnx.LoRAParam(jnp.zeros(size), letters="E")
@@ -54,7 +54,7 @@ class ItemVectors(nnx.Module):
 def fill(base: Any, vectors_IE: np.ndarray, place: Callable) -> None:
     """Puts a recommender's vectors into a decoder's base, scaled to a root mean square of 1.
 
-    How long they are depends on the recommender's training; the network's start should not.
+    Their length depends on the recommender's training; the start of ours should not.
     """
     rms = float(np.sqrt(np.mean(np.square(vectors_IE, dtype=np.float64))))
     found = {
@@ -72,9 +72,9 @@ def _rms(x: jax.Array) -> jax.Array:
 
 
 def read_item_vectors(path: str, dataset: Dataset) -> np.ndarray | None:
-    """The vectors [I, D] of a kept network's items; None for the path "".
+    """The vectors [I, E] of a stored network's items; None for the path "".
 
-    Raises InputError where there are none, or of another data set.
+    Raises InputError where there are none, or those of another data set.
     """
     if not path:
         return None
@@ -84,13 +84,13 @@ def read_item_vectors(path: str, dataset: Dataset) -> np.ndarray | None:
         with safe_open(path, "numpy") as file:
             if (file.metadata() or {}).get("dataset") != fingerprint:
                 raise InputError(f"{path}: found one of another data set, {expected}: train it")
-            vectors_ID = file.get_tensor(ITEMS)
+            vectors_IE = file.get_tensor(ITEMS)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: found {error}, {expected}: train --model=sasrec") from error
-    if vectors_ID.ndim != 2 or len(vectors_ID) != items or vectors_ID.dtype != np.float32:
-        raise InputError(f"{path}: found vectors {vectors_ID.shape}, expected {items} of float32")
-    if not np.isfinite(vectors_ID).all() or not vectors_ID.any():
+    if vectors_IE.ndim != 2 or len(vectors_IE) != items or vectors_IE.dtype != np.float32:
+        raise InputError(f"{path}: found vectors {vectors_IE.shape}, expected {items} of float32")
+    if not np.isfinite(vectors_IE).all() or not vectors_IE.any():
         raise InputError(
             f"{path}: found vectors that are zeros or no numbers, {expected}: train it again"
         )
-    return vectors_ID
+    return vectors_IE

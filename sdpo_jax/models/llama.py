@@ -1,7 +1,7 @@
 """The layer of Llama (Touvron et al. 2023, arXiv 2307.09288) and its kin: Mistral, Qwen2, Qwen3.
 
-They differ in biases, in norms of queries and keys, and in how far attention looks back, which is
-the caller's to mask.
+They differ in biases, in norms of queries and keys, and in how far attention looks back, which the
+caller masks.
 """
 
 import jax
@@ -25,7 +25,7 @@ def _swiglu_backward(residuals, g):
     gate, up = residuals
     sigmoid = jax.nn.sigmoid(gate)
     d_gate = g * up * sigmoid * (1 + gate * (1 - sigmoid))
-    # Behind a barrier the sigmoid is computed anew, element by element, and never stored.
+    # Behind a barrier the sigmoid is recomputed, element by element, and never stored.
     gate = jax.lax.optimization_barrier(gate)
     return d_gate, g * gate * jax.nn.sigmoid(gate)
 

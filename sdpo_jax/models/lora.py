@@ -23,8 +23,8 @@ APART = ("q", "k", "v")
 
 
 class Frozen(nnx.Variable):
-    """A base weight: never differentiated and shared by policy and reference, unless all is
-    trained."""
+    """A base weight, shared by policy and reference and never differentiated; trained only with
+    `tune=full`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +50,10 @@ class LoraConfig:
         return self.alpha / self.rank
 
     def on(self, projections: Sequence[str]) -> "LoraConfig":
-        """The same on a model that has these projections.
+        """The same for a model that has these projections.
 
-        Where q, k and v are one map, the three together mean it; a model without a gate has none
-        to adapt. Raises InputError for any other target that the model lacks.
+        Where q, k and v are one map, the three together mean that map. `gate` is left out for a
+        model without one. Raises InputError for any other target that the model lacks.
         """
         targets = list(self.targets)
         if "qkv" in projections and set(APART) <= set(targets):
@@ -70,42 +70,42 @@ class LoraConfig:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def frozen_product(x_TI: jax.Array, kernel: jax.Array | Quantized, dtype) -> jax.Array:
-    """`x W` in `dtype`. The frozen kernel gets no cotangent: no weight gradient can be formed."""
-    return contract("ti,io->to", x_TI, dense(kernel, dtype), dtype)
+def frozen_product(x_TJ: jax.Array, kernel: jax.Array | Quantized, dtype) -> jax.Array:
+    """`x W` in `dtype`. The kernel has no cotangent, so no weight gradient can be formed."""
+    return contract("tj,jo->to", x_TJ, dense(kernel, dtype), dtype)
 
 
 def _frozen_backward(dtype, kernel, g_TO):
-    return contract("to,io->ti", g_TO, dense(kernel, dtype), dtype), None
+    return contract("to,jo->tj", g_TO, dense(kernel, dtype), dtype), None
 
 
 frozen_product.defvjp(
-    lambda x_TI, kernel, dtype: (frozen_product(x_TI, kernel, dtype), kernel), _frozen_backward
+    lambda x_TJ, kernel, dtype: (frozen_product(x_TJ, kernel, dtype), kernel), _frozen_backward
 )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def adapter_product(x_TI, a_IR, b_RO, dtype) -> jax.Array:
-    """`x A B` in `dtype`; `b_RO` already carries the scale.
+def adapter_product(x_TJ, a_JR, b_RO, dtype) -> jax.Array:
+    """`x A B` in `dtype`; `b_RO` includes the scale.
 
     Both adapter gradients keep the small [T, R] matrix on the left of the product, where XLA:CPU
-    would otherwise transpose the wide [T, I] activations.
+    would otherwise transpose the wide [T, J] activations.
     """
-    return _adapter_forward(x_TI, a_IR, b_RO, dtype)[0]
+    return _adapter_forward(x_TJ, a_JR, b_RO, dtype)[0]
 
 
-def _adapter_forward(x_TI, a_IR, b_RO, dtype):
-    xa_TR = checkpoint_name(contract("ti,ir->tr", x_TI, a_IR, dtype), "adapter")
-    return contract("tr,ro->to", xa_TR, b_RO, dtype), (x_TI, xa_TR, a_IR, b_RO)
+def _adapter_forward(x_TJ, a_JR, b_RO, dtype):
+    xa_TR = checkpoint_name(contract("tj,jr->tr", x_TJ, a_JR, dtype), "adapter")
+    return contract("tr,ro->to", xa_TR, b_RO, dtype), (x_TJ, xa_TR, a_JR, b_RO)
 
 
 def _adapter_backward(dtype, residuals, g_TO):
-    x_TI, xa_TR, a_IR, b_RO = residuals
+    x_TJ, xa_TR, a_JR, b_RO = residuals
     gb_TR = contract("to,ro->tr", g_TO, b_RO, dtype)
-    dx_TI = contract("tr,ir->ti", gb_TR, a_IR, dtype)
-    da_IR = transposed(contract("tr,ti->ri", gb_TR, x_TI, dtype)).astype(a_IR.dtype)
+    dx_TJ = contract("tr,jr->tj", gb_TR, a_JR, dtype)
+    da_JR = transposed(contract("tr,tj->rj", gb_TR, x_TJ, dtype)).astype(a_JR.dtype)
     db_RO = contract("tr,to->ro", xa_TR, g_TO, dtype).astype(b_RO.dtype)
-    return dx_TI, da_IR, db_RO
+    return dx_TJ, da_JR, db_RO
 
 
 adapter_product.defvjp(_adapter_forward, _adapter_backward)
@@ -115,8 +115,8 @@ adapter_product.defvjp(_adapter_forward, _adapter_backward)
 class LinearOptions:
     """What all linear maps of a model share.
 
-    `dtype` is that of products; `base_dtype`, a key of `quantize.BASE_DTYPES`, is how the frozen
-    base is held.
+    `dtype` is that of products; `base_dtype`, of `quantize.BASE_DTYPES`, that in which the frozen
+    base is stored.
     """
 
     lora: LoraConfig
@@ -125,35 +125,35 @@ class LinearOptions:
 
     @property
     def stored(self):
-        """The dtype of what is not quantized: embedding, norms, biases, head; trained, float32."""
+        """The dtype of embedding, norms, biases, head and plain kernels; float32 if trained."""
         if self.lora.full:
             return jnp.float32
         return {"f32": jnp.float32, "bf16": jnp.bfloat16}.get(self.base_dtype, self.dtype)
 
 
 def fold_in(dropout_keys_W: Any, number: Any) -> Any:
-    """One dropout key per row, each folded with `number`; no keys stay none."""
+    """One dropout key per row, each folded with `number`; None stays None."""
     if dropout_keys_W is None:
         return None
     return jax.vmap(jax.random.fold_in, (0, None))(dropout_keys_W, number)
 
 
-def dropout(x_WTI: jax.Array, keys_W: jax.Array, rate: float) -> jax.Array:
-    """Zeros at about `rate` of the places, drawn per row; what is kept is scaled up in turn.
+def dropout(x_WTJ: jax.Array, keys_W: jax.Array, rate: float) -> jax.Array:
+    """Zeros at about `rate` of the places, drawn per row; the others are scaled up in turn.
 
-    A random word has four bytes, and drawing words is what dropout costs: each place takes one
-    byte, so that the rate is a multiple of 1/256 (0.1 is 26/256), by which the scale goes.
+    The cost of dropout is drawing random words of four bytes. Each place takes one byte, so the
+    rate is a multiple of 1/256 (0.1 becomes 26/256), and the scale follows it.
     """
-    *_, tokens, width = x_WTI.shape
+    *_, tokens, width = x_WTJ.shape
     lost = min(max(round(256 * rate), 1), 255)
     draw = functools.partial(jax.random.bits, shape=(tokens, -(-width // 4)), dtype=jnp.uint32)
-    bytes_WTI = jax.lax.bitcast_convert_type(jax.vmap(draw)(keys_W), jnp.uint8)
-    kept_WTI = bytes_WTI.reshape(*x_WTI.shape[:2], -1)[..., :width] >= lost
-    return jnp.where(kept_WTI, x_WTI * (256 / (256 - lost)), 0).astype(x_WTI.dtype)
+    drawn = jax.lax.bitcast_convert_type(jax.vmap(draw)(keys_W), jnp.uint8)
+    kept_WTJ = drawn.reshape(*x_WTJ.shape[:2], -1)[..., :width] >= lost
+    return jnp.where(kept_WTJ, x_WTJ * (256 / (256 - lost)), 0).astype(x_WTJ.dtype)
 
 
 class Linear(nnx.Module):
-    """A frozen linear map, [..., I] -> [..., O], with an adapter where targeted."""
+    """A frozen linear map, [..., J] -> [..., O], with an adapter where targeted."""
 
     def __init__(
         self,
@@ -197,25 +197,25 @@ class Linear(nnx.Module):
             return Quantized(self.codes[...], self.scale[...], self.options.base_dtype)
         return self.kernel[...]
 
-    def dropped(self, x_WTI: jax.Array, dropout_keys_W: jax.Array | None) -> jax.Array | None:
-        """What the adapters of all maps of `x` read in its place, by one key per row; None: `x`."""
+    def dropped(self, x_WTJ: jax.Array, dropout_keys_W: jax.Array | None) -> jax.Array | None:
+        """`x` after dropout, for the adapters of all maps that read it; None for `x` itself."""
         rate = self.options.lora.dropout
         if dropout_keys_W is None or rate == 0:
             return None
-        return dropout(x_WTI, fold_in(dropout_keys_W, self.index), rate)
+        return dropout(x_WTJ, fold_in(dropout_keys_W, self.index), rate)
 
     def __call__(self, x: jax.Array, dropped: jax.Array | None) -> jax.Array:
-        """`dropped`: what `dropped` gives, which several maps of one `x` share."""
+        """`dropped`: the result of `dropped`, which several maps of one `x` share."""
         dtype, lora = self.options.dtype, self.options.lora
-        x_TI = x.reshape(-1, x.shape[-1])
+        x_TJ = x.reshape(-1, x.shape[-1])
         if lora.full:
-            y_TO: Any = product("ti,io->to", x_TI, self.kernel[...], dtype)
+            y_TO: Any = product("tj,jo->to", x_TJ, self.kernel[...], dtype)
         else:
-            y_TO = frozen_product(x_TI, self.weight, dtype)
+            y_TO = frozen_product(x_TJ, self.weight, dtype)
         if self.adapted:
             if dropped is not None:
-                x_TI = dropped.reshape(x_TI.shape)
-            y_TO += adapter_product(x_TI, self.a[...], lora.scale * self.b[...], dtype)
+                x_TJ = dropped.reshape(x_TJ.shape)
+            y_TO += adapter_product(x_TJ, self.a[...], lora.scale * self.b[...], dtype)
         if self.biased:
             y_TO += self.bias[...].astype(y_TO.dtype)
         return checkpoint_name(y_TO.reshape(*x.shape[:-1], -1), "product")

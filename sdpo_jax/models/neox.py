@@ -31,7 +31,7 @@ class Layer(nnx.Module):
         self.down = linear("down", c.F, c.D, "FD", c.mlp_bias)
 
     def __call__(self, x_BTD, angles, attention, mlp, cache, dropout_keys_W):
-        """`mlp` calls the function that it is given, at once or piece by piece."""
+        """`mlp` calls the function that it is given, whole or in pieces."""
         y = self.attention_norm(x_BTD)
         qkv = self.qkv(y, self.qkv.dropped(y, dropout_keys_W))
         # A head's query, key and value lie side by side.

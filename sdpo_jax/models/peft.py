@@ -1,6 +1,6 @@
-"""Adapters as PEFT keeps them: adapter_config.json and adapter_model.safetensors.
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-PEFT holds A as [R, in] and B as [out, R], one pair per layer, under the base model's module names.
+PEFT stores A as [R, in] and B as [out, R], one pair per layer, under the base model's module names.
 """
 
 import functools
@@ -25,7 +25,7 @@ from sdpo_jax.system.files import read_object
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# What an adapter may not use, with the values that mean that it does not.
+# Features that are not read here -> the values that mean that an adapter does not use them.
 PLAIN = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -132,7 +132,7 @@ def read_adapter(folder: Path, lora: LoraConfig, config: DecoderConfig) -> dict[
     ]
     if wrong:
         raise InputError(
-            f"{folder}/{TENSORS}: {len(wrong)} tensors have another shape, here turned as ours "
+            f"{folder}/{TENSORS}: {len(wrong)} tensors have another shape, here transposed as ours "
             f"({wrong[0]}): is it the adapter of another model?"
         )
     stacked = {path: np.stack(arrays).astype(np.float32) for path, arrays in found.items()}
@@ -203,12 +203,12 @@ def _refuse_keys(folder: Path, tensors, expected: set[str], config: DecoderConfi
         targets = tuple(name for module, name in known.items() if module in present)
         hint = f': it adapts --config.lora.targets="{targets}"'
     missing, unused = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
-    told = [
+    problems = [
         f"{len(keys)} {what}, as {keys[0]}"
         for what, keys in (("missing", missing), ("not used", unused))
         if keys
     ]
     raise InputError(
         f"{folder}/{TENSORS}: found other tensors than this model's adapter has "
-        f"({'; '.join(told)}){hint}"
+        f"({'; '.join(problems)}){hint}"
     )

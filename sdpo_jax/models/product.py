@@ -1,4 +1,4 @@
-"""Products with operands in one dtype and sums in float32, and how their results are transposed."""
+"""Matrix products with operands in one dtype and sums in float32, and their transposition."""
 
 import functools
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 
 def contract(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
-    """`einsum` with operands in `dtype`, float32 sums and a result in x's own dtype.
+    """`einsum` with operands in `dtype`, float32 sums and a result in x's dtype.
 
-    For rules that say themselves what their gradient is; what JAX differentiates is a `product`.
+    For functions with a vjp of their own; what JAX differentiates is a `product`.
     """
     sums = jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
     return sums.astype(x.dtype)
@@ -17,9 +17,9 @@ def contract(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def product(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
-    """`contract`, the two products of whose backward pass are computed in the same way.
+    """`contract`, with the two products of its backward pass computed in the same way.
 
-    Asking for float32 sums is what reaches XLA:CPU's fast bfloat16 kernels.
+    XLA:CPU's fast bfloat16 kernels are only reached by asking for float32 sums.
     """
     return contract(spec, x, y, dtype)
 
@@ -41,7 +41,7 @@ product.defvjp(_forward, _backward)
 def transposed(x: jax.Array) -> jax.Array:
     """Swaps the last two axes of a product's small result.
 
-    The barrier keeps XLA from folding the turn into the product, where it would transpose the wide
-    operand instead.
+    The barrier keeps XLA from folding the transposition into the product, where it would transpose
+    the wide operand instead.
     """
     return jax.lax.optimization_barrier(x).mT

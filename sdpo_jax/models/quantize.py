@@ -1,7 +1,7 @@
 """Frozen kernels in fewer bits: int8 with one scale per output, nf4 with one per 64 inputs.
 
-NF4 is the code of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix E). A kernel is computed
-anew from its codes wherever a product reads it, so that no wide copy is ever kept.
+NF4 is the code of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix E). A kernel is
+dequantized wherever a product reads it, so that no wide copy is ever stored.
 """
 
 import dataclasses
@@ -45,39 +45,39 @@ NF4 = np.array(
 )
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A kernel [I, O]. int8: codes [I, O], scale [1, O]. nf4: two codes per byte [I/2, O], the
-    first in the high half, and scale [I/64, O]. Scales are float32."""
+    """A kernel [J, O]. int8: codes [J, O], scale [1, O]. nf4: two codes per byte [J/2, O], the
+    first in the high half, and scale [J/64, O]. Scales are float32."""
 
     codes: jax.Array
     scale: jax.Array
     kind: str
 
 
-def quantize(kernel_IO: jax.Array, kind: str) -> Quantized:
-    """The nearest codes of a kernel, with the largest magnitude of an output or block as scale.
+def quantize(kernel_JO: jax.Array, kind: str) -> Quantized:
+    """The nearest codes of a kernel, scaled by the largest magnitude of an output or block.
 
-    Leading axes (stacked layers) are kept. Raises InputError where nf4's blocks do not fit.
+    Leading axes are stacked layers. Raises InputError where nf4's blocks do not fit.
     """
-    *stack, I, O = kernel_IO.shape  # noqa: E741 - shape letters
-    kernel_IO = kernel_IO.astype(jnp.float32)
+    *stack, J, O = kernel_JO.shape  # noqa: E741 - shape letters
+    kernel_JO = kernel_JO.astype(jnp.float32)
     if kind == "int8":
-        scale = jnp.abs(kernel_IO).max(-2, keepdims=True) / 127
-        codes = jnp.round(kernel_IO / jnp.where(scale > 0, scale, 1))
+        scale = jnp.abs(kernel_JO).max(-2, keepdims=True) / 127
+        codes = jnp.round(kernel_JO / jnp.where(scale > 0, scale, 1))
         return Quantized(codes.astype(jnp.int8), scale, kind)
-    if I % BLOCK:
+    if J % BLOCK:
         raise InputError(
-            f"base_dtype=nf4: found a width of {I}, expected multiples of {BLOCK}: use int8 or bf16"
+            f"base_dtype=nf4: found a width of {J}, expected multiples of {BLOCK}: use int8 or bf16"
         )
-    blocks = kernel_IO.reshape(*stack, I // BLOCK, BLOCK, O)
+    blocks = kernel_JO.reshape(*stack, J // BLOCK, BLOCK, O)
     scale = jnp.abs(blocks).max(-2)
     unit = blocks / jnp.where(scale > 0, scale, 1)[..., None, :]
     middles = (NF4[1:] + NF4[:-1]) / 2
-    codes = jnp.searchsorted(middles, unit).astype(jnp.uint8).reshape(*stack, I // 2, 2, O)
+    codes = jnp.searchsorted(middles, unit).astype(jnp.uint8).reshape(*stack, J // 2, 2, O)
     return Quantized(codes[..., 0, :] << 4 | codes[..., 1, :], scale, kind)
 
 
 def dense(kernel: jax.Array | Quantized, dtype) -> jax.Array:
-    """The kernel [I, O] in `dtype`."""
+    """The kernel [J, O] in `dtype`."""
     if not isinstance(kernel, Quantized):
         return kernel.astype(dtype)
     codes, scale = kernel.codes, kernel.scale

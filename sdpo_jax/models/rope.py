@@ -1,4 +1,4 @@
-"""RoPE (Su et al. 2021, arXiv 2104.09864), and how its angles are stretched for longer texts."""
+"""RoPE (Su et al. 2021, arXiv 2104.09864), and its scalings for longer texts."""
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ def frequencies(positions_BT: jax.Array, config: DecoderConfig) -> jax.Array:
     """Radians per position, [rotated/2], by the kind that config.json names.
 
     `linear`: all divided by the factor. `dynamic`: theta grows with the longest text of the batch
-    once that is longer than the model's own length (NTK-aware scaling). `llama3`: long waves are
-    divided by the factor, short ones kept, those between interpolated (Llama 3.1).
+    once that exceeds the model's own length (NTK-aware scaling). `llama3`: low frequencies are
+    divided by the factor, high ones unchanged, those between interpolated (Llama 3.1).
     """
     rope, width = config.rope, config.rotated
     exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
@@ -39,10 +39,10 @@ def frequencies(positions_BT: jax.Array, config: DecoderConfig) -> jax.Array:
 
 
 def rotate(x_BTNH: jax.Array, angles: Angles) -> jax.Array:
-    """Turns the first values of each head, in Hugging Face's half-split order."""
+    """Rotates the first values of each head, in Hugging Face's half-split order."""
     cos, sin = angles
     half = cos.shape[-1]
     x32 = x_BTNH.astype(jnp.float32)
     first, second, rest = x32[..., :half], x32[..., half : 2 * half], x32[..., 2 * half :]
-    turned = (first * cos - second * sin, second * cos + first * sin, rest)
-    return jnp.concatenate(turned, -1).astype(x_BTNH.dtype)
+    rotated = (first * cos - second * sin, second * cos + first * sin, rest)
+    return jnp.concatenate(rotated, -1).astype(x_BTNH.dtype)

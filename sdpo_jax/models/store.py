@@ -67,7 +67,7 @@ def load_model(
       path: the model folder.
       lora: rank, scale and targets of the adapter, which starts from `seed`: A uniform, B zeros.
       dtype: of products, and of the base unless `base_dtype` names another.
-      base_dtype: key of `quantize.BASE_DTYPES`; the base is read in its stored dtype and cast or
+      base_dtype: of `quantize.BASE_DTYPES`; the base is read in its stored dtype and cast or
         quantized on its devices, one array after the other.
       remat: key of `decoder.REMAT`.
       seed: of the adapter.
@@ -104,7 +104,7 @@ def load_model(
         return Model(graphdef, base, abstract_base, config, tokenizer, ends, meta)
     if vectors_IE is not None:
         item_vectors.fill(base, vectors_IE, place)
-    # Under jit the unused draws of the base are removed, so only the adapter is ever made.
+    # jit removes the unused draws of the base, so only the adapter is made.
     init = jax.jit(
         lambda key: nnx.split(make(key), nnx.LoRAParam, ...)[1],
         out_shardings=_placed(abstract_lora, place),
@@ -154,14 +154,9 @@ def _placed(abstract: nnx.State, place: Placement) -> nnx.State:
 
 
 def _read_base(path: Path, abstract: nnx.State, config: DecoderConfig, stored: str, place):
-    """Reads every array in the stored dtype onto its devices, then makes of it what is wanted.
+    """Reads every array onto its devices in the `stored` dtype, then casts or quantizes it.
 
-    Args:
-      path: the folder of weights.
-      abstract: the base to make, in which a quantized kernel is its codes and their scale.
-      config: of the decoder.
-      stored: dtype on disk.
-      place: function from an abstract variable to its sharding.
+    In `abstract`, the base to make, a quantized kernel is its codes and their scale.
     """
     placed = flatten_dict(nnx.to_pure_dict(_placed(abstract, place)), sep="/")
     shapes: dict[str, Any] = flatten_dict(nnx.to_pure_dict(abstract), sep="/")
@@ -191,11 +186,11 @@ def _part(kernel: str, name: str) -> str:
 
 
 def _quantized(kernel: jax.Array, codes: jax.ShapeDtypeStruct, shardings):
-    """Codes and scales of a stack of kernels, layer by layer, so that no float32 copy is whole."""
+    """Codes and scales of stacked kernels, layer by layer: no float32 copy of all exists."""
     kind = "int8" if codes.dtype == jnp.int8 else "nf4"
 
-    def one(kernel_IO):
-        made = quantize(kernel_IO, kind)
+    def one(kernel_JO):
+        made = quantize(kernel_JO, kind)
         return made.codes, made.scale
 
     return jax.jit(lambda stack: jax.lax.map(one, stack), out_shardings=tuple(shardings))(kernel)

@@ -1,4 +1,4 @@
-"""A model folder's tokenizer, and the tokens that end what the model says."""
+"""A model folder's tokenizer, and the tokens that end a generation."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ def load_tokenizer(path: Path, where: str | None = None) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise what they like here
+    except Exception as error:  # tokenizers raises plain Exception
         if _lacks_sentencepiece(path):
             raise InputError(
                 f"{where or path}: found tokenizer.model and no tokenizer.json, which needs the "
@@ -32,14 +32,13 @@ def load_tokenizer(path: Path, where: str | None = None) -> Any:
 
 
 def _lacks_sentencepiece(path: Path) -> bool:
-    known = os.path.exists(path / "tokenizer.json")
-    known = known or not os.path.exists(path / "tokenizer.model")
-    return not known and importlib.util.find_spec("sentencepiece") is None
+    only = not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists()
+    return only and importlib.util.find_spec("sentencepiece") is None
 
 
 def check_vocabulary(tokenizer: Any, V: int, where: str) -> None:
     """Raises InputError where the tokenizer has a token beyond the model's `V`."""
-    # Not their number: a vocabulary may have gaps, and JAX reads beyond a table in silence.
+    # Not their number: a vocabulary may have gaps, and JAX clamps an index beyond a table silently.
     beyond = {name: i for name, i in tokenizer.get_vocab().items() if i >= V}
     if beyond:
         name = max(beyond, key=beyond.__getitem__)
@@ -50,10 +49,10 @@ def check_vocabulary(tokenizer: Any, V: int, where: str) -> None:
 
 
 def ends_of(path: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end what a model generates; the tokenizer's EOS, which is trained, is first.
+    """The tokens that end a generation; the tokenizer's EOS, which is trained, is first.
 
-    The others are those of config.json and generation_config.json, as the end of a turn of a model
-    whose EOS ends a document. Raises InputError where a file names what is no token.
+    The others are those of config.json and generation_config.json, such as the end of a turn of a
+    model whose EOS ends a document. Raises InputError where a file names anything but tokens.
     """
     ends = [tokenizer.eos_token_id]
     for name in ("config.json", "generation_config.json"):

@@ -59,8 +59,8 @@ GPT_NEOX = (
 PARTS = (("/kernel", ".weight", True), ("/scale", ".weight", False), ("/bias", ".bias", False))
 WHOLE = "expected JSON: give the folder of a whole model"
 LAYOUT = "1"  # of weights/: a folder written under another number is not the same output
-TOLD = 20  # tensors that a message lists
-# Buffers of old checkpoints that hold nothing learnt.
+LISTED = 20  # tensors in a message
+# Buffers of old checkpoints, which are not learnt.
 IGNORED_SUFFIXES = (
     "rotary_emb.inv_freq",
     ".attention.bias",
@@ -88,7 +88,7 @@ PACKED = (
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where a tensor goes: our path, the layer of a stacked array (or None), and the turn."""
+    """Where a tensor goes: our path, and the layer of a stacked array (or None)."""
 
     path: str
     layer: int | None
@@ -120,9 +120,8 @@ def slots_of(modules: Sequence[tuple[str, str]], shapes, layers: int) -> dict[st
     table = {}
     for module, ours in modules:
         tensors = [(ours + part, module + suffix, transposed) for part, suffix, transposed in PARTS]
-        tensors.append(
-            (ours, f"{module}.weight", ours == "head")
-        )  # embedding and head have no part
+        # Embedding and head are arrays without parts.
+        tensors.append((ours, f"{module}.weight", ours == "head"))
         for path, name, transposed in tensors:
             if path in shapes:
                 for layer in range(layers) if "{}" in name else [None]:
@@ -172,10 +171,10 @@ def read_arrays(
     """
     problems = list(_problems(source, table, shapes, spare))
     if problems:
-        more = ["…"] if len(problems) > TOLD else []
+        more = ["…"] if len(problems) > LISTED else []
         raise InputError(
             f"{source.where}: {len(problems)} tensors do not fit: "
-            f"{'; '.join([*problems[:TOLD], *more])}: "
+            f"{'; '.join([*problems[:LISTED], *more])}: "
             "give the whole model that the config describes"
         )
     names = sorted({source.tensors[name][1] for name in table})
@@ -208,7 +207,7 @@ def _problems(source: Source, table, shapes, spare: str | None) -> Iterator[str]
 
 
 def _check_tied(source: Source, config: DecoderConfig, embedding: np.ndarray) -> None:
-    """Some tied checkpoints store the head too: it must be the embedding."""
+    """A tied checkpoint may store the head too, which must equal the embedding."""
     head = tied_head(config)
     if head not in source.tensors:
         return
@@ -285,7 +284,7 @@ def open_hf(folder: Path) -> Source:
 
 
 def _check_quantized(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
-    """Raises InputError where tensors are quantized; config.json may still say so of others."""
+    """Raises InputError where tensors are quantized, whatever config.json says."""
     packed = [
         name
         for name, (_, dtype) in tensors.items()
@@ -310,7 +309,7 @@ def _opened(path: Path):
         ) from error
 
 
-# And the file that says, with config.json, which tokens end what a model generates.
+# The last one names, with config.json, the tokens that end a generation.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -333,15 +332,10 @@ def _copy_tokenizer(folder: Path, target: Path) -> None:
 
 def source_digest(model: Path) -> str:
     """SHA-256 over the names and bytes of every file that is read."""
-    files = (
-        [model]
-        if model.is_file()
-        else [
-            model / "config.json",
-            *safetensors_files(model),
-            *(model / name for name in TOKENIZER_FILES if os.path.lexists(model / name)),
-        ]
-    )
+    files = [model]
+    if not model.is_file():
+        tokenizer = (model / name for name in TOKENIZER_FILES if os.path.lexists(model / name))
+        files = [model / "config.json", *safetensors_files(model), *tokenizer]
     digest = hashlib.sha256(LAYOUT.encode())
     for path in files:
         try:

@@ -10,9 +10,9 @@ An example is a prompt, M places in it where an answer begins, and C answers for
   packed_BS          int32, indices into the flattened [M*C*A] answers of the tokens that are fed
                      beside the prompt: every token but the last of each answer that is not part of
                      the prompt; -1 where an example has fewer;
-  head_BE            int32, the prompt's columns that predict an answer token, -1 where fewer;
-  predictor_BMCA     int32, for each answer token the index of what predicts it: below E a place of
-                     head_BE, from E on a place of packed_BS;
+  head_BQ            int32, the prompt's columns that predict an answer token, -1 where fewer;
+  predictor_BMCA     int32, for each answer token the index of what predicts it: below Q a place of
+                     head_BQ, from Q on a place of packed_BS;
   slot_WT            int32, for each place of W rows that hold B/W examples each, the index of its
                      token in the row's flattened [B/W, P+S] grid, -1 where a row has fewer tokens.
 
@@ -21,10 +21,13 @@ a target: the chosen answers are part of the prompt, so only the rejected ones a
 
 `shared_prefix` computes the prompt once for all its answers: an answer token sees the prompt up to
 its target's place and the earlier tokens of its own answer, and its position continues from that
-place. A row `[prompt | answers | next prompt | ...]` holds real tokens alone; only attention and
-the head see the padded grid `[prompt_BP | packed_BS]`. `padded` feeds M * C full rows per example,
-as the official code does; it is the oracle. Both put the head on positions that predict an answer
-token and on no other, and an answer's end is a target, never an input.
+place. A row `[prompt | answers | next prompt | ...]` has real tokens only; attention and the head
+see the padded grid `[prompt_BP | packed_BS]`. `padded` feeds M * C full rows per example, as the
+official code does, and is the oracle. Both compute logits only where an answer token is predicted,
+and an answer's end is a target, never an input.
+
+Letters beside those of `sdpo_jax.system.sharding`: X places of the grid, P + S; Y places with
+logits, Q + S; Z answer tokens of an example, M*C*A, or full rows of a batch, B*M*C.
 """
 
 import functools
@@ -50,7 +53,7 @@ def prompt_positions(prompt_mask_BP: jax.Array) -> jax.Array:
 def _token_logp(logits_BYV: jax.Array, place_BZ: jax.Array, token_BZ: jax.Array) -> jax.Array:
     """Log-probs [B, Z] of tokens, each at its place among Y: logit minus float32 logsumexp.
 
-    The vjp is written by hand so that one array of the logits' size is made, and no more.
+    The vjp is written by hand, so that only one array of the logits' size is made.
     """
     return _token_logp_forward(logits_BYV, place_BZ, token_BZ)[0]
 
@@ -115,8 +118,8 @@ class PackedAnswers:
     def attend(self, q_BSNH: jax.Array, prompt: Keys, answers: Keys, dtype) -> jax.Array:
         """Attention over keys and values of the prompt and of the own answer, [B, S, N*H].
 
-        Queries go in equal blocks. An answer has at most A - 1 tokens side by side, so a block
-        needs no other answers' keys than those within A - 2 places before it.
+        Queries run in equal blocks. An answer has at most A - 1 tokens side by side, so a block
+        needs only the keys of its own places and of the A - 2 before it.
         """
         S, (k_BSGH, v_BSGH) = q_BSNH.shape[1], answers
         blocks = -(-S // CAUSAL_BLOCK)
@@ -153,7 +156,7 @@ _pick.defvjp(_pick_forward, _pick_backward)
 
 
 def _inverse(index_BY: jax.Array, X: int) -> jax.Array:
-    """[B, X]: where in `index_BY` each of X places stands, -1 where nowhere."""
+    """[B, X]: the place in `index_BY` of each of X numbers, -1 where it is not there."""
     places_BY = jnp.where(index_BY >= 0, index_BY, X)  # out of range: dropped
 
     def one(places_Y):
@@ -163,21 +166,24 @@ def _inverse(index_BY: jax.Array, X: int) -> jax.Array:
 
 
 class Rows:
-    """Moves values between rows of real tokens [W, T, ...] and the padded grid [B, P+S, ...]."""
+    """Moves values between rows of real tokens [W, T, ...] and the padded grid [B, P+S, ...].
+
+    X: places of an example in the grid; Y: places of all examples of a row.
+    """
 
     def __init__(self, slot_WT: jax.Array, valid_BX: jax.Array):
-        valid_WX = valid_BX.reshape(slot_WT.shape[0], -1)
+        valid_WY = valid_BX.reshape(slot_WT.shape[0], -1)
         self.slot_WT = slot_WT
-        self.place_WX = jnp.where(valid_WX, jnp.cumsum(valid_WX, -1) - 1, -1)
+        self.place_WY = jnp.where(valid_WY, jnp.cumsum(valid_WY, -1) - 1, -1)
         self.grid = valid_BX.shape
 
     def pack(self, x_BX: jax.Array) -> jax.Array:
-        x_WX = x_BX.reshape(*self.place_WX.shape, *x_BX.shape[2:])
-        return _pick(x_WX, self.slot_WT, self.place_WX)
+        x_WY = x_BX.reshape(*self.place_WY.shape, *x_BX.shape[2:])
+        return _pick(x_WY, self.slot_WT, self.place_WY)
 
     def unpack(self, x_WT: jax.Array) -> jax.Array:
-        x_WX = _pick(x_WT, self.place_WX, self.slot_WT)
-        return x_WX.reshape(*self.grid, *x_WT.shape[2:])
+        x_WY = _pick(x_WT, self.place_WY, self.slot_WT)
+        return x_WY.reshape(*self.grid, *x_WT.shape[2:])
 
 
 def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_keys_W=None) -> jax.Array:
@@ -187,7 +193,7 @@ def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_keys_W=None) -> j
     """
     window = decoder.config.window
     packed = PackedAnswers(batch, window)
-    mask_BP, head_BE = batch["prompt_mask_BP"], batch["head_BE"]
+    mask_BP, head_BQ = batch["prompt_mask_BP"], batch["head_BQ"]
     P = mask_BP.shape[1]
     rows = Rows(batch["slot_WT"], jnp.concatenate([mask_BP, packed.valid_BS], 1))
 
@@ -201,8 +207,8 @@ def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_keys_W=None) -> j
     positions_WT = rows.pack(jnp.concatenate([prompt_positions(mask_BP), packed.positions_BS], 1))
     hidden_WTD, _ = decoder(tokens_WT, positions_WT, attention, None, dropout_keys_W)
     hidden_BXD = rows.unpack(hidden_WTD)
-    head_BED = _pick(hidden_BXD[:, :P], head_BE, _inverse(head_BE, P))
-    logits_BYV = decoder.logits(jnp.concatenate([head_BED, hidden_BXD[:, P:]], 1))
+    head_BQD = _pick(hidden_BXD[:, :P], head_BQ, _inverse(head_BQ, P))
+    logits_BYV = decoder.logits(jnp.concatenate([head_BQD, hidden_BXD[:, P:]], 1))
     return answers_logp(logits_BYV, batch["predictor_BMCA"], batch)
 
 
@@ -222,7 +228,7 @@ def prompts_apart(batch: Batch) -> tuple[jax.Array, jax.Array]:
 def padded_hidden(decoder: Decoder, batch: Batch, dropout_keys_W=None):
     """M*C full rows per example, Z = B*M*C: their hidden states, and the answers with their mask.
 
-    Returns hidden_ZTD, answers_ZA, answers_mask_ZA; the last A of the T = P+A-1 places predict the
+    Returns hidden_ZTD, answers_ZA, answers_mask_ZA; the last A of T = P+A-1 places predict the
     answer's tokens.
     """
     B, M, C, A = batch["answers_BMCA"].shape

@@ -1,4 +1,4 @@
-"""The picture of a run's curves. The only module that imports matplotlib, when it is asked to."""
+"""The plot of a run's curves; matplotlib is imported on use."""
 
 import math
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ Points = tuple[list[int], list[float]]
 
 def series(lines: Sequence[dict[str, Any]], stage: str, key: str) -> Points:
     """Steps and values of a stage's lines that have `key`."""
-    kept = [line for line in lines if line["stage"] == stage and key in line]
-    return [line["step"] for line in kept], [line[key] for line in kept]
+    found = [line for line in lines if line["stage"] == stage and key in line]
+    return [line["step"] for line in found], [line[key] for line in found]
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
@@ -26,7 +26,7 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 
 
 def draw(lines: Sequence[dict[str, Any]], config: RunConfig, path: Path) -> None:
-    """Writes the picture of metrics.jsonl's `lines` as PNG, whole or not at all.
+    """Plots `lines` of metrics.jsonl into a PNG, written atomically.
 
     Raises ImportError without matplotlib.
     """
@@ -86,7 +86,7 @@ def _draw_margin(axes, lines, stage: str, config: RunConfig) -> None:
 
 def _draw_accuracy(axes, lines, stage: str, config: RunConfig) -> None:
     C = config.num_negatives + 1
-    # At step 0 all rewards are equal, and a tie is no success: that 0 would read as below chance.
+    # At step 0 all rewards are equal, and a tie is not a success: a 0 would read as below chance.
     _curves(axes, [line for line in lines if line["step"] > 0], stage, "rewards/accuracies")
     axes.axhline(1 / C, color=GREY, linestyle=":", label=f"chance, 1/{C}")
     axes.set_ylim(0, 1)

@@ -1,4 +1,4 @@
-"""A page of a few kinds of parts, as HTML that needs nothing but itself, and as Markdown."""
+"""A page as a list of parts, rendered as self-contained HTML and as Markdown."""
 
 import dataclasses
 import html
@@ -46,14 +46,14 @@ class Notes:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A header and rows of texts."""
+    """A header and rows."""
 
     cells: Sequence[Sequence[str]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An SVG element, in which all text is escaped. Markdown has its table only."""
+    """An SVG element with all text escaped; left out of Markdown."""
 
     svg: str
     caption: str
@@ -61,7 +61,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Commands:
-    """Lines for a shell."""
+    """Shell commands."""
 
     lines: Sequence[str]
 
@@ -130,5 +130,5 @@ def _markdown(part: Part) -> str:
 
 
 def _cell(text: str) -> str:
-    """Figures as they are: brackets without parentheses are no link."""
+    """Numbers are not escaped: brackets without parentheses are not a link."""
     return text if re.fullmatch(r"[-+–@%.,'\[\]\w ]*|<[\d.]+", text) else plain(text)

@@ -1,4 +1,4 @@
-"""The figures as SVG elements for a page; they import matplotlib when they are asked for."""
+"""Figures as SVG elements of a page; matplotlib is imported on use."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ Interval = tuple[float, float, float]  # a value and the ends of its interval
 
 
 def bars(name: str, labels: Sequence[str], values: Sequence[Interval], unit: str) -> str:
-    """One bar a label, with its interval."""
+    """One bar per label, with its interval."""
 
     def fill(axes) -> None:
         heights, errors = _errors(values)
@@ -21,7 +21,7 @@ def bars(name: str, labels: Sequence[str], values: Sequence[Interval], unit: str
 
 
 def over(name: str, at: Sequence[float], values: Sequence[Interval], axis: str, unit: str) -> str:
-    """Values with their intervals over a setting, whose values are spaced evenly."""
+    """Values with intervals over a setting, whose values are evenly spaced."""
 
     def fill(axes) -> None:
         heights, errors = _errors(values)
@@ -37,7 +37,7 @@ def over(name: str, at: Sequence[float], values: Sequence[Interval], axis: str, 
 
 
 def curves(name: str, lines: Sequence[tuple[str, Points]], unit: str) -> str:
-    """One line a label over steps; of many points their running mean, the points faint."""
+    """One line per label over steps; many points are drawn faint under their running mean."""
 
     def fill(axes) -> None:
         for (label, (steps, values)), colour in zip(lines, COLOURS, strict=False):
@@ -53,7 +53,7 @@ def curves(name: str, lines: Sequence[tuple[str, Points]], unit: str) -> str:
 
 
 def _errors(values: Sequence[Interval]) -> tuple[list[float], list[list[float]]]:
-    """Heights, and how far the interval goes below and above each."""
+    """Heights, and the lengths of the intervals below and above."""
     heights = [value for value, _, _ in values]
     below = [max(0.0, value - low) for value, low, _ in values]
     above = [max(0.0, high - value) for value, _, high in values]
@@ -61,7 +61,7 @@ def _errors(values: Sequence[Interval]) -> tuple[list[float], list[list[float]]]
 
 
 def _svg(name: str, fill: Callable) -> str:
-    """The element alone. `name` keeps its ids apart from those of other figures of the page."""
+    """The <svg> element alone. `name` makes its ids unique on the page."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

@@ -1,12 +1,12 @@
-"""Text from files and paths within Markdown, shown as it is whatever marks it holds."""
+"""Escapes text from files and paths for Markdown."""
 
 import re
 
 
 def plain(text: object) -> str:
-    """One line that makes no tag, link, code, emphasis or cell; what is not printable is "�".
+    """One line without tags, links, code, emphasis or cells; unprintable characters become "�".
 
-    An underscore is left: within the names of files and keys it marks nothing.
+    Underscores stay: inside names of files and keys they are not markup.
     """
     line = " ".join(str(text).split())
     line = "".join(c if c.isprintable() else "�" for c in line)
@@ -15,7 +15,7 @@ def plain(text: object) -> str:
 
 
 def fenced(text: str) -> str:
-    """A block of code, its fence longer than any run of backticks in `text`."""
+    """A code block with a fence longer than any run of backticks in `text`."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{text}\n{fence}"

@@ -1,4 +1,4 @@
-"""The model card that goes with an exported model: what it was trained on and how it scored."""
+"""The model card of an exported model: its training, data and results."""
 
 import math
 from pathlib import Path
@@ -14,23 +14,26 @@ from sdpo_jax.runs.config import RunConfig
 from sdpo_jax.runs.workdir import Run, check_fingerprint, stage_result
 from sdpo_jax.system.hub import is_hub_name, name_and_revision
 
-# What the model does with a prompt of each kind, and how the prompt is filled in.
+# Per kind of prompt: what the model does, and how the prompt is filled in.
 _ANSWERS = {
-    "candidates": "answers with one of the titles it is shown",
+    "candidates": "answers with one of the titles in the prompt",
     "history": "continues a history of titles with the next one",
 }
 _PLACES = {
-    "candidates": "History and candidates take the places in brackets, one title per line; the "
-    "answer is a title and EOS.",
-    "history": "The titles of the history take the place in brackets, oldest first, one per line, "
-    "and the last line is ended too. The answer is a title; a line break ends it. Each title and "
-    "each line break is tokenized apart, without special tokens. Give token ids where a tokenizer "
-    "joins a line break with what stands before it, as those of Llama 3 and Qwen join `)` with it.",
+    "candidates": "Replace the brackets by history and candidates, one title per line. The answer "
+    "is a title and EOS.",
+    "history": "Replace the brackets by the titles of the history, oldest first, each followed by "
+    "a line break. The answer is a title; a line break ends it. Each title and each line break is "
+    "tokenized separately, without special tokens. Pass token ids where a tokenizer merges a line "
+    "break with the character before it, as those of Llama 3 and Qwen merge `)` with it.",
 }
 
 
 def model_card(run: Run, stage: str, step: int, form: str) -> str:
-    """Markdown with the Hub's header; `form` is "peft" or "merged"."""
+    """Markdown with the Hub's header; `form` is "peft" or "merged".
+
+    Raises InputError if the data set is not the run's.
+    """
     c, meta = run.config, read_meta(Path(run.config.model))
     trained = _trained(stage, c.method)
     data = read_dataset_meta(Path(c.dataset))
@@ -99,7 +102,7 @@ def _trained(stage: str, method: str) -> str:
 
 
 def _one_of(count: int) -> str:
-    return f" This is the first of {count} wordings, drawn by example." if count > 1 else ""
+    return f" This is the first of {count} wordings, drawn per example." if count > 1 else ""
 
 
 def _table(*rows: tuple[str, object]) -> str:
@@ -137,6 +140,5 @@ def _results(run: Run, stage: str, step: int) -> str:
             f"{summary.get('valid_ratio', math.nan):.4f} | {summary['n']} |"
         )
     if any(summary["rank"] == "disliked" for summary in found):
-        told = "Of `disliked`, the target against an item rated low by its user, HR@1 is the AUC."
-        lines += ["", told]
+        lines += ["", "`disliked`: the target against an item its user rated low; HR@1 is the AUC."]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The table of a run's evaluations, the comparison of its stages, and what to read them against."""
+"""Tables of a run's evaluations and paired differences, and the report as Markdown."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from sdpo_jax.runs.curves import read_metrics
 from sdpo_jax.runs.workdir import Run, stage_result
 from sdpo_jax.system.errors import InputError
 
-# Column and key of the summary: of the score decoder among the candidates, and of the catalogue.
+# (column, key of the summary): of the score decoder on candidates, then of the catalogue.
 RANKING = (("HR@5", "hit_ratio_at_5"), ("NDCG@10", "ndcg_at_10"), ("MRR", "mrr"))
 HIT_RATIOS = tuple((f"HR@{k} [95%]", f"hit_ratio_at_{k}") for k in (1, 5, 10, 20))
 FURTHER = (
@@ -86,8 +86,8 @@ def _rows(run: Run, found: Sequence[dict[str, Any]]) -> list[Row]:
 def reward_accuracy(run: Run, step: int) -> tuple[float, int] | None:
     """Share of validation windows whose preferred candidate has the highest reward, and their n.
 
-    Taken at `step`, else at the last validation; n is 0 where it is not known. None where there is
-    no validation, and at step 0: the policy is the reference, so all rewards are 0.
+    Taken at `step`, else at the last validation; n is 0 where unknown. None without validation
+    and at step 0: the policy is the reference, so all rewards are 0.
     """
     if step == 0:
         return None
@@ -100,7 +100,7 @@ def reward_accuracy(run: Run, step: int) -> tuple[float, int] | None:
 
 
 def table(run: Run, rows: Sequence[Row]) -> list[list[str]]:
-    """Header and cells of the rankings of candidates, the chance level last."""
+    """Header and rows of the rankings of candidates, the chance level last."""
     decoders = [d for d in DECODERS if any(d in row.by_decoder for row in rows)]
     header = ["", "step"]
     for decoder in decoders:
@@ -127,7 +127,7 @@ def _cells(run: Run, row: Row, decoders: Sequence[str]) -> list[str]:
     cells.append("/".join(sorted({str(s["n"]) for s in row.by_decoder.values()})))
     result = stage_result(run.path, row.stage)
     cells.append(f"{result['seconds']:.0f}" if result else "–")
-    seconds = (s.get("seconds") for s in _in_order(row, decoders))
+    seconds = (row.by_decoder[d].get("seconds") for d in decoders if d in row.by_decoder)
     return [*cells, "/".join("–" if s is None else f"{s:.0f}" for s in seconds)]
 
 
@@ -138,13 +138,12 @@ def _chance(run: Run, rows: Sequence[Row], decoders: Sequence[str]) -> list[str]
         cells.append(_number(1 / C))
         cells += ["–"] if decoder == "greedy" else []
         if decoder == "score":
-            of_rank = METRICS["candidates"]
-            cells += [_number(metrics.chance(of_rank[key], C)) for _, key in RANKING]
+            cells += [_number(metrics.chance(METRICS["candidates"][key], C)) for _, key in RANKING]
     return [*cells, _number(1 / (1 + run.config.num_negatives)), "", "", ""]
 
 
 def catalogue_table(run: Run, rows: Sequence[Row]) -> list[list[str]]:
-    """Header and cells of the rankings of the whole catalogue: a line per system and decoder."""
+    """Header and rows of the rankings of the whole catalogue: a row per system and decoder."""
     columns = [name for name, _ in (*HIT_RATIOS, *FURTHER)]
     cells = [["", "step", "decoder", *columns, "popularity@10", "n"]]
     for row in rows:
@@ -165,41 +164,44 @@ def catalogue_table(run: Run, rows: Sequence[Row]) -> list[list[str]]:
 
 
 def differences(run: Run, rows: Sequence[Row], metric: str = "HR@1") -> list[list[str]]:
-    """S-DPO against all others, SFT against base: paired HR@1 on the windows both have."""
+    """S-DPO against all others, SFT against base: paired `metric` on the shared windows."""
     named = names(run)
     cells = [
         ["", "decoder", f"difference of {metric} [95%]", "p", "only first", "only second", "n"]
     ]
-    of_stage = {row.stage: row for row in rows}
+    by_stage = {row.stage: row.by_decoder for row in rows}
     others = [("sdpo", system) for system in SYSTEMS]
     for first, second in (("sdpo", "sft"), ("sdpo", "base"), ("sft", "base"), *others):
-        if first not in of_stage or second not in of_stage:
+        if first not in by_stage or second not in by_stage:
             continue
-        a, b = of_stage[first].by_decoder, of_stage[second].by_decoder
+        a, b = by_stage[first], by_stage[second]
         for decoder in (d for d in DECODERS if d in a and d in b):
             d = paired(a[decoder], b[decoder])
             if d is not None:
-                interval = f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
                 pair = f"{named[first]} – {named[second]}"
                 counts = [str(d.only_a), str(d.only_b), str(d.n)]
-                cells.append(
-                    [pair, decoder, interval, "<0.001" if d.p < 0.001 else f"{d.p:.3f}", *counts]
-                )
+                cells.append([pair, decoder, *interval_and_p(d), *counts])
     return cells
 
 
 def paired(a: dict[str, Any], b: dict[str, Any]) -> metrics.Difference | None:
-    """The difference of HR@1 on the rows that both evaluations have; None if there is none."""
-    of_a, of_b = ({p["row"]: p for p in read_predictions(s)} for s in (a, b))
-    if not (rows := sorted(of_a.keys() & of_b.keys())):
+    """The difference of HR@1 on the rows of both evaluations; None if they share none."""
+    first, second = ({p["row"]: p for p in read_predictions(s)} for s in (a, b))
+    if not (shared := sorted(first.keys() & second.keys())):
         return None
-    hits_a, hits_b = ([of_row[row]["hit"] for row in rows] for of_row in (of_a, of_b))
-    return metrics.paired_difference(hits_a, hits_b, users_of(of_a[row] for row in rows))
+    hits_a, hits_b = ([by_row[row]["hit"] for row in shared] for by_row in (first, second))
+    return metrics.paired_difference(hits_a, hits_b, users_of(first[row] for row in shared))
+
+
+def interval_and_p(d: metrics.Difference) -> tuple[str, str]:
+    """A difference with its interval, and its p."""
+    p = "<0.001" if d.p < 0.001 else f"{d.p:.3f}"
+    return f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]", p
 
 
 def render(run: Run, split: str, rows: Rows, picture: str | None) -> str:
     """The whole report as Markdown."""
-    first = next(row for of_rank in rows.values() for row in of_rank)
+    first = next(row for ranked in rows.values() for row in ranked)
     summary = next(iter(first.by_decoder.values()))
     parts = [
         f"# {plain(run.path)}",
@@ -220,17 +222,17 @@ def _candidates(run: Run, rows: Sequence[Row]) -> list[str]:
         "\n".join(markdown(table(run, rows))),
         "HR@1 greedy and valid are the paper's: the generation names exactly one candidate. "
         "HR@5, NDCG@10 and MRR rank the candidates by log-probability. Reward accuracy is on the "
-        f"{plain(run.config.validation_split)} split. Intervals are Wilson's, wider where windows "
-        "of one user are alike, but for reward accuracy's. Evaluation seconds are per decoder, in "
-        "the order of the columns.",
+        f"{plain(run.config.validation_split)} split. Intervals are Wilson's, with the design "
+        "effect of users except for reward accuracy. Evaluation seconds are per decoder, in the "
+        "order of the columns.",
     ]
     compared = differences(run, rows)
     if len(compared) > 1:
         parts += [
             "## Paired differences",
             "\n".join(markdown(compared)),
-            "Interval: Bonett & Price, with the same care for users; p: exact test, two-sided, "
-            "of exchanging the systems user by user (McNemar's where each has one window).",
+            "Interval: Bonett & Price, with the same design effect; p: exact two-sided "
+            "randomization test over users (McNemar's where each has one window).",
         ]
     return parts
 
@@ -245,7 +247,7 @@ def _catalogue(run: Run, rows: Sequence[Row]) -> list[str]:
         "beam search does not find is a miss. Of the first 10 items per window: coverage is the "
         "share of all items recommended at least once, Gini the inequality of how often each item "
         "is recommended (0: all equally often), popularity the mean number of training "
-        "interactions. Intervals are Wilson's, wider where windows of one user are alike.",
+        "interactions. Intervals are Wilson's, with the design effect of users.",
     ]
 
 
@@ -266,17 +268,13 @@ def _disliked(run: Run, rows: Sequence[Row]) -> list[str]:
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> list[str]:
-    """A table with aligned columns: it is read in a terminal too."""
+    """A table with aligned columns, as it is read in a terminal too."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
         for row in cells
     ]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
-
-
-def _in_order(row: Row, decoders: Sequence[str]) -> list[dict[str, Any]]:
-    return [row.by_decoder[d] for d in decoders if d in row.by_decoder]
 
 
 def _number(value: float | None) -> str:

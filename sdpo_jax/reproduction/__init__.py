@@ -1,1 +1,1 @@
-"""The paper's tables and figures: what has to be run for them, running it, and the page."""
+"""The paper's tables and figures: their runs, and the page of results."""

@@ -1,7 +1,7 @@
-"""The cells of the paper's tables: a cell is one workdir, made by commands that can be pasted.
+"""The cells of the paper's tables: a cell is one workdir and the shell commands that fill it.
 
-A table is a list of rows; a row says which cell its figures come from. Cells that several tables
-share are the same cell: all that is tuned on preferences starts from one SFT stage a data set.
+A table is a list of rows; a row names the cell of its figures. Tables share cells: all preference
+tuning on a data set starts from one SFT stage.
 """
 
 import dataclasses
@@ -9,13 +9,13 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from sdpo_jax.evaluation.systems import NAMES, SYSTEMS, TRADITIONAL
+from sdpo_jax.evaluation.systems import NAMES, TRADITIONAL
 
 DATASETS = {"movielens": "MovieLens-100K", "lastfm": "LastFM", "goodreads": "Goodreads"}
 DOMAIN = {"movielens": "movie", "lastfm": "music", "goodreads": "book"}
 BACKBONES = {"llama1": "LLaMA1-7B", "mistral": "Mistral-7B", "pythia": "Pythia-2.8B"}
 K, BETA = 3, 1.0  # [paper]
-# Keys of a config that make a training the one that its row names.
+# Config keys that define a row's training, so that --options may not set them.
 KEYS = (
     "dataset",
     "model",
@@ -45,7 +45,7 @@ class Scale:
 
 SCALES = {
     "smoke": Scale(
-        "A few steps, to see that all is in place: these figures say nothing of any system.",
+        "A few steps, to test the setup: these figures say nothing about any system.",
         ":smoke",
         "test_all",
         16,
@@ -54,16 +54,16 @@ SCALES = {
         ("--epochs=1", "--l2=1e-4"),
     ),
     "small": Scale(
-        "Not the paper's setting: a small language model that sees some hundred training windows "
-        "a stage, the networks see all. Prompts for the default model are in its chat format, but "
-        "for TALLRec's.",
+        "Not the paper's setting: a small language model trained on a few hundred windows per "
+        "stage; the networks train on all. Prompts of the default model are in its chat format, "
+        "except TALLRec's.",
         ":small",
         "test_all",
         200,
         network=("--l2=1e-6",),
     ),
     "medium": Scale(
-        "Every training window once in each stage with a small model: not the paper's setting.",
+        "Not the paper's setting: a small model that sees each training window once per stage.",
         ":medium",
         "test_all",
         1000,
@@ -74,10 +74,10 @@ SCALES = {
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A command (a module and its options), and the files that it leaves in its cell's folder."""
+    """A command (a module and its options), and the files it writes into its cell's folder."""
 
     command: tuple[str, ...]
-    leaves: tuple[str, ...]  # patterns, as steps of checkpoints are parts of names
+    leaves: tuple[str, ...]  # glob patterns, as names contain checkpoint steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Cell:
     needs: tuple["Cell", ...] = ()
 
     def left(self) -> list[Step]:
-        """The steps that are not done: each of them that has left its files is."""
+        """The steps still to be run: those with files missing."""
         return [
             step
             for step in self.steps
@@ -99,12 +99,12 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What is asked for."""
+    """The scale, models and data of a reproduction."""
 
     root: Path
     scale: Scale
     model: str = ""  # a converted model; "": the small one, converted into root/model
-    options: tuple[str, ...] = ()  # of every sdpo_jax.train
+    options: tuple[str, ...] = ()  # for every sdpo_jax.train
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)  # data set -> raw files
     backbones: Mapping[str, str] = dataclasses.field(default_factory=dict)  # -> converted model
     endpoint: str = ""
@@ -129,8 +129,9 @@ class Place:
 
     @property
     def model(self) -> str:
-        own = self.study.model or str(self.study.root / "model")
-        return self.study.backbones[self.backbone] if self.backbone else own
+        if self.backbone:
+            return self.study.backbones[self.backbone]
+        return self.study.model or str(self.study.root / "model")
 
     @property
     def split(self) -> str:
@@ -138,26 +139,26 @@ class Place:
 
     @property
     def windows(self) -> tuple[str, ...]:
-        """Options of what evaluates."""
+        """Options of the evaluating commands."""
         limit = self.study.scale.limit
         return (f"--split={self.split}", *([f"--limit={limit}"] if limit else []))
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of a table: the cell and the stage of it that its figures are of, or why none is."""
+    """A row of a table: the cell and stage of its figures, or why it has none."""
 
     system: str
     label: str
     cell: Cell | None = None
     stage: str = ""
     missing: str = ""
-    at: float = 0.0  # its place on the axis of a figure
+    at: float = 0.0  # position on the axis of a figure
 
     @property
     def decoder(self) -> str:
-        """The paper's metric: what a model says, or which candidate a network ranks first."""
-        return "score" if self.stage in SYSTEMS and self.stage != "chatrec" else "greedy"
+        """Of the paper's metric: a model's generation, or the candidate a network ranks first."""
+        return "score" if self.stage in TRADITIONAL else "greedy"
 
 
 def prepared(place: Place) -> Cell:
@@ -172,15 +173,15 @@ def prepared(place: Place) -> Cell:
 
 
 def left_out(study: Study, dataset: str) -> str:
-    """Why nothing of a data set can be run; "" where it can."""
+    """Why a data set cannot be run; "" if it can."""
     place = Place(study, dataset)
     if dataset == "movielens" or study.sources.get(dataset) or not prepared(place).left():
         return ""
-    return f"left out: needs --{dataset}=PATH, the raw files as sdpo_jax.prepare reads them"
+    return f"left out: needs --{dataset}=PATH, the raw files that sdpo_jax.prepare reads"
 
 
 def converted(place: Place) -> tuple[Cell, ...]:
-    """None where the user has a model."""
+    """The conversion of the default model; empty if a model is given."""
     if place.backbone or place.study.model:
         return ()
     folder = place.study.root / "model"
@@ -195,9 +196,9 @@ def trained(
     needs: tuple[Cell, ...] = (),
     **keys: object,
 ) -> Cell:
-    """A run of one stage with these keys of its config, and its evaluation."""
+    """A run of one stage with config `keys`, and its evaluation."""
     folder, study = place.folder / name, place.study
-    own = {} if converted(place) else {"chat_template": False}  # not every model has a format
+    own = {} if converted(place) else {"chat_template": False}  # not every model has one
     keys = {"dataset": place.data, "model": place.model, "stages": f'("{stage}",)'} | own | keys
     train = (
         "sdpo_jax.train",
@@ -219,7 +220,7 @@ def trained(
 
 
 def sft(place: Place) -> Cell:
-    """The SFT stage that all others start from, with its adapter exported; the base beside it."""
+    """The SFT stage that preference tuning starts from, its adapter exported, and the base."""
     cell = trained(place, "sft", "sft", ("base", "sft"))
     adapter = cell.folder / "adapter"
     export = ("sdpo_jax.export", f"--workdir={cell.folder}", "--stage=sft", f"--output={adapter}")
@@ -228,7 +229,7 @@ def sft(place: Place) -> Cell:
 
 
 def tuned(place: Place, negatives: int = K, beta: float = BETA, objective: str = "sdpo") -> Cell:
-    """Preferences over the SFT stage: DPO is one negative."""
+    """Preference tuning of the SFT stage; with one negative it is DPO."""
     first = sft(place)
     name = f"{objective}-k{negatives}-beta{beta:g}"
     keys = {
@@ -269,7 +270,7 @@ def chatrec(place: Place) -> Cell:
 
 def tallrec(place: Place) -> Cell:
     file = f"configs/prompts/{DOMAIN[place.dataset]}-tallrec.txt"
-    keys = {"prompt_file": file, "chat_template": False}  # its format is a part of the system
+    keys = {"prompt_file": file, "chat_template": False}  # the format is part of the system
     return trained(place, "tallrec", "sft", ("sft",), **keys)
 
 
@@ -280,7 +281,7 @@ def llara(place: Place) -> Cell:
 
 
 LABELS = {"morec": "MoRec, frozen encoder"}
-# System -> its name, the stage that its figures are of, and its cell.
+# System -> (label, stage of its figures, cell).
 ROWS: dict[str, tuple[str, str, Callable[[Place], Cell]]] = {
     **{
         name: (LABELS.get(name, NAMES[name]), name, lambda place, name=name: network(place, name))
@@ -313,15 +314,14 @@ def table2(place: Place) -> list[Row]:
 
 
 def backbones(place: Place) -> dict[str, list[Row]]:
-    """Table 4: the rows of each backbone that is given."""
-    places = {
-        name: dataclasses.replace(place, backbone=name)
+    """Table 4: the rows of each given backbone."""
+    return {
+        name: [
+            row(dataclasses.replace(place, backbone=name), system)
+            for system in ("base", "sft", "dpo", "sdpo")
+        ]
         for name in BACKBONES
         if place.study.backbones.get(name)
-    }
-    return {
-        name: [row(at, system) for system in ("base", "sft", "dpo", "sdpo")]
-        for name, at in places.items()
     }
 
 
@@ -349,7 +349,7 @@ def over_betas(place: Place) -> list[Row]:
     ]
 
 
-# The rows of each; Table 3 is of data alone.
+# Target -> its rows; Table 3 describes data only.
 TARGETS: dict[str, Callable[[Place], list[Row]]] = {
     "table1": table1,
     "table2": table2,
@@ -361,7 +361,7 @@ TARGETS: dict[str, Callable[[Place], list[Row]]] = {
 
 
 def plan(study: Study, wanted: Mapping[str, Iterable[str]]) -> list[Cell]:
-    """All cells of `wanted`, target -> data sets: each once and after those that it needs."""
+    """All cells of `wanted` (target -> data sets), each once and after the cells it needs."""
     planned: dict[Path, Cell] = {}
 
     def add(cell: Cell) -> None:

@@ -1,4 +1,4 @@
-"""What the page says: each table and figure with what is there by now, and what made it."""
+"""The parts of the page: each table and figure with the results so far, and the commands."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from sdpo_jax.evaluation import metrics
 from sdpo_jax.evaluation.results import read_results
 from sdpo_jax.reports import curves_plot, figures
 from sdpo_jax.reports.document import Commands, Heading, Notes, Part, Picture, Table, Text
-from sdpo_jax.reports.tables import paired
+from sdpo_jax.reports.tables import interval_and_p, paired
 from sdpo_jax.reproduction import cells
 from sdpo_jax.reproduction.cells import BACKBONES, DATASETS, TARGETS, Cell, Place, Row, Study
 from sdpo_jax.reproduction.running import pasted
@@ -21,25 +21,25 @@ from sdpo_jax.runs.curves import read_metrics
 TITLE = "The tables and figures of S-DPO"
 TITLES = {
     "table1": "Table 1: recommenders",
-    "table2": "Table 2: what several negatives are for",
+    "table2": "Table 2: several negatives",
     "table3": "Table 3: data sets",
     "table4": "Table 4: other language models",
     "fig2": "Figure 2: SFT, DPO and S-DPO",
     "fig3": "Figure 3: number of negatives, and beta",
 }
 LEGEND = (
-    "HR@1 and valid are the paper's metric: what the model says names exactly one of the "
-    "candidates, and it is the target. Systems that rank take their first candidate. HR@1 by score "
-    "is that of the candidate with the highest log-probability.",
-    "Intervals are of 95%: Wilson's of ratios, Bonett & Price's of differences, on the windows "
-    "that both systems have, wider where windows of one user are alike; p is that of exchanging "
-    "the systems user by user, McNemar's exact test where each user has one window. The "
-    f"S-DPO that others are compared with has K = {cells.K} and beta = {cells.BETA:g}.",
+    "HR@1 and valid are the paper's metric: an answer is valid if it names exactly one of the "
+    "candidates, and a hit if that is the target. Systems that rank answer with their first "
+    "candidate. HR@1 by score takes the candidate with the highest log-probability.",
+    "Intervals are 95%: Wilson's for ratios, Bonett & Price's for differences, on the windows that "
+    "both systems share, both with the design effect of users. p is of the exact randomization "
+    "test over users, which is McNemar's where each has one window. Others are compared with "
+    f"S-DPO at K = {cells.K} and beta = {cells.BETA:g}.",
     "Step is the checkpoint with the lowest validation loss; at step 0 training never lowered it, "
-    "and the row is what it started from. That of a network is the epoch with the highest HR@1 on "
-    "validation.",
-    "The paper's figures are on candidates that its authors drew, ours on those that the protocol "
-    "tells; “–”: not there.",
+    "and the row shows its starting point. A network's step is the epoch with the highest "
+    "validation HR@1.",
+    "The paper's figures are on its authors' candidates, ours on those of the protocol below each "
+    "table; “–”: not available.",
 )
 HEADER = (
     "",
@@ -57,7 +57,7 @@ Summary = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Evaluations of a row: by the paper's metric, and by score; None: not there."""
+    """Evaluations of a row by the paper's metric (`said`) and by score; None: missing."""
 
     row: Row
     said: Summary | None
@@ -67,8 +67,8 @@ class Found:
 def parts(
     study: Study, wanted: Mapping[str, Sequence[str]], failed: Mapping[Path, str]
 ) -> list[Part]:
-    """The page of `wanted`, target -> data sets; `failed`: folder -> why its cell failed."""
-    model = study.model or "SmolLM2-135M-Instruct, the small model that is quickest to get"
+    """The page of `wanted` (target -> data sets); `failed`: folder -> why its cell failed."""
+    model = study.model or "SmolLM2-135M-Instruct, the default"
     page: list[Part] = [
         Text(f"Chen et al. 2024, arXiv 2406.09215. Language model: {model}. {study.scale.about}"),
         Notes(LEGEND),
@@ -83,7 +83,7 @@ def parts(
 
 
 def find(place: Place, row: Row) -> Found:
-    """The evaluations of the row on the study's windows that were written last."""
+    """The latest evaluations of the row on the study's windows."""
     if row.cell is None:
         return Found(row, None, None)
     found = {
@@ -92,13 +92,13 @@ def find(place: Place, row: Row) -> Found:
         if (summary["stage"], summary["split"]) == (row.stage, place.split)
         and summary["rank"] == "candidates"
     }
-    # A network only ranks, so its score is its figure by the paper's metric already.
+    # A network only ranks: its score is already its figure by the paper's metric.
     scored = None if row.decoder == "score" else found.get("score")
     return Found(row, found.get(row.decoder), scored)
 
 
 def results(place: Place, rows: Sequence[Row], failed: Mapping[Path, str]) -> list[Part]:
-    """A table of HR@1, and below it what is missing and the protocol."""
+    """A table of HR@1; below it the missing rows and the protocol."""
     found = [find(place, row) for row in rows]
     ours = find(place, cells.row(place, "sdpo")).said
     lines = [HEADER, *(_line(one, ours) for one in found)]
@@ -120,17 +120,12 @@ def _line(found: Found, ours: Summary | None) -> list[str]:
         _ratio(found.said, "valid_ratio"),
         _ratio(found.scored, "hit_ratio_at_1"),
         *(str(said.get(key, "–")) for key in ("n", "step", "seed")),
-        *(("–", "–") if difference is None else _difference(difference)),
+        *(("–", "–") if difference is None else interval_and_p(difference)),
     ]
 
 
 def _published(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
-
-
-def _difference(d: metrics.Difference) -> tuple[str, str]:
-    p = "<0.001" if d.p < 0.001 else f"{d.p:.3f}"
-    return f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]", p
 
 
 def interval(summary: Summary, key: str) -> figures.Interval:
@@ -148,7 +143,7 @@ def _ratio(summary: Summary | None, key: str) -> str:
 
 
 def _missing(found: Sequence[Found], failed: Mapping[Path, str]) -> list[str]:
-    """Why rows have no figures, those of one reason together."""
+    """Why rows have no figures, one line per reason."""
     reasons: dict[str, list[str]] = {}
     for row in (one.row for one in found if not one.said):
         why = row.missing if row.cell is None else failed.get(row.cell.folder, "not run yet")
@@ -157,12 +152,12 @@ def _missing(found: Sequence[Found], failed: Mapping[Path, str]) -> list[str]:
 
 
 def _protocols(found: Sequence[Found]) -> list[str]:
-    told = dict.fromkeys(
+    lines = dict.fromkeys(
         f"Split {one.said['split']}, n = {one.said['n']}. Protocol: {one.said.get('protocol')}."
         for one in found
         if one.said
     )
-    return list(told)
+    return list(lines)
 
 
 def _by_dataset(study: Study, datasets: Sequence[str], make: Callable[[Place], list[Part]]):
@@ -174,7 +169,7 @@ def _by_dataset(study: Study, datasets: Sequence[str], make: Callable[[Place], l
 
 
 def _table(target: str):
-    """A section of one table of results a data set."""
+    """A section with one table of results per data set."""
 
     def section(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -> list[Part]:
         return _by_dataset(
@@ -216,7 +211,7 @@ def _table4(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -
             page.append(Heading(f"{DATASETS[dataset]}, {BACKBONES[backbone]}", 3))
             page += results(Place(study, dataset, backbone), rows, failed)
     lacking = [
-        f"{title}: needs --{name}=FOLDER, as sdpo_jax.convert writes it"
+        f"{title}: needs --{name}=FOLDER, written by sdpo_jax.convert"
         for name, title in BACKBONES.items()
         if not study.backbones.get(name)
     ]
@@ -234,7 +229,7 @@ def _figure2(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) 
                     place,
                     rows,
                     "validation/loss",
-                    "(b) loss on validation windows, at first log(K + 1)",
+                    "(b) validation loss, at first log(K + 1)",
                 ),
                 lambda: _curves(place, rows, "rewards/chosen", "(c) reward of the preferred title"),
             ),
@@ -260,7 +255,7 @@ def _figure3(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) 
 
 
 def _pictures(*draw: Callable[[], Picture | None]) -> list[Part]:
-    """Those for which there are figures; a line without matplotlib."""
+    """The pictures with data; one line of text without matplotlib."""
     try:
         return [picture for one in draw if (picture := one())]
     except ImportError:
@@ -277,7 +272,7 @@ def _bars(place: Place, rows: Sequence[Row]) -> Picture | None:
 
 
 def _curves(place: Place, rows: Sequence[Row], key: str, caption: str) -> Picture | None:
-    """Of the systems that are trained on preferences: SFT has another loss and no rewards."""
+    """Curves of preference tuning only: SFT has another loss and no rewards."""
     lines = [
         (row.label, curves_plot.series(read_metrics(row.cell.folder / "metrics"), "sdpo", key))
         for row in rows
@@ -316,10 +311,10 @@ SECTIONS = {
 
 
 def _commands(study: Study, every: Sequence[Cell], failed: Mapping[Path, str]) -> list[Part]:
-    """What makes each cell, and whether it is there."""
+    """The commands and the state of each cell."""
     page: list[Part] = [
         Heading("Commands"),
-        Text("In this order, from the root of the clone. The same folder is never made twice."),
+        Text("In this order, from the root of the clone. Each folder is made once."),
     ]
     for cell in every:
         state = failed.get(cell.folder, "not run yet" if cell.left() else "done")

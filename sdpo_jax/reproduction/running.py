@@ -1,4 +1,4 @@
-"""Runs cells, each command in a process of its own; a cell that fails does not stop the others."""
+"""Runs cells, each command as a child process; a failed cell does not stop the others."""
 
 import collections
 import shlex
@@ -13,20 +13,21 @@ from sdpo_jax.reproduction.cells import Cell, Step
 
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM came, and the command that ran has ended."""
+    """SIGINT or SIGTERM arrived, and the running command has ended."""
 
 
 def pasted(command: Sequence[str]) -> str:
-    """The command as it can be pasted into a shell."""
+    """The command as a line for a shell."""
     return shlex.join(["python", "-m", *command])
 
 
 def run(
     cells: Sequence[Cell], root: Path, settled: Callable[[dict[Path, str]], object]
 ) -> dict[Path, str]:
-    """Does what is left of each cell, in order; returns folder -> one line for those that failed.
+    """Runs the remaining steps of each cell, in order; returns folder -> why its cell failed.
 
-    `settled` hears the failures so far after each cell that was run. Raises Stopped.
+    `settled` is called with the failures so far after each cell not done before. Raises Stopped
+    after a signal.
     """
     failed: dict[Path, str] = {}
     pace = Pace()
@@ -62,7 +63,7 @@ def log_of(cell: Cell, step: Step, root: Path) -> Path:
 
 
 def _child(command: Sequence[str], log: Path) -> int:
-    """The exit status of a command whose output goes to `log`; a signal is passed on to it."""
+    """Runs a command with its output in `log`; returns its exit status. A signal ends it too."""
     log.parent.mkdir(parents=True, exist_ok=True)
 
     def stop(number, frame):
@@ -87,15 +88,15 @@ def _child(command: Sequence[str], log: Path) -> int:
 
 
 def _reason(log: Path, status: int) -> str:
-    """The line that tells what went wrong: that of the command, else the last of its output."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
-    told = [line.strip() for line in lines if line.strip()]
-    errors = [line.removeprefix("error: ") for line in told if line.startswith("error: ")]
-    return (errors or told or [f"exit status {status}"])[-1]
+    """The last error line of a command's output, else its last line."""
+    output = log.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+    lines = [line.strip() for line in output if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines or [f"exit status {status}"])[-1]
 
 
 class Pace:
-    """What is left to wait, from the seconds that commands of each kind took."""
+    """Elapsed and remaining time, estimated from the seconds of each kind of command."""
 
     def __init__(self):
         self._start = time.monotonic()

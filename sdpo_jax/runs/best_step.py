@@ -1,10 +1,10 @@
-"""Which checkpoint of a stage is the best: by its validation loss, or as a separate job judges it.
+"""The best checkpoint of a stage, by its validation loss or by the hits that a separate job counts.
 
 With `config.best_by` naming a decoder, the hits of
 
     python -m sdpo_jax.evaluate --workdir=DIR --follow --split=<validation_split> --decoder=<it>
 
-decide. Checkpoints that the job has yet to see are kept for it.
+decide. Checkpoints are retained until the job has evaluated them.
 """
 
 import json
@@ -24,7 +24,7 @@ def hit_ratios(workdir: Path, stage: str, decoder: str, split: str) -> dict[int,
             summary = json.loads(path.read_text(encoding="utf-8"))
             if all(summary[key] == value for key, value in expected.items()):
                 found[summary["step"]] = summary["hit_ratio_at_1"]
-        except (OSError, ValueError, KeyError):  # moved meanwhile: it is there the next time
+        except (OSError, ValueError, KeyError):  # being moved: the next call finds it
             continue
     return found
 
@@ -35,7 +35,7 @@ def best_of(scores: Mapping[int, float]) -> int:
 
 
 class KeepForEvaluator:
-    """Orbax preservation policy: what is not evaluated yet, and the best of what is."""
+    """Orbax preservation policy: steps not evaluated yet, and the best of the others."""
 
     def __init__(self, evaluated: Callable[[], Mapping[int, float]]):
         self._evaluated = evaluated
@@ -53,7 +53,7 @@ class KeepForEvaluator:
 def wait_for_evaluator(
     evaluated: Callable[[], Mapping[int, float]], steps: Sequence[int], ask: Callable[[], None]
 ) -> None:
-    """Returns when every one of `steps` is evaluated; `ask` is called meanwhile and may raise."""
+    """Returns when all `steps` are evaluated; calls `ask` meanwhile, which may raise."""
     while set(steps) - set(evaluated()):
         ask()
         time.sleep(POLL_SECONDS)

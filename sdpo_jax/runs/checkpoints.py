@@ -17,19 +17,19 @@ from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.files import check_room
 from sdpo_jax.system.processes import first_process
 
-ROOM = 2**20  # bytes left on the disk beside a checkpoint
+ROOM = 2**20  # bytes to leave on the disk beside a checkpoint
 
 
 class CheckpointGone(Exception):
-    """The step was there when it was listed and could not be read: deleted, or broken."""
+    """A listed step cannot be read: it was deleted, or it is broken."""
 
 
 @jax.jit
 def bit_sum(tree: Any) -> jax.Array:
-    """A uint32 that changes with any bit of any one number of a tree of 32-bit arrays.
+    """A checksum (uint32) that changes with any one bit of a tree of 32-bit arrays.
 
-    Bits times odd weights, summed modulo 2^32. However the arrays are sharded the sum is the same,
-    and nothing but it need be moved.
+    Bits times odd weights, summed modulo 2^32. The sum does not depend on how the arrays are
+    sharded, and is computed where they are.
     """
 
     def one(x: jax.Array) -> jax.Array:
@@ -43,22 +43,22 @@ def bit_sum(tree: Any) -> jax.Array:
 
 
 def drop_broken_losses(directory: Path) -> None:
-    """Removes losses that cannot be read, without which such steps are validated again."""
+    """Removes unreadable losses, so that their steps are validated again."""
     for file in directory.glob("*/metrics/metrics"):
         try:
             json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
-            print(f"warning: {file}: cannot be read: deleted, this step is validated again")
+            print(f"warning: {file}: cannot be read: deleted; the step will be validated again")
             shutil.rmtree(file.parent)
 
 
 class Checkpoints:
-    """The checkpoints of one stage: the two latest and the best by validation loss are kept.
+    """The checkpoints of one stage, of which the two latest and the best are retained.
 
     Args:
       directory: workdir/<stage>.
       read_only: for a reader beside the trainer: nothing is written, created or cleaned up.
-      evaluated: step -> score of another judge than the loss; what it has not seen is kept too.
+      evaluated: returns step -> score where not the loss decides; other steps are retained too.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class Checkpoints:
             )
         except ValueError as error:  # of JSON
             raise InputError(
-                f"{directory}: found a loss that is no JSON ({error}), expected what training "
-                "wrote: the training command, started again, mends it"
+                f"{directory}: found a loss that is no valid JSON ({error}), expected the number "
+                "that training wrote: rerun the training command, which repairs it"
             ) from error
 
     def steps(self) -> list[int]:
@@ -113,21 +113,21 @@ class Checkpoints:
         }
 
     def best_step(self) -> int:
-        """The step with the lowest validation loss, else the latest of those that are there."""
+        """The step with the lowest validation loss, else the latest."""
         losses = self.losses()
         return min(losses, key=losses.__getitem__) if losses else self.steps()[-1]
 
     def save(self, state: Any, position: dict[str, Any], loss: float | None = None) -> None:
         """Starts writing a step in the background.
 
-        A step that is there already is left alone, unless it lacks the loss that is given now.
+        A step that exists is rewritten only to add the loss that it lacks.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             if loss is None or step in self.losses():
                 return
             self._manager.delete(step)
-        # Twice, since Orbax writes what it merges again; the rest is for metrics and its own files.
+        # Twice, since Orbax merges what it wrote into new files; ROOM is for metrics and the like.
         needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + ROOM
         first_process(lambda: check_room(Path(self._manager.directory), needed))
         bits = {"lora": int(bit_sum(state.lora)), "optimizer": int(bit_sum(state.opt_state))}
@@ -143,20 +143,20 @@ class Checkpoints:
             )
 
     def restore_newest(self, state: Any) -> tuple[Any, dict[str, Any]]:
-        """The state of the newest step that is whole, and what was saved beside it.
+        """The state of the newest intact step, and the position saved beside it.
 
-        It is shaped and placed as `state`, whatever devices and processes wrote it. A newer step
-        that is broken is told and deleted. Raises InputError where none is whole.
+        It has the shapes and shardings of `state`, whatever devices and processes wrote it. A newer
+        broken step is reported and deleted. Raises InputError if none is intact.
         """
         for step in reversed(self.steps()):
             try:
                 return self.restore(step, state)
             except CheckpointGone as error:
-                print(f"warning: {error}: deleted, going on from the checkpoint before")
+                print(f"warning: {error}: deleted, resuming from the checkpoint before")
                 self._manager.delete(step)
         raise InputError(
             f"{self._manager.directory}: found no checkpoint that can be read, expected one: "
-            "delete this folder to start the stage anew"
+            "delete this folder to start the stage again"
         )
 
     def restore(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
@@ -171,17 +171,16 @@ class Checkpoints:
         return type(state)(count, items.lora, items.optimizer), items.position
 
     def restore_lora(self, step: int, lora: Any) -> Any:
-        """Only the adapter of `step`. Raises CheckpointGone if it vanished or is broken."""
+        """Only the adapter of `step`. Raises CheckpointGone."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, lora)
         return self._restore(step, lora=ocp.args.StandardRestore(abstract)).lora
 
     def restore_raw(self, step: int) -> Any:
         """The adapter of `step` as host arrays in nested dicts, for a reader without the model.
 
-        It need not have the devices that wrote it. Raises CheckpointGone if it vanished or is
-        broken.
+        Raises CheckpointGone.
         """
-        # With a place named, or Orbax would look for the devices of training.
+        # Without a sharding Orbax would look for the devices of training.
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         with self._reading(step):
             shapes = jax.tree.map(
@@ -193,13 +192,12 @@ class Checkpoints:
         return unflatten_dict({path[:-1]: np.asarray(array) for path, array in stored.items()})
 
     def _restore(self, step: int, **items: Any) -> Any:
-        """Items of a step and its position; raises CheckpointGone unless they are as saved."""
+        """Items of a step and its position. Raises CheckpointGone where their checksums differ."""
         with self._reading(step):
             args = ocp.args.Composite(position=ocp.args.JsonRestore(), **items)
             found: Any = self._manager.restore(step, args=args)
-            saved = found.position.get("bits", {})  # steps of an earlier version have none
             for name in items:
-                if name in saved and saved[name] != int(bit_sum(found[name])):
+                if found.position["bits"][name] != int(bit_sum(found[name])):
                     raise ValueError(f"{name} is not what was saved")
         return found
 
@@ -207,7 +205,7 @@ class Checkpoints:
     def _reading(self, step: int) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Orbax, tensorstore and JSON raise what they like here
+        except Exception as error:  # Orbax, tensorstore and JSON raise many kinds
             reason = (str(error).strip().splitlines() or [repr(error)])[0]
             raise CheckpointGone(f"{self._manager.directory}/{step}: {reason}") from error
 
@@ -215,15 +213,15 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (ValueError, OSError) as error:  # tensorstore tells a full disk as a ValueError
+        except (ValueError, OSError) as error:  # tensorstore raises ValueError on a full disk
             reason = (str(error).strip().splitlines() or [repr(error)])[0]
             raise InputError(
                 f"{self._manager.directory}: a checkpoint cannot be written ({reason}): free space "
-                "or mend permissions; the same command goes on from the checkpoint before"
+                "or mend permissions; the same command resumes from the checkpoint before"
             ) from error
 
     def wait(self) -> None:
-        """Returns when all that was saved is on disk. Raises InputError where the disk refuses."""
+        """Returns when everything saved is on disk. Raises InputError if it cannot be written."""
         with self._writing():
             self._manager.wait_until_finished()
 

@@ -1,8 +1,7 @@
-"""Every key of a run: its default, what it means, what it may be, and whether it may change.
+"""Every key of a run: its default, meaning, allowed values, and whether it may change.
 
-A config file takes `presets.get_config()` and changes what differs; commands turn that into a
-`RunConfig`, which is all that the rest of the package reads. [paper] marks the values of the paper
-and its code.
+A config file takes `presets.get_config()` and changes what differs. Commands turn that into a
+`RunConfig`, which the rest of the package reads. [paper] marks values of the paper and its code.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ from sdpo_jax.system.files import (
 
 STAGES = ("sft", "sdpo")
 DTYPES = ("float32", "bfloat16")
-# What JAX's modules offer under these names; here, so that a run is read without loading JAX.
+# Choices of modules that load JAX, repeated here so that a run can be read without it.
 LAYOUTS = ("shared_prefix", "padded")
 REMAT = ("none", "cheap", "full", "least")
 BASE_DTYPES = ("same", "f32", "bf16", "int8", "nf4")
@@ -75,8 +74,8 @@ AXIS: Kind = ("a whole number or -1", _axis)
 def key(default: Any, kind: Kind, about: str, *, free: bool = False, path: bool = False) -> Any:
     """A field of a config.
 
-    `free`: it may change when a run goes on, since the numbers that are computed do not depend on
-    it. `path`: it names a file or folder.
+    `free`: it may change when a run resumes, since no result depends on it. `path`: it names a
+    file or folder.
     """
     metadata = {"kind": kind, "about": about, "free": free, "path": path}
     return dataclasses.field(default=default, metadata=metadata)
@@ -105,7 +104,7 @@ class LoraKeys:
     targets: tuple[str, ...] = key(
         ("q", "k", "v", "o", "gate", "up", "down"),
         _some_of(PROJECTIONS),
-        "linear maps with an adapter. GPT-NeoX has q, k and v as one, adapted where all three are "
+        "linear maps with an adapter. GPT-NeoX has q, k and v as one map, adapted if all three are "
         "named, and no gate",
     )
     init_from: str = key("", TEXT, "a PEFT folder to start from; empty: a fresh adapter", path=True)
@@ -113,7 +112,7 @@ class LoraKeys:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How the devices are arranged; one axis may be -1, which is the rest of them."""
+    """How the devices are arranged; one axis may be -1, for all that remain."""
 
     data: int = key(-1, AXIS, "parts of the examples", free=True)
     fsdp: int = key(1, AXIS, "parts of the examples, and of the base's arrays", free=True)
@@ -126,13 +125,13 @@ class DistributedConfig:
 
     start_seconds: int = key(300, POSITIVE, "how long each process waits for the others", free=True)
     heartbeat_seconds: int = key(
-        100, POSITIVE, "without a sign of life from one process, all end after so long", free=True
+        100, POSITIVE, "all end after this time without a sign of life from one process", free=True
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """All that a run is told. Build it with `RunConfig.of`, which checks every key."""
+    """The config of a run. Build it with `RunConfig.of`, which checks every key."""
 
     dataset: str = key("runs/data", TEXT, "folder written by sdpo_jax.prepare", path=True)
     model: str = key("runs/llama2-7b", TEXT, "folder written by sdpo_jax.convert", path=True)
@@ -141,13 +140,13 @@ class RunConfig:
     prompt: str = key(
         "candidates",
         one_of(*PROMPTS),
-        "candidates: the last titles and those to choose among [paper]; history: the titles alone, "
-        "each a target of its own in training",
+        "candidates: the last titles and those to choose among [paper]; history: titles alone, "
+        "each of which is a target in training",
     )
     history: int = key(
-        10, POSITIVE, "titles that a history's prompt shows, and before a segment's first target"
+        10, POSITIVE, "titles in the prompt of a history, and before a segment's first target"
     )
-    segment: int = key(60, POSITIVE, "most targets of a history that are one example")
+    segment: int = key(60, POSITIVE, "most targets per example of prompt=history")
     prompt_file: str = key(
         "", TEXT, "templates in the authors' format; empty: the built-in ones", path=True
     )
@@ -158,30 +157,30 @@ class RunConfig:
     item_vectors: str = key(
         "",
         TEXT,
-        "a network that sdpo_jax.baselines kept: its item vectors stand behind the titles (LLaRA)",
+        "a network that sdpo_jax.baselines stored: its item vectors follow the titles (LLaRA)",
         path=True,
     )
     max_length: int = key(
-        512, POSITIVE, "[paper] tokens of prompt and answer; a longer prompt keeps its end"
+        512, POSITIVE, "[paper] tokens of prompt and answer; a longer prompt loses its beginning"
     )
 
     batch_size: int = key(
         128,
         POSITIVE,
-        "[paper] examples per step over all devices. An example of a history is a segment; the "
-        "loss is the mean over the targets",
+        "[paper] examples per step over all devices. An example of prompt=history is a segment; "
+        "the loss is the mean over the targets",
     )
-    microbatch: int = key(4, POSITIVE, "examples that a device takes at once")
+    microbatch: int = key(4, POSITIVE, "examples per device at once")
     num_negatives: int = key(3, POSITIVE, "[paper] K; 1 is DPO")
     negatives: str = key(
         "shown",
         one_of(*NEGATIVES),
         "shown: the candidates of the prompt's window [paper]; uniform: all titles; popularity: "
-        "all, by their share of the training targets to a power; hard: of a uniform pool those in "
-        "a band of the reference's log-probs; disliked: what the user rated lowest. Except for "
-        "shown, none is a title that the user has up to the last target of the split",
+        "all, by their share of the training targets to a power; hard: those of a uniform pool in "
+        "a band of the reference's log-probs; disliked: titles that the user rated lowest. Except "
+        "for shown, no negative is a title that the user has up to the last target of the split",
     )
-    redraw: bool = key(False, BOOLEAN, "other negatives in each epoch")
+    redraw: bool = key(False, BOOLEAN, "draw other negatives in each epoch")
     popularity_power: float = key(1.0, NOT_NEGATIVE, "of negatives=popularity")
     hard_pool: int = key(32, POSITIVE, "titles that hard negatives are chosen from")
     hard_band: tuple[float, float] = key(
@@ -203,7 +202,7 @@ class RunConfig:
     remat: str = key(
         "full",
         one_of(*REMAT),
-        "what the backward pass computes again, to save memory. none; cheap: what is element-wise; "
+        "what the backward pass recomputes to save memory. none; cheap: element-wise operations; "
         "full: each layer; least: each layer, its MLP in eight pieces",
     )
 
@@ -227,20 +226,20 @@ class RunConfig:
         "or a decoder: its HR@1 in `evaluate --follow --split=<validation_split>`, a job beside "
         "this one, for which each stage waits at its end",
     )
-    validation_windows: int = key(0, COUNT, "evenly spaced over the split; 0: all")
-    log_every: int = key(1, POSITIVE, "steps")
+    validation_windows: int = key(0, COUNT, "windows, evenly spaced over the split; 0: all")
+    log_every: int = key(1, POSITIVE, "steps per line of the curves")
     eval_every: int = key(50, POSITIVE, "steps between validations, each with a checkpoint")
-    checkpoint_every: int = key(50, POSITIVE, "steps")
+    checkpoint_every: int = key(50, POSITIVE, "steps between checkpoints")
     profile_steps: int = key(
         0, COUNT, "steps of each stage traced by jax.profiler into workdir/profile", free=True
     )
 
     @classmethod
     def of(cls, tree: Mapping[str, Any], where: str = "config.", advice: str = "") -> "RunConfig":
-        """From nested keys and values, as of a config file or of a run's config.json.
+        """From nested keys and values, of a config file or of a run's config.json.
 
-        Raises InputError, which names the key after `where`, for one that is missing, unknown or
-        wrong, and for keys that do not go together.
+        Raises InputError naming the key, after `where`, that is missing, unknown or wrong, or the
+        keys that exclude each other.
         """
         made = _build(cls, tree, where, advice)
         _check_together(made)
@@ -248,7 +247,7 @@ class RunConfig:
 
     @property
     def method(self) -> str:
-        """What the second stage is called."""
+        """The name of the second stage."""
         if self.num_negatives == 1:
             return "DPO"
         return "S-DPO" if self.objective == "sdpo" else f"DPO, {self.num_negatives} pairs"
@@ -259,7 +258,7 @@ class RunConfig:
         return self.dtype if self.base_dtype == "same" else self.base_dtype
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested keys and values, as JSON holds them."""
+        """Nested keys and values of JSON's types."""
         return _as_json(dataclasses.asdict(self))
 
 
@@ -336,9 +335,9 @@ def keys(
 
 
 def explained(config: RunConfig) -> str:
-    """Every key with its value, its default where that differs, and what it means."""
+    """Every key with its value, its default where that differs, and its meaning."""
     lines = []
     for (name, field, value), (_, _, default) in zip(keys(config), keys(), strict=True):
-        told = "" if value == default else f" (default {default!r})"
-        lines += [f"{name} = {value!r}{told}", f"    {field.metadata['about']}"]
+        differs = "" if value == default else f" (default {default!r})"
+        lines += [f"{name} = {value!r}{differs}", f"    {field.metadata['about']}"]
     return "\n".join(lines)

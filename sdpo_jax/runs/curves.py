@@ -1,4 +1,4 @@
-"""Where a run writes its curves: metrics.jsonl and TensorBoard events, under TRL's names."""
+"""The curves of a run: metrics.jsonl and TensorBoard events, under TRL's names."""
 
 import json
 import os
@@ -7,16 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdpo_jax.system.files import (
-    COUNT,
-    TEXT,
-    read_json_lines,
-    whole_file,
-)
+from sdpo_jax.system.files import COUNT, TEXT, read_json_lines, whole_file
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a killed run left unfinished is dropped.
+    """The lines of metrics.jsonl, without a last one that a killed run left unfinished.
 
     Raises InputError naming a line that training did not write.
     """
@@ -35,12 +30,12 @@ class MetricsWriter:
     Args:
       folder: workdir/metrics.
       stage: prefix of the TensorBoard names and key of the lines.
-      step: the step the stage goes on from; lines of the stage past it are dropped, since they
+      step: the step that the stage resumes from; later lines of the stage are dropped, since they
         will be written again.
     """
 
     def __init__(self, folder: Path, stage: str, step: int):
-        from tensorboardX import SummaryWriter  # slow to load, and whoever reads needs it not
+        from tensorboardX import SummaryWriter  # slow to load, and readers do not need it
 
         folder.mkdir(parents=True, exist_ok=True)
         self._stage = stage

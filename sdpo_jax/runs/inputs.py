@@ -1,4 +1,4 @@
-"""What a run reads beside its config, and what its numbers depend on."""
+"""The inputs of a run: all that it reads beside its config, and that its results depend on."""
 
 import dataclasses
 import hashlib
@@ -22,8 +22,8 @@ from sdpo_jax.runs.workdir import Run, check_fingerprint
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Opened by `open_inputs`. `wordings`: the templates before the chat format, `templates` after
-    it; `vectors_IE`: item vectors that prompts may hold, if any."""
+    """See `open_inputs`. `wordings`: the templates before the chat format, `templates` after it;
+    `vectors_IE`: item vectors of the prompts, if any."""
 
     config: RunConfig
     dataset: Dataset
@@ -32,7 +32,7 @@ class Inputs:
     vectors_IE: np.ndarray | None
 
     def encoder(self, tokenizer: Any, V: int) -> Encoder:
-        """`V`: size of the model's vocabulary, after which item vectors are numbered."""
+        """`V`: size of the model's vocabulary, from which item vectors are numbered on."""
         c = self.config
         first_vector = None if self.vectors_IE is None else V
         return Encoder(
@@ -47,7 +47,7 @@ class Inputs:
         )
 
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of everything but the config, by kind."""
+        """Kind -> SHA-256, of everything but the config."""
         c = self.config
         found = {
             "dataset": self.dataset.meta["fingerprint"],
@@ -60,7 +60,7 @@ class Inputs:
         return found
 
     def verify(self, run: Run) -> None:
-        """Raises InputError where data, model or item vectors are not those of `run`.
+        """Raises InputError if data, model or item vectors are not those of `run`.
 
         The adapter that its first stage started from is no longer needed.
         """
@@ -78,14 +78,14 @@ class Inputs:
 def open_inputs(
     config: RunConfig, templates: Sequence[str] | None = None, split: str | None = None
 ) -> Inputs:
-    """Reads what `config` names.
+    """Reads the files that `config` names, except the model's weights.
 
     Args:
       config: of a run.
       templates: those that the run was started with; None: they are rendered now.
       split: the only split whose windows are read; None: all of training and validation.
 
-    Raises InputError for what is missing or broken.
+    Raises InputError for a missing or broken file.
     """
     path = Path(config.dataset)
     dataset = read_split(path, split) if split else read_dataset(path)
@@ -97,7 +97,7 @@ def open_inputs(
 
 
 def _in_chat(config: RunConfig, wordings: Sequence[str]) -> tuple[str, ...]:
-    """The templates in the model's chat format, where `config.chat_template` asks for it."""
+    """The templates, in the model's chat format if `config.chat_template`."""
     if not config.chat_template:
         return tuple(wordings)
     tokenizer = load_tokenizer(Path(config.model))
@@ -105,7 +105,7 @@ def _in_chat(config: RunConfig, wordings: Sequence[str]) -> tuple[str, ...]:
 
 
 def adapter_config(config: RunConfig) -> LoraConfig:
-    """What is trained beside, or instead of, the base."""
+    """The adapter, or all weights: what is trained."""
     if config.tune == "full":
         return LoraConfig(targets=(), full=True)
     lora = config.lora

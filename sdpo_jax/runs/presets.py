@@ -53,9 +53,9 @@ def small(config: Config) -> Config:
 def cpu_dtypes() -> tuple[str, str]:
     """`dtype` and `base_dtype`: products in bfloat16 where this CPU multiplies it, else in float32.
 
-    Linux tells whether it does. Other CPUs emulate it, slower than float32, and jax 0.11 fails in
-    such products on a CPU. The base is float32 in both cases: of a bfloat16 one XLA:CPU makes a
-    float32 copy in every call.
+    /proc/cpuinfo says so on Linux. Other CPUs emulate it, slower than float32, and jax 0.11 fails
+    in such products on a CPU. The base is float32 in both cases: XLA:CPU would make a float32 copy
+    of a bfloat16 one in every call.
     """
     flags = CPUINFO.read_text() if CPUINFO.exists() else ""
     able = "avx512_bf16" in flags or "amx_bf16" in flags

@@ -1,4 +1,4 @@
-"""Which checkpoints a run holds, and their adapters. The base counts as step 0 of stage `base`."""
+"""The checkpoints of a run and their adapters. The base counts as step 0 of stage `base`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from sdpo_jax.runs.checkpoints import Checkpoints
 from sdpo_jax.runs.workdir import Run, stage_result
 from sdpo_jax.system.errors import InputError
 
-LISTINGS = 10  # of a folder from which steps vanish meanwhile
+LISTINGS = 10  # tries to list a folder from which steps vanish meanwhile
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def _open(run: Run, stage: str) -> Iterator[Checkpoints]:
 
 
 def _listed(folder: Path) -> Checkpoints:
-    """Orbax lists a folder, then asks for each step's time: one may be deleted in between."""
+    """Orbax lists a folder, then reads each step's time: one may be deleted in between."""
     for _ in range(LISTINGS):
         try:
             return Checkpoints(folder, read_only=True)
@@ -54,7 +54,7 @@ def steps(run: Run, stage: str) -> list[int]:
 def adapter(run: Run, stage: str, step: int, fresh: nnx.State) -> nnx.State:
     """The adapter of a step; the base's is the fresh one, whose B is zero.
 
-    Raises CheckpointGone if the step vanished meanwhile.
+    Raises CheckpointGone.
     """
     if stage == "base":
         return fresh
@@ -69,7 +69,7 @@ def raw_adapter(run: Run, stage: str, step: int) -> dict:
 
 
 def last_finished(run: Run) -> str:
-    """Raises InputError when no stage is finished."""
+    """The last finished stage. Raises InputError if there is none."""
     for stage in reversed(run.config.stages):
         if stage_result(run.path, stage) is not None:
             return stage
@@ -80,7 +80,7 @@ def last_finished(run: Run) -> str:
 
 
 def choose_step(run: Run, stage: str, wanted: int | None) -> int:
-    """`wanted`, or the step with the lowest validation loss. Raises InputError if not there."""
+    """`wanted`, or the stage's best step. Raises InputError if it is not there."""
     found = steps(run, stage)
     if not found:
         raise InputError(

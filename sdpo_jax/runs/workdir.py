@@ -1,4 +1,4 @@
-"""One workdir is one run: its config, what it was made from, and which stages are finished."""
+"""One workdir is one run: its config, its inputs' fingerprints, its finished stages."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers",
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A workdir's config.json: what the run was told, made from, and its prompts' templates."""
+    """A workdir's config.json: config, fingerprints of the inputs, templates of the prompts."""
 
     path: Path
     config: RunConfig
@@ -53,13 +53,13 @@ def open_run(
     wordings: Sequence[str],
     templates: Sequence[str],
 ) -> None:
-    """Starts a run in `workdir`, or checks that what is there is this very run.
+    """Starts a run in `workdir`, or checks that the run there is this one.
 
     `wordings`: its templates before the model's chat format; `templates`: after it. A chat format
-    may write the day's date, so what the run was started with is kept, and read ever after.
+    may write the day's date, so the templates are stored at the start and read from then on.
 
     Raises:
-      InputError: what `check_run` raises, or the folder cannot be written.
+      InputError: as `check_run`, or the folder cannot be written.
     """
     check_run(workdir, config, fingerprints, wordings)
     path = workdir / "config.json"
@@ -81,7 +81,7 @@ def open_run(
 def check_run(
     workdir: Path, config: RunConfig, fingerprints: dict[str, str], wordings: Sequence[str]
 ) -> None:
-    """Raises InputError where `workdir` holds anything but this run, naming the keys."""
+    """Raises InputError if `workdir` has anything but this run in it, naming changed keys."""
     path = workdir / "config.json"
     if not os.path.lexists(path):
         try:
@@ -116,7 +116,7 @@ def check_run(
 
 
 def _changed_wordings(before: Sequence[str], now: Sequence[str]) -> Iterator[str]:
-    """Which templates are others, from the first character that is."""
+    """The templates that differ, shown from the first character that does."""
     if len(before) != len(now):
         yield f"{len(before)} prompt templates, now {len(now)}"
         return
@@ -136,9 +136,9 @@ def _first_difference(a: str, b: str) -> int:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Keeps other trainers out of `workdir`; the system ends the lock with the process.
+    """Locks `workdir` against other trainers; the system releases it when the process ends.
 
-    Raises InputError where another holds it, or the folder cannot be written.
+    Raises InputError if another process holds it, or the folder cannot be written.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def _not_writable(workdir: Path, error: OSError) -> InputError:
 
 
 def read_run(workdir: Path) -> Run:
-    """The run in `workdir`. Raises InputError when it holds none, or a broken one."""
+    """The run in `workdir`. Raises InputError if there is none, or a broken one."""
     path = Path(workdir) / "config.json"
     if not os.path.lexists(path):
         raise InputError(
@@ -187,12 +187,12 @@ def read_run(workdir: Path) -> Run:
 
 
 def stored_templates(workdir: Path) -> tuple[str, ...] | None:
-    """The templates of the run in `workdir`, as they were when it was started; None: none is."""
+    """The templates stored when the run in `workdir` was started; None: no run is there."""
     return read_run(workdir).templates if os.path.lexists(workdir / "config.json") else None
 
 
 def check_fingerprint(run: Run, kind: str, path: Path | str, found: str) -> None:
-    """Raises InputError unless `found` is the run's fingerprint of a dataset or model."""
+    """Raises InputError unless `found` is the run's fingerprint of that kind of input."""
     expected = run.fingerprints.get(kind, "none")
     if found != expected:
         raise InputError(
@@ -202,13 +202,13 @@ def check_fingerprint(run: Run, kind: str, path: Path | str, found: str) -> None
 
 
 def check_same_dataset(workdir: Path, dataset: Path | str, found: str) -> None:
-    """Raises InputError where `workdir` is a run of another data set than `dataset`."""
+    """Raises InputError if `workdir` is a run on another data set than `dataset`."""
     if os.path.lexists(workdir / "config.json"):
         check_fingerprint(read_run(workdir), "dataset", dataset, found)
 
 
 def stage_result(workdir: Path, stage: str) -> dict[str, Any] | None:
-    """What a finished stage left (steps, best_step, validation_loss, seconds …), else None."""
+    """The result of a finished stage (steps, best_step, seconds …), else None."""
     path = Path(workdir) / "stages" / f"{stage}.json"
     if not os.path.lexists(path):
         return None

@@ -17,20 +17,20 @@ from sdpo_jax.system.errors import InputError, expand_home
 def run_command(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` under absl; an `InputError` ends in one line on stderr and exit status 2.
 
-    ml_collections raises plain Python errors for a misspelt `--config.key`, a wrong type or a
-    missing config file while flags are being parsed: those are told the same way.
+    So do the plain Python errors that ml_collections raises while it parses flags, for a misspelt
+    `--config.key`, a wrong type or a missing config file.
     """
 
     def guarded(argv: Sequence[str]) -> None:
-        # What is imported stays, and tracing makes much that lives on: looking at both again and
-        # again took a tenth of a small run.
+        # Imported objects and those that tracing makes live on: collecting garbage among them took
+        # a tenth of a small run.
         gc.freeze()
         gc.set_threshold(10_000, 20, 50)
         for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding still shows titles
-            if isinstance(stream, io.TextIOWrapper):  # what a notebook puts there is none
+            if isinstance(stream, io.TextIOWrapper):  # in a notebook it is not
                 stream.reconfigure(errors="backslashreplace")
         if not flags.FLAGS["verbosity"].present:
-            # absl shows INFO by default, and Orbax writes thirty such lines a checkpoint.
+            # absl shows INFO by default, and Orbax logs thirty such lines per checkpoint.
             logging.set_verbosity(logging.WARNING)
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}: options are written --name=value; see --help")
@@ -47,7 +47,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
 def fail(error: object) -> NoReturn:
     """Prints `error` on one line and exits with status 2.
 
-    What is not printable, as a terminal's control sequences in a file's name, is escaped.
+    Unprintable characters, such as a terminal's control sequences in a file name, are escaped.
     """
     line = " ".join(str(error).split())
     escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
@@ -56,7 +56,7 @@ def fail(error: object) -> NoReturn:
 
 
 def _end_quietly() -> NoReturn:
-    """Whoever read the output has gone, as of `| head`: nothing more is said."""
+    """The reader of the output has gone, as in `| head`: ends without a message."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
 
@@ -85,7 +85,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _underscored(argument: str) -> str:
-    """`--some-option` as `--some_option`, which is how absl knows it."""
+    """`--some-option` as `--some_option`, absl's name of it."""
     name, equals, value = argument.partition("=")
     known = name.removeprefix("--").replace("-", "_")
     if not name.startswith("--") or not {known, known.removeprefix("no")} & set(flags.FLAGS):
@@ -97,7 +97,7 @@ NO_PATHS = ("delimiter", "quote")  # options whose value may be "~" itself
 
 
 def _expanded(argument: str) -> str:
-    """`--name=~/path` with the home folder, as a shell has it in a word of its own."""
+    """`--name=~/path` with the home folder; a shell only expands a leading "~"."""
     name, equals, value = argument.partition("=")
     if not (name.startswith("-") and value.startswith("~")) or name.strip("-") in NO_PATHS:
         return argument
@@ -105,7 +105,7 @@ def _expanded(argument: str) -> str:
 
 
 def _packaged_config(argument: str) -> str:
-    """`configs/…` of the package, in a clone or installed, where the current folder has none."""
+    """`configs/…` of the package, cloned or installed, if the current folder has no such file."""
     name, equals, value = argument.rpartition("=")
     file, colon, variant = value.partition(":")
     if not file.startswith("configs/") or os.path.exists(file):
@@ -116,7 +116,7 @@ def _packaged_config(argument: str) -> str:
 
 
 def _message_of(error: Exception) -> str:
-    """What absl or ml_collections found wrong with the command line, without their wrapping."""
+    """The error of absl or ml_collections about the command line, without its wrapping."""
     text = str(error)
     if isinstance(error, flags.UnrecognizedFlagError):
         hint = f": a config's key is --config.{error.flagname}" if "config" in flags.FLAGS else ""

@@ -1,4 +1,4 @@
-"""Errors that a person can cause, each told in one line."""
+"""Errors that a person can cause, each reported in one line."""
 
 import os
 import reprlib
@@ -19,16 +19,16 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
 
 
 def brief(value: object) -> str:
-    """A value out of a file, as messages tell it: its `repr`, cut where it is long or deep."""
+    """The `repr` of a value from a file, for messages: shortened where it is long or deep."""
     return _SHORT.repr(value)
 
 
 def expand_home(name: str, path: str) -> str:
-    """`path` with the home folder for "~". Raises InputError that names what holds it."""
+    """`path` with the home folder for "~". Raises InputError that names `name`."""
     found = os.path.expanduser(path)
     if found.startswith("~"):
         raise InputError(
-            f"{name}: found {brief(path)}, expected the home folder of a user that is here: write "
-            "the path whole"
+            f"{name}: found {brief(path)}, expected the home folder of a user of this machine: "
+            "write the whole path"
         )
     return found

@@ -1,4 +1,4 @@
-"""Small files that a person can break: read whole and checked, or told in one line."""
+"""Small files that a person can break: read and checked, or refused in one line."""
 
 import contextlib
 import json
@@ -12,11 +12,11 @@ from typing import Any
 
 from sdpo_jax.system.errors import InputError, brief
 
-LEVELS = 64  # of lists and objects in each other: deeper ones would break what walks them
-Kind = tuple[str, Callable[[Any], bool]]  # what is expected, and whether a value is that
+LEVELS = 64  # of nested lists and objects: deeper ones would break recursive functions
+Kind = tuple[str, Callable[[Any], bool]]  # description, and whether a value is of the kind
 
 TEXT: Kind = ("a text", lambda value: type(value) is str)
-_HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # of surrogates: it could not be written
+_HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # of surrogates: UTF-8 cannot encode it
 UTF8: Kind = (
     "a text that UTF-8 can hold",
     lambda value: type(value) is str and not _HALF_PAIR.search(value),
@@ -46,7 +46,7 @@ def list_of(kind: Kind) -> Kind:
 
 
 def is_free(path: Path) -> bool:
-    """Nothing lies there, or an empty folder."""
+    """Whether nothing is there, or an empty folder."""
     if not os.path.lexists(path):
         return True
     try:
@@ -57,7 +57,7 @@ def is_free(path: Path) -> bool:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a path to write to, which becomes `path` at the end: whole or not at all."""
+    """Yields a path to write to, which becomes `path` at the end: an atomic write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -69,7 +69,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a new folder, which becomes `path` at the end, where nothing or an empty folder is."""
+    """Yields a new folder, which becomes `path` at the end; nothing or an empty folder is there."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
@@ -80,7 +80,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON whole or not at all."""
+    """Writes JSON atomically."""
     with whole_file(path) as file:
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -100,7 +100,7 @@ def read_text(path: Path, expected: str) -> str:
 
 
 def read_json(path: Path, expected: str) -> Any:
-    """What a JSON file holds. Raises InputError as `read_text` does."""
+    """The content of a JSON file. Raises InputError as `read_text` does."""
     text = read_text(path, expected)
     try:
         return parse_json(text)
@@ -109,7 +109,7 @@ def read_json(path: Path, expected: str) -> Any:
 
 
 def read_object(path: Path, expected: str) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises InputError as `read_text` does."""
+    """The object in a JSON file. Raises InputError as `read_text` does."""
     content = read_json(path, expected)
     if not isinstance(content, dict):
         raise InputError(f"{path}: found a {type(content).__name__}, expected a JSON object")
@@ -121,7 +121,7 @@ def read_json_lines(
 ) -> list[dict[str, Any]]:
     """The objects of a file with one per line, each with the keys of `kinds`.
 
-    `unfinished`: a last line without its end, as a killed process leaves, is left out. Raises
+    `unfinished`: a last line without its line break, left by a killed process, is dropped. Raises
     InputError naming file and line.
     """
     lines = read_text(path, f"{expected}: {advice}").split("\n")
@@ -141,14 +141,14 @@ def read_json_lines(
 
 
 def parse_json(text: str) -> Any:
-    """`json.loads`, with a ValueError also for what would break whoever walks or writes it."""
+    """`json.loads`, with a ValueError also for deep nesting and for half a surrogate pair."""
     try:
         value = json.loads(text)
     except RecursionError:
         raise ValueError(f"more than {LEVELS} levels") from None
     if text.count("[") + text.count("{") > LEVELS and _deeper(value):
         raise ValueError(f"more than {LEVELS} levels")
-    if re.search(r"\\u[dD]", text):  # half of a surrogate pair cannot be written as UTF-8
+    if re.search(r"\\u[dD]", text):  # UTF-8 cannot encode half a pair
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -168,7 +168,7 @@ def _deeper(value: Any) -> bool:
 def check_keys(where: object, content: Any, kinds: Mapping[str, Kind], advice: str) -> None:
     """Raises InputError unless `content` is an object with all keys of `kinds`, each of its kind.
 
-    A key with "?" at its end may be missing.
+    A key that ends in "?" may be missing.
     """
     if not isinstance(content, dict):
         raise InputError(f"{where}: found a {type(content).__name__}, expected an object: {advice}")
@@ -184,8 +184,8 @@ def check_keys(where: object, content: Any, kinds: Mapping[str, Kind], advice: s
 def check_room(folder: Path, needed: int) -> None:
     """Raises InputError unless `needed` bytes can be written into `folder`.
 
-    Asked before Orbax writes, because it meets a full disk with a page of tracebacks. Reserving
-    the space also finds quotas and file-size limits, which the free space does not tell.
+    Called before Orbax writes, which reports a full disk with a page of tracebacks. Reserving the
+    space also finds quotas and limits on file sizes.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:

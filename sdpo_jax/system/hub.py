@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face Hub, kept in the Hub's own cache."""
+"""Models by their name on the Hugging Face Hub, stored in the Hub's own cache."""
 
 import os
 import re

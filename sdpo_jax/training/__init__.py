@@ -1,1 +1,1 @@
-"""State and step, optimizer, reference log-probs, checkpoints, metrics."""
+"""The step, the loop of a stage, the optimizer, the order of examples, reference log-probs."""

@@ -1,4 +1,4 @@
-"""What a step takes of a device: tokens, model FLOPs against the device's peak, memory."""
+"""Use of a device: model FLOPs against its peak, memory, traces."""
 
 import resource
 from collections.abc import Iterator
@@ -23,16 +23,16 @@ UNTRACED = 2  # steps before a trace: the first compiles
 
 
 def model_flops(parameters: int, tokens: int, full: bool = False) -> int:
-    """FLOPs that a step needs; what remat computes again is not counted.
+    """FLOPs that a step needs, without those that remat repeats.
 
-    Per parameter and real token: 2 forward, 2 backward, and where all weights are trained (`full`)
-    2 for their gradients.
+    Per parameter and real token: 2 forward, 2 backward, and 2 for the gradients of weights if all
+    are trained (`full`).
     """
     return (6 if full else 4) * parameters * tokens
 
 
 def peak_flops(device: Device, dtype: str) -> float | None:
-    """FLOP/s that `device` could do in bfloat16; None where unknown, and in float32."""
+    """Peak FLOP/s of `device` in bfloat16; None where unknown, and for float32."""
     if dtype != "bfloat16":
         return None
     kinds = (peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind))
@@ -40,7 +40,7 @@ def peak_flops(device: Device, dtype: str) -> float | None:
 
 
 def peak_bytes(device: Device) -> int:
-    """The most that was in use on `device`; of a CPU, by this process."""
+    """Peak memory of `device` in use; on a CPU, of this process."""
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
@@ -48,17 +48,17 @@ def peak_bytes(device: Device) -> int:
 
 
 def traced(batches: Iterator, folder: Path, steps: int) -> Iterator:
-    """Passes `batches` on while `jax.profiler` writes what `steps` of them do into `folder`."""
-    going = False
+    """Yields `batches`, of which `jax.profiler` traces `steps` into `folder`."""
+    tracing = False
     try:
         for number, batch in enumerate(batches):
             if steps and number == UNTRACED:
                 jax.profiler.start_trace(str(folder))
-                going = True
+                tracing = True
             yield batch
-            if going and number == UNTRACED + steps - 1:
+            if tracing and number == UNTRACED + steps - 1:
                 jax.profiler.stop_trace()
-                going = False
+                tracing = False
     finally:
-        if going:
+        if tracing:
             jax.profiler.stop_trace()

@@ -17,10 +17,9 @@ from sdpo_jax.training.step import TrainState
 
 @dataclasses.dataclass
 class Loop:
-    """A stage that goes on from `state`, which changes with every step.
+    """The loop of a stage from `state`, which changes with every step, to step `steps`.
 
-    `steps` is the number of the last one; `validate` gives the means over the validation examples;
-    `seconds` are those of the processes before this one.
+    `validate` returns means over the validation examples; `seconds` are of earlier processes.
     """
 
     name: str
@@ -41,7 +40,7 @@ class Loop:
         batches: Iterable[Batch],
         tokens: Callable[[int], int],
     ) -> None:
-        """Takes `step` with each batch; `tokens` says how many real ones a step has.
+        """Runs `step` on each batch; `tokens` returns the number of real tokens of a step.
 
         Raises Interrupted after a signal, with the state saved, and NotANumber.
         """
@@ -65,11 +64,11 @@ class Loop:
         return step == self.steps or step % self.eval_every == 0
 
     def elapsed(self) -> float:
-        """Seconds of the stage so far, those of processes before this one included."""
+        """Seconds of the stage so far, earlier processes included."""
         return self.seconds + time.monotonic() - self.started
 
     def save(self, loss: float | None = None) -> None:
-        self.progress.settle()  # a state that came of no number is not kept
+        self.progress.settle()  # raises rather than saving a state from NaN
         self.checkpoints.save(self.state, {"seconds": self.elapsed()}, loss)
 
     def validate_and_save(self) -> None:

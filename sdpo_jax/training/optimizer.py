@@ -10,7 +10,12 @@ def learning_rate_schedule(peak: float, steps: int, warmup: float) -> optax.Sche
 
 
 def make_optimizer(
-    peak: float, steps: int, *, warmup: float, clip: float, weight_decay: float
+    peak: float = 1e-5,
+    steps: int = 1000,
+    *,
+    warmup: float = 0.05,
+    clip: float = 0.3,
+    weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
     """Clips the gradient's global norm at `clip`, then AdamW (betas 0.9 and 0.999)."""
     return optax.chain(

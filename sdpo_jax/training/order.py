@@ -1,4 +1,4 @@
-"""Which examples a stage takes, in which order, and with which answers."""
+"""The examples of a stage, their order, and their answers."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ from sdpo_jax.system.errors import InputError
 
 
 class Key(NamedTuple):
-    """An example of a stage: its number among the split's, whether its prompt holds item vectors,
-    and the number of its draw of negatives."""
+    """An example of a stage: its number in the split, whether its prompt has item vectors, and the
+    number of its draw of negatives."""
 
     unit: int
     vectors: bool = False
@@ -24,9 +24,9 @@ class Key(NamedTuple):
 
 
 def plan(config: RunConfig, stage: str, units: int) -> list[int]:
-    """The examples of `train` in the order the stage takes them; a multiple of the batch size.
+    """The examples of `train` in the order of the stage; a multiple of the batch size.
 
-    Raises InputError when the stage would have no step.
+    Raises InputError if the stage would have no step.
     """
     of_stage: StageConfig = getattr(config, stage)
     steps = units * of_stage.epochs // config.batch_size
@@ -42,10 +42,10 @@ def plan(config: RunConfig, stage: str, units: int) -> list[int]:
 
 
 def curriculum(units: Sequence[int], vectors: bool, gradual: bool, seed: int) -> list[Key]:
-    """Each example with whether its prompt holds item vectors.
+    """Decides for each example whether its prompt has item vectors.
 
-    Where they come gradually, the i-th of n examples has them with probability i / n: LLaRA's
-    curriculum from texts to hybrid prompts (Liao et al. 2024, arXiv 2312.02445, section 3.3).
+    If `gradual`, the i-th of n examples has them with probability i / n: LLaRA's curriculum from
+    texts to hybrid prompts (Liao et al. 2024, arXiv 2312.02445, section 3.3).
     """
     draws = generator(seed, "curriculum", "train", 0).random(len(units))
     shares = np.arange(len(units)) / len(units) if gradual else np.ones(len(units))
@@ -56,7 +56,7 @@ def curriculum(units: Sequence[int], vectors: bool, gradual: bool, seed: int) ->
 
 
 def redrawn(order: Sequence[Key], units: int) -> list[Key]:
-    """The same with a draw of negatives of its own for each epoch of `units` examples."""
+    """The same, with another draw of negatives in each epoch of `units` examples."""
     return [key._replace(draw=i // units) for i, key in enumerate(order)]
 
 
@@ -99,10 +99,10 @@ def _drawn(
 
 
 def select_in_band(logp_MC: np.ndarray, count: int, band: Sequence[float]) -> np.ndarray:
-    """[M, 1 + count]: the preferred answer, and `count` others whose log-probs lie in a band.
+    """[M, 1 + count]: the chosen answer, and `count` others from a band of log-probs.
 
-    The others are ordered from the most likely on; `band` is the share of them that is left out
-    before, and that after which none is taken. The places between are evenly spaced.
+    The others are ranked by log-prob, the highest first. `band` gives the first and the last rank
+    as shares of their number; the ranks between are evenly spaced.
     """
     order_MK = 1 + np.argsort(-logp_MC[:, 1:], 1, kind="stable")
     n = order_MK.shape[1]

@@ -1,4 +1,4 @@
-"""What a person sees of a stage, and what goes to the curves."""
+"""The progress bar of a stage, and its lines in the curves."""
 
 import contextlib
 import time
@@ -24,7 +24,7 @@ class NotANumber(Exception):
 
 
 def bar(total: int, done: int, name: str, **settings: Any) -> tqdm:
-    """A bar of examples that process 0 shows."""
+    """A progress bar of examples, on process 0 only."""
     return tqdm(
         total=total,
         initial=done,
@@ -38,14 +38,14 @@ def bar(total: int, done: int, name: str, **settings: Any) -> tqdm:
 
 def progress_bar(batches: Iterable, name: str, total: int, done: int, batch_size: int) -> Iterator:
     """Yields `batches` and shows examples, rate and ETA; `done` of `total` examples came before."""
-    with bar(total, done, name) as shown:
+    with bar(total, done, name) as examples:
         for batch in batches:
             yield batch
-            shown.update(min(batch_size, total - shown.n))
+            examples.update(min(batch_size, total - examples.n))
 
 
 def summary(values: Mapping[str, float], prefix: str = "") -> str:
-    """`loss 1.3863 margin 0.0100 accuracy 0.2500`, of what is there."""
+    """`loss 1.3863 margin 0.0100 accuracy 0.2500`, of the values that are there."""
     names = {
         "loss": "loss",
         "loss_per_token": "per token",
@@ -70,7 +70,7 @@ class Progress:
       log_every: steps whose metrics are averaged into one line.
       schedule: step -> learning rate.
       parameters: of the model, for its FLOPs.
-      dtype: of products, which decides on the device's peak.
+      dtype: of products, on which the device's peak depends.
       full: whether all weights are trained.
     """
 
@@ -97,7 +97,7 @@ class Progress:
         self._bar = bar(steps * batch_size, first * batch_size, stage, smoothing=0.1)
 
     def waited_for(self, batches: Iterator) -> Iterator:
-        """Passes `batches` on and counts the seconds that whoever takes them waits."""
+        """Yields `batches` and counts the seconds that their consumer waits."""
         while True:
             started = time.perf_counter()
             try:
@@ -108,19 +108,19 @@ class Progress:
             yield batch
 
     def step(self, metrics: dict[str, jax.Array], tokens: int) -> None:
-        """Takes the metrics of one more step, which may still be running, and its real tokens."""
+        """Adds a step, which may still be running: its metrics and its number of real tokens."""
         self._done += 1
         self._tokens += tokens
         self._pending.append(metrics)
         if len(self._pending) > 1:
-            # One step stays queued, so the device never waits and the bar tells the truth.
+            # One step stays queued, so the device never waits and the bar is at most one ahead.
             jax.block_until_ready(self._pending[-2])
         self._bar.update(self._batch_size)
         if self._done % self._log_every == 0 or self._done == self._steps:
             self._log()
 
     def settle(self) -> None:
-        """Waits for the steps taken; raises NotANumber for the first that went wrong."""
+        """Waits for the steps so far; raises NotANumber for the first with NaN or infinity."""
         self._pending = jax.device_get(self._pending)
         for step, values in enumerate(self._pending, self._done - len(self._pending) + 1):
             broken = {
@@ -140,7 +140,7 @@ class Progress:
         self._write(values)
 
     def _throughput(self) -> dict[str, float]:
-        """Of the steps since the last line; MFU where the device's peak is known."""
+        """Of the steps since the last line; with MFU where the device's peak is known."""
         seconds, devices = time.perf_counter() - self._since, jax.device_count()
         values = {
             "tokens_per_second_per_device": self._tokens / seconds / devices,
@@ -155,13 +155,13 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done meanwhile is not counted in the throughput of steps."""
+        """Leaves the time within out of the throughput of steps."""
         started = time.perf_counter()
         yield
         self._since += time.perf_counter() - started
 
     def validation(self, values: Mapping[str, float]) -> None:
-        """Takes the means over the validation windows after the last step taken."""
+        """Shows and logs the means over the validation windows after the last step."""
         values = {f"validation/{name}": value for name, value in values.items()}
         tqdm.write(f"{self._stage} {self._done}/{self._steps} {summary(values, 'validation/')}")
         self._write(values)

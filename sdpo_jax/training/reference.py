@@ -1,7 +1,7 @@
-"""The reference's log-probs: computed once per (target, candidate) and kept on disk.
+"""The reference's log-probs: computed once per (target, candidate) and stored on disk.
 
-The reference is the same graph with the adapter that SFT left, so no second model is in memory
-and no reference pass is in the step.
+The reference is the same graph with the adapter of SFT, so there is no second model in memory and
+no reference pass in the step. X: the targets of all examples.
 """
 
 import hashlib
@@ -30,19 +30,19 @@ def fingerprint(base: str, lora: Any, examples: Sequence[Example], settings: Map
 
 
 def read_reference(path: Path, expected: str) -> np.ndarray | None:
-    """The stored `logp_NC`, or None if there is none or its fingerprint differs.
+    """The stored `logp_XC`, or None if there is none or its fingerprint differs.
 
-    It holds NaN where an interrupted pass did not come.
+    It is NaN where an interrupted pass did not arrive.
     """
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as stored:
-        return stored["logp_NC"] if str(stored["fingerprint"]) == expected else None
+        return stored["logp_XC"] if str(stored["fingerprint"]) == expected else None
 
 
-def write_reference(path: Path, key: str, logp_NC: np.ndarray) -> None:
-    """Writes float32 log-probs with their fingerprint, whole or not at all; process 0 only."""
+def write_reference(path: Path, key: str, logp_XC: np.ndarray) -> None:
+    """Writes float32 log-probs with their fingerprint, atomically; process 0 only."""
     if jax.process_index() > 0:
         return
     with whole_file(path) as partial, open(partial, "wb") as file:
-        np.savez(file, logp_NC=logp_NC.astype(np.float32), fingerprint=np.array(key))
+        np.savez(file, logp_XC=logp_XC.astype(np.float32), fingerprint=np.array(key))

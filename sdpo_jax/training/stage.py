@@ -9,7 +9,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -36,29 +36,26 @@ from sdpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from sdpo_jax.training.order import Key, balanced, curriculum, encode, plan, redrawn, select_in_band
 from sdpo_jax.training.progress import NotANumber, Progress
 from sdpo_jax.training.step import (
-    Objective,
+    Step,
     TrainState,
-    init_state,
+    build_step,
     make_logp,
-    make_train_step,
+    make_objective,
     means,
-    preference_objective,
-    sft_objective,
-    state_shardings,
     sums,
 )
 
 
 def most_shapes(steps: int, platform: str) -> int:
-    """How many shapes may be compiled for a stage of `steps`: what one costs must be repaid.
+    """How many shapes a stage of `steps` may compile and still gain by them.
 
-    On CPUs a compilation costs roughly 8 steps, on other devices hundreds of a small model's.
+    A compilation costs about 8 steps on CPUs, and hundreds of a small model's on other devices.
     """
     return max(1, min(loader.MAX_SHAPES, steps // (8 if platform == "cpu" else 256)))
 
 
 class Stage:
-    """What one stage works on. `train` runs it to its end or to an interruption."""
+    """The examples of one stage and what runs on them; `run` trains it to its end."""
 
     def __init__(
         self,
@@ -74,6 +71,7 @@ class Stage:
         self.name, self.config, self.workdir = name, config, workdir
         self.model, self.mesh, self.inference, self.stop = model, mesh, inference, stop
         self.encoder, self.K = encoder, config.num_negatives if name == "sdpo" else 0
+        self.objective = make_objective(name, config.beta, config.objective)
         self.negatives = Negatives(
             encoder.dataset, config.negatives, config.seed, config.popularity_power
         )
@@ -85,29 +83,22 @@ class Stage:
         self.train_examples = self.encode("train", self.units, self.order)
         split = config.validation_split
         val_units = units(encoder, split, config.segment)
-        # About so many windows: an example has one of them, or the targets of a segment.
+        # About `validation_windows`: an example has one window, or the targets of a segment.
         windows = len(encoder.dataset.splits[split])
         limit = -(-config.validation_windows * len(val_units) // windows)
         val_keys = [Key(unit, vectors) for unit in evenly_spaced(len(val_units), limit)]
         self.validation_examples = list(self.encode(split, val_units, val_keys).values())
 
     def encode(self, split: str, of: Sequence[Unit], keys: Iterable[Key]) -> dict[Key, Example]:
-        """With the answers that the reference reads: of hard negatives a pool of them."""
+        """Examples with the answers that the reference scores: for hard negatives, a pool."""
         hard = self.K and self.config.negatives == "hard"
         count = self.config.hard_pool if hard else self.K
         return encode(self.encoder, split, of, keys, self.negatives, count)
 
-    def objective(self) -> Objective:
-        if self.name == "sft":
-            return sft_objective
-        return functools.partial(
-            preference_objective, beta=self.config.beta, name=self.config.objective
-        )
-
     def references(self, lora) -> tuple[dict[Key, np.ndarray] | None, list[np.ndarray] | None]:
-        """The reference's log-probs [M, C] of each train example and of the validation set.
+        """The reference's log-probs [M, C] of each train example and each validation example.
 
-        Of hard negatives it chooses those that are trained on: here the examples lose the others.
+        Hard negatives are selected here by those log-probs; the examples lose the others.
         """
         if self.name == "sft":
             return None, None
@@ -122,14 +113,14 @@ class Stage:
         ):
             path = self.workdir / "reference" / f"{part}.npz"
             key = reference.fingerprint(self.model.meta["sha256"], lora, examples, settings)
-            logp_NC = reference.read_reference(path, key)
-            if logp_NC is None or np.isnan(logp_NC).any():
+            logp_XC = reference.read_reference(path, key)
+            if logp_XC is None or np.isnan(logp_XC).any():
                 save = functools.partial(reference.write_reference, path, key)
-                logp_NC = self.inference.logp(
-                    lora, examples, self.stop, f"reference {part}", logp_NC, save
+                logp_XC = self.inference.logp(
+                    lora, examples, self.stop, f"reference {part}", logp_XC, save
                 )
-                save(logp_NC)
-            found.append(by_example(logp_NC, examples))
+                save(logp_XC)
+            found.append(by_example(logp_XC, examples))
         train, validation = found
         if self.config.negatives == "hard":
             keys, examples = list(self.train_examples), list(self.train_examples.values())
@@ -144,20 +135,20 @@ class Stage:
         self, examples: Sequence[Example], logp: Sequence[np.ndarray]
     ) -> tuple[list[Example], list[np.ndarray]]:
         """The examples with the K negatives of the configured band, and their log-probs."""
-        kept, of_kept = [], []
+        selected, logp_selected = [], []
         for example, logp_MC in zip(examples, logp, strict=True):
             chosen_MC = select_in_band(logp_MC, self.K, self.config.hard_band)
             answers = tuple(
                 tuple(of[c] for c in chosen_C)
                 for of, chosen_C in zip(example.answers_MC, chosen_MC, strict=True)
             )
-            kept.append(dataclasses.replace(example, answers_MC=answers))
-            of_kept.append(np.take_along_axis(logp_MC, chosen_MC, 1))
-        return kept, of_kept
+            selected.append(dataclasses.replace(example, answers_MC=answers))
+            logp_selected.append(np.take_along_axis(logp_MC, chosen_MC, 1))
+        return selected, logp_selected
 
     @functools.cached_property
-    def cut(self) -> list[list[Key]]:
-        """The examples of `train` that each step takes, in order of its rows of tokens."""
+    def train_batches(self) -> list[list[Key]]:
+        """The train examples of each step, in the order of its rows of tokens."""
         size = self.config.batch_size
         alike = self.encoder.prompt == "candidates"
         lengths = {
@@ -174,9 +165,9 @@ class Stage:
         """Batches [number of microbatches, this process's part, ...] from step `start` on."""
         found = None
         if references is not None:
-            found = [[references[key] for key in part] for part in self.cut]
+            found = [[references[key] for key in part] for part in self.train_batches]
         limit = most_shapes(self.steps, self.mesh.devices.flat[0].platform)
-        examples = [[self.train_examples[key] for key in part] for part in self.cut]
+        examples = [[self.train_examples[key] for key in part] for part in self.train_batches]
         count, shards = self.config.batch_size // self.inference.batch_size, self.inference.rows
         own = [i * shards + j for i in range(count) for j in sharding.local_shards(self.mesh)]
         for batch in loader.batches(examples, found, start, count * shards, limit, own):
@@ -193,23 +184,23 @@ class Stage:
         if references and int(state.step) == 0:  # the policy still is the reference
             logp_BMC = batch["reference_logp_BMC"]
         else:
-            logp_NC = self.inference.logp(state.lora, examples, self.stop)
-            logp_BMC = loader.stack_targets(by_example(logp_NC, examples), shape.M)
-        total = {k: float(v) for k, v in sums(self.objective(), logp_BMC, batch).items()}
+            logp_XC = self.inference.logp(state.lora, examples, self.stop)
+            logp_BMC = loader.stack_targets(by_example(logp_XC, examples), shape.M)
+        total = {k: float(v) for k, v in sums(self.objective, logp_BMC, batch).items()}
         targets = total.pop("targets")
         return means(total, targets) | {"windows": int(targets)}
 
     def run(self, lora: nnx.State) -> nnx.State:
         """Trains from `lora` unless the stage is finished; returns its best adapter.
 
-        The arrays of `lora` are deleted.
+        Deletes the arrays of `lora`.
         """
         result = stage_result(self.workdir, self.name)
         if result is None:
             result = self.train(lora)
             first_process(lambda: write_stage_result(self.workdir, self.name, result))
         checkpoints = Checkpoints(self.workdir / self.name)
-        jax.tree.map(lambda x: x.delete(), lora)  # only its shapes and places are needed
+        jax.tree.map(lambda x: x.delete(), lora)  # only shapes and shardings are needed
         lora = checkpoints.restore_lora(result["best_step"], lora)
         checkpoints.close()
         print(
@@ -230,13 +221,7 @@ class Stage:
         """
         c, started = self.config, time.monotonic()
         train_references, validation_references = self.references(lora)
-        learning_rate = getattr(c, self.name).learning_rate
-        optimizer = make_optimizer(
-            learning_rate, self.steps, warmup=c.warmup, clip=c.clip, weight_decay=c.weight_decay
-        )
-        compiled = self.compiled_step(lora, optimizer)
-        # All weights may be in it: a second copy would be memory that `memory` does not count.
-        state, before = init_state(lora, optimizer, self.mesh, donate=True), 0.0
+        (compiled, state), before = self.build(lora), 0.0
         checkpoints = Checkpoints(self.workdir / self.name, evaluated=self.evaluated())
         if checkpoints.steps():
             state, position = checkpoints.restore_newest(state)
@@ -267,7 +252,7 @@ class Stage:
             loop.run(step, batches, self.tokens)
             losses, best = checkpoints.losses(), self.best_step(checkpoints)
         except NotANumber as error:
-            self.refuse(error)
+            self.report_broken(error)
         finally:
             loop.progress.close()
             checkpoints.close()
@@ -279,6 +264,26 @@ class Stage:
             "examples": len(self.order),
             "seconds": round(loop.elapsed(), 1),
         }
+
+    def build(self, lora: nnx.State) -> tuple[Step, TrainState]:
+        """The jitted step and the state that it starts from."""
+        c = self.config
+        optimizer = make_optimizer(
+            getattr(c, self.name).learning_rate,
+            self.steps,
+            warmup=c.warmup,
+            clip=c.clip,
+            weight_decay=c.weight_decay,
+        )
+        return build_step(
+            make_logp(self.model.graphdef, c.batch_layout),
+            self.objective,
+            optimizer,
+            lora,
+            self.mesh,
+            dropout_key=jax.random.key(c.seed) if c.tune == "lora" and c.lora.dropout else None,
+            donate=True,  # it may be all weights, of which --explain counts one copy
+        )
 
     def progress(self, first: int) -> Progress:
         """The bar and the curves from step `first` on."""
@@ -297,7 +302,7 @@ class Stage:
         )
 
     def evaluated(self) -> Callable[[], dict[int, float]] | None:
-        """What gives step -> HR@1 so far, where not the loss decides on the best step."""
+        """Returns step -> HR@1 so far; None where the loss decides on the best step."""
         by = self.config.best_by
         if by == "loss":
             return None
@@ -305,7 +310,7 @@ class Stage:
         return functools.partial(best_step.hit_ratios, self.workdir, self.name, by, split)
 
     def best_step(self, checkpoints: Checkpoints) -> int:
-        """The step to go on from; waits for the judge where there is one."""
+        """The best step, after waiting for the evaluator if that decides."""
         evaluated, losses = self.evaluated(), checkpoints.losses()
         if evaluated is None:
             return checkpoints.best_step()
@@ -316,7 +321,7 @@ class Stage:
         )
 
         def ask() -> None:
-            if jax.process_count() == 1:  # several must ask equally often; all is saved by now
+            if jax.process_count() == 1:  # several would have to ask equally often
                 self.stop.ask()
                 self.stop.check()
 
@@ -324,13 +329,13 @@ class Stage:
         return best_step.best_of({step: evaluated()[step] for step in losses})
 
     def tokens(self, step: int) -> int:
-        """How many real tokens `step` takes, the first being 1."""
-        return sum(self.train_examples[key].tokens for key in self.cut[step - 1])
+        """The number of real tokens of `step`; the first step is 1."""
+        return sum(self.train_examples[key].tokens for key in self.train_batches[step - 1])
 
-    def refuse(self, error: NotANumber) -> None:
-        """Writes which windows a broken step took; raises InputError."""
+    def report_broken(self, error: NotANumber) -> NoReturn:
+        """Writes the windows of a step with NaN or infinity; raises InputError."""
         file = self.workdir / "stages" / f"{self.name}-broken-step.json"
-        rows = [row for key in self.cut[error.step - 1] for row in self.units[key.unit]]
+        rows = [row for key in self.train_batches[error.step - 1] for row in self.units[key.unit]]
         content = {
             "stage": self.name,
             "step": error.step,
@@ -340,17 +345,6 @@ class Stage:
         first_process(lambda: write_json(file, content))
         raise InputError(
             f"{self.name} {error}, expected numbers: the lines of train.jsonl that it took are in "
-            f"{file}, the checkpoints before it are kept; start in another --workdir with a lower "
+            f"{file}, the checkpoints before it remain; start in another --workdir with a lower "
             f"--config.{self.name}.learning_rate"
         ) from error
-
-    def compiled_step(self, lora: nnx.State, optimizer):
-        c = self.config
-        return make_train_step(
-            make_logp(self.model.graphdef, c.batch_layout),
-            self.objective(),
-            optimizer,
-            state_shardings(lora, optimizer, self.mesh),
-            self.mesh,
-            jax.random.key(c.seed) if c.tune == "lora" and c.lora.dropout > 0 else None,
-        )

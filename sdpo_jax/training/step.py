@@ -1,7 +1,7 @@
 """Train state, and the one step that SFT, DPO and S-DPO share.
 
-The step is `jax.jit` with shardings, what `pjit` became. The frozen base is an argument that is
-neither differentiated nor donated; the reference's log-probs come with the batch.
+The step is `jax.jit` with shardings, the successor of `pjit`. The frozen base is an argument that
+is neither differentiated nor donated; the reference's log-probs come with the batch.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from sdpo_jax.system import sharding
 
 # (logp_BMC, batch) -> (loss_BM, metrics of shape [B, M])
 Objective = Callable[[jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+Step = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
 
 
 @functools.partial(
@@ -28,11 +29,18 @@ Objective = Callable[[jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 )
 @dataclasses.dataclass
 class TrainState:
-    """What a checkpoint holds: steps done, the adapter in float32, the optimizer's moments."""
+    """The content of a checkpoint: steps done, the adapter in float32, the optimizer's moments."""
 
     step: Any
     lora: Any
     opt_state: Any
+
+
+def make_objective(stage: str, beta: float = 1.0, name: str = "sdpo") -> Objective:
+    """That of a stage, "sft" or "sdpo"; `name`: key of `losses.OBJECTIVES`."""
+    if stage == "sft":
+        return sft_objective
+    return functools.partial(preference_objective, beta=beta, name=name)
 
 
 def sft_objective(logp_BMC: jax.Array, batch: Batch):
@@ -51,7 +59,7 @@ def preference_objective(logp_BMC: jax.Array, batch: Batch, *, beta: float, name
 
 
 def sums(objective: Objective, logp_BMC: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-    """Loss and metrics summed over the targets that are there, and their number, `targets`."""
+    """Loss and metrics summed over the existing targets, and their number, `targets`."""
     loss_BM, metrics = objective(logp_BMC, batch)
     there_BM = batch["place_BM"] >= 0
     values = {"loss": loss_BM, **metrics, "targets": jnp.ones_like(loss_BM)}
@@ -72,19 +80,64 @@ def make_logp(graphdef: nnx.GraphDef, layout: str):
     return logp
 
 
-def make_train_step(
+def build_step(
     logp,
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    state_shardings: TrainState,
+    lora: nnx.State,
     mesh: Mesh,
+    *,
     dropout_key=None,
-):
-    """Jitted `step(state, base, batches) -> (state, metrics)`; the state is donated.
+    donate: bool = False,
+) -> tuple[Step, TrainState]:
+    """The jitted step, and the state that it starts from.
 
-    `batches` holds arrays [number of microbatches, microbatch, ...]: the global batch, whose
-    gradient is the mean over all its targets however it is cut into microbatches and devices.
+    `step(state, base, batches) -> (state, metrics)` donates the state. `batches` holds arrays
+    [number of microbatches, microbatch, ...]: the global batch, whose gradient is the mean over all
+    its targets, whatever the microbatches and devices it is split over.
+
+    Args:
+      logp: see `make_logp`.
+      objective: see `make_objective`.
+      optimizer: of the trained arrays.
+      lora: the trained arrays on `mesh`; or their shapes with shardings, for an abstract state.
+      mesh: of the step.
+      dropout_key: of LoRA's dropout; None for none.
+      donate: whether the state takes over the arrays of `lora`.
     """
+    placed = _state_shardings(lora, optimizer, mesh)
+    init = jax.jit(
+        lambda lora: TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora)),
+        out_shardings=placed,
+        donate_argnums=0 if donate else (),
+    )
+    abstract = isinstance(jax.tree.leaves(lora)[0], jax.ShapeDtypeStruct)
+    state = init.eval_shape(lora) if abstract else init(lora)
+    step = jax.jit(
+        _train_step(logp, objective, optimizer, dropout_key),
+        donate_argnums=0,
+        out_shardings=(placed, sharding.replicated(mesh)),
+    )
+    return step, state
+
+
+def _state_shardings(
+    lora: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Moments lie as the adapter does. Unpinned, XLA would move them after the first step."""
+    whole = sharding.replicated(mesh)
+    of_lora = jax.tree.map(lambda x: x.sharding, lora)
+    of_moments = optax.tree.map_params(
+        optimizer,
+        lambda _, placed: placed,
+        jax.eval_shape(optimizer.init, lora),
+        of_lora,
+        transform_non_params=lambda _: whole,
+    )
+    return TrainState(whole, of_lora, of_moments)
+
+
+def _train_step(logp, objective: Objective, optimizer, dropout_key) -> Step:
 
     def loss(lora, base, batch, keys_W):
         total = sums(objective, logp(lora, base, batch, keys_W), batch)
@@ -93,7 +146,7 @@ def make_train_step(
     def microbatch_gradient(state: TrainState, base, batch, index):
         W, keys_W = batch["slot_WT"].shape[0], None
         if dropout_key is not None:
-            # By the row's number in the global batch, so that devices do not change the draw.
+            # By the row's number in the global batch, so that the draw does not depend on devices.
             key, rows = jax.random.fold_in(dropout_key, state.step), index * W + jnp.arange(W)
             keys_W = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
         (_, total), gradient = jax.value_and_grad(loss, has_aux=True)(
@@ -110,7 +163,7 @@ def make_train_step(
                 jnp.add, total, microbatch_gradient(state, base, batch, index)
             ), None
 
-        # Known without tracing the model, which takes longer than all else of a small step.
+        # Shapes of the sums without tracing the model, which is most of a small step's tracing.
         first = jax.tree.map(lambda x: x[0], batches)
         logp_BMC = jax.ShapeDtypeStruct(first["answers_BMCA"].shape[:-1], jnp.float32)
         like = state.lora, jax.eval_shape(functools.partial(sums, objective), logp_BMC, first)
@@ -123,36 +176,4 @@ def make_train_step(
         metrics |= {"grad_norm": optax.tree.norm(gradient), "targets": targets}
         return TrainState(state.step + 1, lora, opt_state), metrics
 
-    return jax.jit(
-        train_step,
-        donate_argnums=0,
-        out_shardings=(state_shardings, sharding.replicated(mesh)),
-    )
-
-
-def first_state(lora: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state that starts from `lora`."""
-    return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
-
-
-def init_state(
-    lora: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh, donate: bool = False
-) -> TrainState:
-    """`first_state`, its moments placed as the adapter is; `donate`: the state takes its arrays."""
-    make = functools.partial(first_state, optimizer=optimizer)
-    placed = state_shardings(lora, optimizer, mesh)
-    return jax.jit(make, out_shardings=placed, donate_argnums=0 if donate else ())(lora)
-
-
-def state_shardings(lora: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh):
-    """Shardings of a `TrainState`: an unpinned step would let the moments drift apart."""
-    whole = sharding.replicated(mesh)
-    of_lora = jax.tree.map(lambda x: x.sharding, lora)
-    of_moments = optax.tree.map_params(
-        optimizer,
-        lambda _, placed: placed,
-        jax.eval_shape(optimizer.init, lora),
-        of_lora,
-        transform_non_params=lambda _: whole,
-    )
-    return TrainState(whole, of_lora, of_moments)
+    return train_step

@@ -1,10 +1,9 @@
-"""What a step needs of a device's memory, from compiling it on abstract arrays.
+"""The memory of a step per device, from compiling it on abstract arrays.
 
-No weights and no data are made, so a 7B model is judged on a laptop.
+No weights and no data are made, so a 7B model can be examined on a laptop.
 """
 
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Sequence
@@ -24,14 +23,7 @@ from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.system import sharding
 from sdpo_jax.training.device_stats import Device
 from sdpo_jax.training.optimizer import make_optimizer
-from sdpo_jax.training.step import (
-    first_state,
-    make_logp,
-    make_train_step,
-    preference_objective,
-    sft_objective,
-    state_shardings,
-)
+from sdpo_jax.training.step import build_step, make_logp, make_objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +52,7 @@ class LoweredStep:
 
 
 def step_memory(*args, **settings) -> StepMemory:
-    """Compiles the step of one microbatch and reads what it needs; arguments as `lower_step`."""
+    """Compiles the step of one microbatch and reads its memory; arguments as `lower_step`."""
     lowered = lower_step(*args, **settings)
     started = time.perf_counter()
     return memory_of(lowered, lowered.step.compile(), time.perf_counter() - started)
@@ -88,11 +80,11 @@ def lower_step(
     Args:
       config: of the decoder.
       lora: of the adapter.
-      examples: what all devices together take at once; with one answer each it is a step of SFT.
-      dtype: of the base and of products. XLA's CPU compiler would hold a float32 copy of a
-        bfloat16 base, which no accelerator does: there the step is compiled in float32, and only
-        the base is counted in `dtype`.
-      base_dtype: key of `quantize.BASE_DTYPES`.
+      examples: the microbatch of all devices; with one answer each it is a step of SFT.
+      dtype: of the base and of products. XLA's CPU compiler would make a float32 copy of a
+        bfloat16 base, which no accelerator does. So there the step is compiled in float32, and
+        only the base is counted in `dtype`.
+      base_dtype: of `quantize.BASE_DTYPES`.
       remat: key of `decoder.REMAT`.
       layout: key of `logprobs.LAYOUTS`.
       mesh: of real devices or of an ahead-of-time topology.
@@ -103,16 +95,9 @@ def lower_step(
     if jax.default_backend() == "cpu":
         wide = "same" if base_dtype == "bf16" else base_dtype
         graphdef, adapter, base = abstract_model(config, lora, jnp.float32, remat, place, wide)
-    optimizer = make_optimizer(1e-5, 1000, warmup=0.05, clip=0.3, weight_decay=0.0)
-    placed = state_shardings(adapter, optimizer, mesh)
-    state = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        jax.eval_shape(lambda lora: first_state(lora, optimizer), adapter),
-        placed,
-    )
-    sft = examples[0].C == 1
-    objective = sft_objective if sft else functools.partial(preference_objective, beta=1.0)
-    step = make_train_step(make_logp(graphdef, layout), objective, optimizer, placed, mesh)
+    objective = make_objective("sft" if examples[0].C == 1 else "sdpo")
+    logp = make_logp(graphdef, layout)
+    step, state = build_step(logp, objective, make_optimizer(), adapter, mesh)
     batch = abstract_batch(examples, mesh)
     lowered = step.lower(state, base, batch)
     return LoweredStep(lowered, base_bytes, _bytes_per_device(state), _bytes_per_device(batch))
@@ -160,7 +145,7 @@ def _bytes_per_device(tree) -> int:
 
 
 def limit_of(device: Device) -> int:
-    """Bytes that a program may use on `device`; on a CPU what the machine has free."""
+    """Bytes that a program may use on `device`; on a CPU the machine's free memory."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]

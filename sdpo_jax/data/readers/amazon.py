@@ -1,4 +1,4 @@
-"""Amazon: UCSD's reviews and metadata of 2018 or 2023, or windows that somebody published."""
+"""Amazon: UCSD's reviews and metadata of 2018 or 2023, or published windows."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ _EXPECTED = (
     "expected a folder with one file of reviews (*_5.json.gz) and one meta_*.json.gz, or with "
     f"{', '.join(WINDOWS)}: correct --source"
 )
-# The keys of user, item and time, and what a second is in the last.
+# The keys of user, item and time, and the units of time per second.
 _KEYS_2018 = ("reviewerID", "asin", "unixReviewTime", 1)
 _KEYS_2023 = ("user_id", "parent_asin", "timestamp", 1000)
 _USER: Kind = ("a text or an integer", lambda value: UTF8[1](value) or type(value) is int)
@@ -38,9 +38,9 @@ _PRICE = re.compile(r"\$(\d[\d,]*(?:\.\d+)?)")
 def read_amazon(path: Path) -> Interactions | Sessions:
     """A folder of UCSD's reviews and metadata, or of the four files of `WINDOWS`.
 
-    Items without a usable title are left out: it has 2 letters or more, at most 20 words and no
-    HTML. Attributes: asin, and category, brand and price where the metadata has them. Raises
-    InputError naming file and line.
+    Items without a usable title (2 characters or more, at most 20 words, no HTML) are left out.
+    Attributes: asin, and category, brand and price if the metadata has them. Raises InputError
+    naming file and line.
     """
     names = raw.names_in(path, _EXPECTED)
     if WINDOWS[1] in names:
@@ -56,11 +56,11 @@ def read_amazon(path: Path) -> Interactions | Sessions:
 
 
 def usable_title(text: object) -> str:
-    """A title without HTML entities and with single spaces; "" where it is none to show."""
+    """The title in normal form, or "" if it is too short, too long or has HTML tags."""
     title = _clean(text)
     words = title.split(" ")
-    short = len(title) > 1 and len(words) <= MAX_WORDS
-    return title if short and not _TAG.search(title) else ""
+    fits = len(title) > 1 and len(words) <= MAX_WORDS
+    return title if fits and not _TAG.search(title) else ""
 
 
 def _read_reviews(reviews: Path, meta: Path) -> Interactions:
@@ -76,25 +76,25 @@ def _read_reviews(reviews: Path, meta: Path) -> Interactions:
     clock.checked()
     titles, attributes = _read_meta(meta, item, numbers)
     found = rows.done({}, {}, len(rows), raw.file_digests(reviews, meta), rated=False)
-    # An item's number in the file -> its id: items with a title, by their first review.
+    # Number of an item in the file -> its id: items with a title, in the order of first reviews.
     id_I = np.full(len(numbers), -1, np.int32)
     asins = [asin for asin in numbers if asin in titles]
     id_I[[numbers[asin] for asin in asins]] = range(len(asins))
-    kept_N = id_I[found.item_N] >= 0
+    kept_X = id_I[found.item_X] >= 0
     return dataclasses.replace(
         found,
         titles={id: titles[asin] for id, asin in enumerate(asins)},
         attributes={id: {"asin": asin} | attributes[asin] for id, asin in enumerate(asins)},
         items=[*range(len(asins))],
-        user_N=found.user_N[kept_N],
-        item_N=id_I[found.item_N][kept_N],
-        time_N=found.time_N[kept_N],
-        untitled=(len(numbers) - len(asins), int((~kept_N).sum())),
+        user_X=found.user_X[kept_X],
+        item_X=id_I[found.item_X][kept_X],
+        time_X=found.time_X[kept_X],
+        untitled=(len(numbers) - len(asins), int((~kept_X).sum())),
     )
 
 
 def _read_meta(meta: Path, key: str, wanted: Collection[str]) -> tuple[dict, dict]:
-    """asin -> title, asin -> attributes; the first line of an item that has a title counts."""
+    """asin -> title, asin -> attributes, of each item's first line with a usable title."""
     titles: dict[str, str] = {}
     attributes: dict[str, dict] = {}
     for _, record in raw.records(meta, {key: UTF8}):
@@ -126,7 +126,7 @@ def _price(value: Any) -> float | None:
 
 
 def _read_windows(path: Path) -> Sessions:
-    """Windows as published; a user's sequence is what its windows show one after the other."""
+    """Published windows; a user's sequence is the chain of its windows."""
     items, train, *others = (path / name for name in WINDOWS)
     titles: dict[int, str] = {}
     for where, record in raw.records(items, {"id": _ID, "title": TEXT}):
@@ -152,7 +152,7 @@ def _read_windows(path: Path) -> Sessions:
             before = own.setdefault(user, history)
             if before[-MAX_HISTORY:] != history:
                 found = f"history {brief(history)} of user {brief(user)}"
-                raise raw.bad(where, found, f"{before[-MAX_HISTORY:]}, what it had until here")
+                raise raw.bad(where, found, f"{before[-MAX_HISTORY:]}, its latest items so far")
             own[user] = [*before, *_known(where, [record["target"]], titles)]
             placed[split].append((user, len(before)))
     sequences = {user: UserSequence(user, tuple(found)) for user, found in own.items()}

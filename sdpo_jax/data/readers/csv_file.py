@@ -1,4 +1,4 @@
-"""Anyone's interactions: a CSV file whose header names the columns."""
+"""Interactions in a CSV file whose header names the columns."""
 
 import csv
 import dataclasses
@@ -17,11 +17,11 @@ from sdpo_jax.system.errors import InputError, brief
 COLUMNS = ("user", "item", "title", "timestamp")
 DELIMITERS = (",", ";", "\t", "|")
 _EXPECTED = f"expected a CSV file with the columns {', '.join(COLUMNS)}: correct --source"
-# Words of a header that speak of one person's rating, and those that speak of many people's.
+# Words of a header for one user's rating, and for aggregates of many users' ratings.
 _RATING = re.compile(r".*ratings?|rate|stars?|score|overall|grade")
 _OF_MANY = re.compile("average|avg|mean|count|number|num|total|time|timestamp|date")
 _OURS = ("id", "title", "item")  # keys of items.jsonl
-_ROUNDED = re.compile(r"\d(\.\d+)?[eE]\+\d+")  # as spreadsheets write long numbers
+_ROUNDED = re.compile(r"\d(\.\d+)?[eE]\+\d+")  # spreadsheets write long numbers so
 _SEPARATOR = re.compile(r'"?sep=(.)"?\s*')  # the first line of some files of Excel
 
 
@@ -29,11 +29,10 @@ _SEPARATOR = re.compile(r'"?sep=(.)"?\s*')  # the first line of some files of Ex
 class Form:
     """How a CSV file is written.
 
-    `columns`: our name -> the header's, where they differ; the header's name of "rating" is empty
-    where there is a column of ratings that shall not count. `delimiter`: empty: that of
-    `DELIMITERS` with which the header has all columns. `quote`: empty: no character quotes.
-    `encoding`: empty: UTF-8, or else Latin-1. `escape`: stands before a quote within quotes, as
-    databases write it; empty: such a quote is doubled.
+    `columns`: our name -> the header's, where they differ; an empty name for "rating" ignores
+    ratings. `delimiter`: empty: the one of `DELIMITERS` that fits the header. `quote`: empty: no
+    quotes. `encoding`: empty: UTF-8, or else Latin-1. `escape`: precedes a quote within quotes, as
+    in exports of databases; empty: such a quote is doubled.
     """
 
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -51,14 +50,14 @@ class Form:
         encoding: str = "",
         escape: str = "",
     ) -> "Form":
-        """That of the command line. Raises InputError."""
+        """The form that the command line gives. Raises InputError."""
         names, known = {}, (*COLUMNS, "rating")
         for pair in columns.split(",") if columns else []:
             name, equals, found = (part.strip() for part in pair.partition("="))
             if name not in known or not equals or not (found or name == "rating"):
                 raise InputError(
-                    f"--columns: found {brief(pair)}, expected our name = the header's, ours being "
-                    f"{', '.join(known)}: as user=reviewerID,item=asin"
+                    f"--columns: found {brief(pair)}, expected NAME=COLUMN with a NAME of "
+                    f"{', '.join(known)}, as in user=reviewerID,item=asin"
                 )
             names[name] = found
         delimiter = "\t" if delimiter == "tab" else delimiter or ""
@@ -74,7 +73,7 @@ class Form:
         return cls(names, delimiter, quote, encoding, escape)
 
     def reader(self, lines: Iterator[str], delimiter: str):
-        """A strict `csv.reader`, in which what is no CSV raises csv.Error."""
+        """A strict `csv.reader`: malformed CSV raises csv.Error."""
         quoting = csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE
         return csv.reader(
             lines,
@@ -90,10 +89,9 @@ class Form:
 def read_csv(path: Path, form: Form | None = None) -> Interactions:
     """A CSV file with the columns user, item, title, timestamp and, if there is one, rating.
 
-    Users are kept as they are written; items are numbered by their first appearance. Their ids and
-    further columns are attributes of the item, as its first row has them. Without ratings every row
-    counts. All timestamps are numbers of one unit, or all ISO 8601. Raises InputError naming file
-    and line.
+    Users keep their ids as text; items are numbered in the order of their first rows, whose item id
+    and further columns become the item's attributes. Without ratings every row counts. Timestamps
+    are all numbers of one unit, or all ISO 8601. Raises InputError naming file and line.
     """
     rows, ids, clock = Rows(), {}, Clock()
     titles: dict[int, str] = {}
@@ -136,7 +134,7 @@ def _rows(
 ) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
     """(file:line, column -> text, further column -> text) of every row that is not blank.
 
-    Adds the names of columns that are neither to `unread`.
+    Appends the names of the other columns to `unread`.
     """
     lines, before = None, 0
     try:
@@ -144,8 +142,8 @@ def _rows(
         with open(path, "rb") as file:
             texts = text_lines(str(path), file, form.encoding)
             first, before, delimiter = next(texts, ""), 0, form.delimiter
-            if told := _SEPARATOR.fullmatch(first):
-                first, before, delimiter = next(texts, ""), 1, delimiter or told[1]
+            if separator := _SEPARATOR.fullmatch(first):
+                first, before, delimiter = next(texts, ""), 1, delimiter or separator[1]
             delimiter = delimiter or _delimiter(first, form)
             lines = form.reader(itertools.chain([first], texts), delimiter)
             header = [name.strip() for name in next(lines, [])]
@@ -165,15 +163,15 @@ def _rows(
     except csv.Error as error:
         where = f"{path}:{lines.line_num + before if lines else 1}"
         others = ", or give --quote=none, or --escape='\\' where \\\" stands for a quote"
-        expected = f"a row of it{others if form.quote and not form.escape else ''}"
-        raise raw.bad(where, f"no CSV ({error})", expected) from error
-    except (OSError, ValueError) as error:  # a ValueError is of a path with a zero byte
+        expected = f"a CSV row{others if form.quote and not form.escape else ''}"
+        raise raw.bad(where, f"invalid CSV ({error})", expected) from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: found {reason}, {_EXPECTED}") from error
 
 
 def _delimiter(header: str, form: Form) -> str:
-    """The one that separates the columns of a header, else the one that it has most often."""
+    """The delimiter that yields most of the header's wanted columns, then the most frequent one."""
     wanted = {form.columns.get(name, name) for name in COLUMNS}
 
     def fit(delimiter: str) -> tuple[int, int]:
@@ -184,9 +182,9 @@ def _delimiter(header: str, form: Form) -> str:
 
 
 def _places(path: Path, header: list[str], form: Form) -> tuple[dict[str, int], dict[str, int]]:
-    """Column -> its place, of those that are read, and of further ones.
+    """Column -> its index: for the columns that are read, and for further ones.
 
-    Those without a name are left out, and those of the names of `_OURS`.
+    The latter exclude columns without a name and those named as in `_OURS`.
     """
     names = {name: form.columns.get(name, name) for name in (*COLUMNS, "rating")}
     for name, column in names.items():
@@ -213,14 +211,14 @@ def _places(path: Path, header: list[str], form: Form) -> tuple[dict[str, int], 
 
 
 def _check_ratings(path: Path, header: list[str]) -> None:
-    """Raises InputError where a column that is not read seems to be people's ratings."""
+    """Raises InputError if a column that is not read seems to contain users' ratings."""
     for name in header:
         words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
         if any(map(_RATING.fullmatch, words)) and not any(map(_OF_MANY.fullmatch, words)):
             raise InputError(
-                f"{path}:1: found column {brief(name)} and none of the name rating, expected to "
-                f"know whether it rates: give --columns=rating={name}, or --columns=rating= to "
-                "count every row as liked"
+                f"{path}:1: found column {brief(name)} but none named rating: give "
+                f"--columns=rating={name} if it contains ratings, or --columns=rating= to count "
+                "every row as liked"
             )
 
 

@@ -1,4 +1,4 @@
-"""Goodreads: the files of UCSD, or sequences of item ids made of goodbooks-10k."""
+"""Goodreads: the files of UCSD, or sequences of item ids made from goodbooks-10k."""
 
 import dataclasses
 from datetime import UTC, datetime
@@ -36,7 +36,7 @@ _INTERACTION = {
 def read_goodreads(path: Path) -> Interactions | Sequences:
     """UCSD's interactions and books, or the two files of `STAND_IN`, which are split already.
 
-    A book that is only shelved has the rating 0 and is left out, as are books without a title.
+    Books that are only shelved (rating 0) and books without a title are left out.
     Raises InputError naming file and line.
     """
     names = raw.names_in(path, _EXPECTED)
@@ -50,9 +50,9 @@ def read_goodreads(path: Path) -> Interactions | Sequences:
 
 
 def short_title(text: str) -> str:
-    """The text before "(", where Goodreads names the series; [paper].
+    """The text before "(", after which Goodreads names the series (as in the paper).
 
-    All of a title that begins with one, as "(Un)arranged Marriage".
+    A title that begins with "(" is left whole, such as "(Un)arranged Marriage".
     """
     return " ".join(text.partition("(")[0].split()) or " ".join(text.split())
 
@@ -88,11 +88,11 @@ def _titles(file: Path) -> dict[int, str]:
 
 
 def _time(where: str, record: dict) -> float:
-    """When a book was finished, in seconds.
+    """When a book was finished, in seconds since 1970.
 
-    `read_at` is what the sequences are about, and `date_added` may be years before it, when the
-    book went on a shelf of books to read. But readers type `read_at` or leave it out, and its
-    year may be any; then the last change, which Goodreads dates, is nearest to the rating.
+    Sequences follow `read_at`; `date_added` may be years earlier, when the book went onto a shelf
+    of books to read. But users type `read_at`, so it may be missing or have any year; then
+    `date_updated`, which Goodreads sets, is nearest to the rating.
     """
     updated = _seconds(record["date_updated"])
     if updated is None:
@@ -103,10 +103,10 @@ def _time(where: str, record: dict) -> float:
 
 
 def _seconds(text: str) -> float | None:
-    """Of "Sun Jul 30 07:44:10 -0700 2017", three times as fast as strptime; None: no date."""
+    """Seconds since 1970 of "Sun Jul 30 07:44:10 -0700 2017"; None for text in another form."""
     try:
-        _, month, day, clock, zone, year = text.split()
+        _, month, day, clock, zone, year = text.split()  # three times as fast as strptime
         moment = datetime.fromisoformat(f"{year}-{_MONTHS[month]}-{day}T{clock}{zone}")
         return (moment - _EPOCH).total_seconds()
-    except (KeyError, TypeError, ValueError):  # a TypeError is of a date without zone
+    except (KeyError, TypeError, ValueError):  # TypeError: a date without zone
         return None

@@ -18,8 +18,8 @@ _KEYS = ("historyList", "itemList", "trueSelection")
 def read_lastfm(path: Path) -> Sessions:
     """LastFM: a folder of sequences.json and id2name.txt, or of the authors' three JSON files.
 
-    The authors' files give titles; ids come from id2name.txt where it lies beside them, else
-    from the order of appearance. Raises InputError naming file and row.
+    The authors' files contain titles; ids come from id2name.txt if the folder has it, else from
+    the order of appearance. Raises InputError naming file and row.
     """
     if os.path.lexists(path / "sequences.json"):
         found = read_sequences(path, ("sequences.json", "id2name.txt"), "LastFM")
@@ -53,7 +53,7 @@ def _read_released(path: Path) -> Sessions:
 
 
 def _ids_by_appearance(rows: list[_Row]) -> dict[str, int]:
-    """title -> id: items of the sequences first, then those only shown."""
+    """title -> id: items of the sequences first, then those that are candidates only."""
     sequences = (title for history, _, target in rows for title in (*history, target))
     shown = (title for _, candidates, _ in rows for title in candidates)
     return {title: item for item, title in enumerate(dict.fromkeys((*sequences, *shown)))}
@@ -87,7 +87,7 @@ def _problem(row: object) -> str | None:
 
 
 def _parse(where: str, row: dict, known: set[str], complete: bool) -> _Row:
-    """(history, candidates, target) titles; `complete`: no title outside `known` is right."""
+    """(history, candidates, target) titles; `complete`: titles outside `known` are errors."""
     history, listed, target = (row[key] for key in _KEYS)
     titles = split_titles(history, known) if type(history) is str else history
     if titles is None and not complete and ":::" not in history:
@@ -100,13 +100,13 @@ def _parse(where: str, row: dict, known: set[str], complete: bool) -> _Row:
 
 
 def split_titles(text: str, known: set[str]) -> list[str] | None:
-    """Titles of a text that joined them by "::"; None when no cut gives known titles only.
+    """Titles of a text that joins them by "::"; None if no cut gives known titles only.
 
-    Names such as ":wumpscut:" make a plain split wrong in 120 rows of the release.
+    A plain split is wrong in 120 rows of the release, because of names such as ":wumpscut:".
     """
     if known.issuperset(text.split("::")):
         return text.split("::")
-    # From the end on, so that no part is tried twice and nothing recurs.
+    # From the end, so that no part is tried twice and no recursion is needed.
     ends = [*(match.start() for match in re.finditer("(?=::)", text)), len(text)]
     cut = {len(text) + 2: []}  # where a title may begin -> the titles from there on
     for start in [*(end + 2 for end in reversed(ends[:-1])), 0]:
@@ -120,9 +120,9 @@ def split_titles(text: str, known: set[str]) -> list[str] | None:
 def _number_users(
     parsed: dict[str, list[_Row]], ids: dict[str, int]
 ) -> tuple[dict[User, UserSequence], dict[str, list[Window]]]:
-    """Rows name no user: a row that does not continue the row before begins the next user.
+    """Sequences and windows; a row that does not continue the previous one begins a new user.
 
-    A row shows at most 10 items of history, and the rows before it hold the others.
+    Rows name no user and contain at most 10 items of history; the rows before have the others.
     """
     items: list[list[int]] = []
     windows: dict[str, list[Window]] = {}

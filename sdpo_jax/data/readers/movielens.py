@@ -44,7 +44,7 @@ _GENRES = (
 def read_movielens(path: Path | None) -> Interactions:
     """GroupLens' zip, its unpacked folder, or (None) MovieLens-100K from the wheel.
 
-    Attributes of an item: year, where its title or its line has one, and genres. Raises InputError
+    Attributes of an item: year, if its title or its line has one, and genres. Raises InputError
     naming file and line.
     """
     if path is None:
@@ -108,7 +108,7 @@ def _csv(where: str, text: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
                 raise raw.bad(f"{where}:{lines.line_num}", f"{len(fields)} fields", "3 or more")
             yield f"{where}:{lines.line_num}", fields
     except csv.Error as error:
-        raise raw.bad(f"{where}:{lines.line_num}", f"no CSV ({error})", "a row of it") from error
+        raise raw.bad(f"{where}:{lines.line_num}", f"invalid CSV ({error})", "a CSV row") from error
 
 
 def _year(title: str) -> str:
@@ -123,9 +123,9 @@ def _genres(names: list[str]) -> list[str]:
 def plain_title(text: str) -> str:
     """A title without its year and with its article in front: "Net, The (1995)" -> "The Net".
 
-    The same for GroupLens' titles and RecBole's, which lack the year. Item 267 has no year and
-    no name: a rule that cuts seven characters leaves it empty, a substring of every answer; it
-    is kept under GroupLens' title "unknown" (RecBole misspells it), so that no window is lost.
+    The same for GroupLens' titles and RecBole's, which lack the year. Item 267 has no year and no
+    name. It stays under GroupLens' title "unknown" (RecBole misspells it), so that no window is
+    lost; cutting seven characters would leave "", a substring of every answer.
     """
     title = _YEAR.sub("", text.strip()) or text.strip()
     if title == "unkonwn":

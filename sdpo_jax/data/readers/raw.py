@@ -1,4 +1,4 @@
-"""Raw files as they come: from a folder or a zip, as lines, as fields, as numbers, as records."""
+"""Reads raw files of a folder or a zip as lines, fields, numbers or JSON records."""
 
 import contextlib
 import dataclasses
@@ -20,18 +20,18 @@ from sdpo_jax.data.text import text_lines
 from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import Kind, check_keys
 
-LONGEST = 1 << 24  # bytes of a line; the longest books have some 100 kB
-_COMMA = re.compile(r"-?\d+,\d+")  # a number as spreadsheets of half of Europe write it
+LONGEST = 1 << 24  # bytes per line; those of the longest books have some 100 kB
+_COMMA = re.compile(r"-?\d+,\d+")  # a number with a decimal comma
 _GZIP = "expected lines of JSON, compressed by gzip: correct --source or fetch it again"
 _JSON = "expected lines of JSON: correct --source or fetch it again"
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Files of a folder, or of a zip, of which nothing is unpacked to disk.
+    """Files of a folder, or of a zip, which is not unpacked to disk.
 
-    `places`: name -> path, in the zip or on disk. Reading raises InputError for whatever is damaged
-    or not to be read.
+    `places`: name -> path, in the zip or on disk. Reading raises InputError for damaged or
+    unreadable files.
     """
 
     path: Path
@@ -44,7 +44,7 @@ class Files:
             return file.read()
 
     def lines(self, name: str) -> Iterator[bytes]:
-        """Line after line, so that a file may be larger than memory."""
+        """Yields line by line, so that a file may be larger than memory."""
         with self._open(name) as file:
             yield from _lines(file, f"{self.path}/{name}", self.expected)
 
@@ -72,7 +72,7 @@ class Files:
 
 
 def find(path: Path, forms: Sequence[Sequence[str]], what: str) -> Files:
-    """The first of `forms`, names of files, that lies in a folder, one inside it, or a zip.
+    """The first of `forms`, names of files, that is in a folder, one of its folders, or a zip.
 
     Raises InputError naming a missing file.
     """
@@ -91,7 +91,7 @@ def find(path: Path, forms: Sequence[Sequence[str]], what: str) -> Files:
         for inside in places:
             if set(names) <= set(inside):
                 return Files(path, {n: inside[n] for n in names}, expected, not path.is_dir())
-    # The form and the place that lack the least.
+    # The form and the place that match best, to name a missing file.
     pairs = [(names, inside) for names in forms for inside in places]
     names, inside = max(pairs, key=lambda pair: len(set(pair[0]) & set(pair[1])))
     missing = next(name for name in names if name not in inside)
@@ -99,7 +99,7 @@ def find(path: Path, forms: Sequence[Sequence[str]], what: str) -> Files:
 
 
 def _inside(folder: Path) -> dict[str, str]:
-    """Name -> path of what a folder has; nothing where it is none, or may not be read."""
+    """Name -> path of a folder's content; {} if it is not a folder or cannot be read."""
     try:
         return {file.name: str(file) for file in folder.iterdir()}
     except OSError:
@@ -107,17 +107,17 @@ def _inside(folder: Path) -> dict[str, str]:
 
 
 def read_files(path: Path, names: Sequence[str], what: str) -> dict[str, bytes]:
-    """name -> content, of files small enough to be held; otherwise as `find`."""
+    """name -> content, of files that fit into memory; otherwise as `find`."""
     files = find(path, [names], what)
     return {name: files.read(name) for name in names}
 
 
 @contextlib.contextmanager
 def _told(path: Path, expected: str) -> Iterator[None]:
-    """What reading raises, as InputError."""
+    """Raises the errors of reading as InputError."""
     try:
         yield
-    # The reader trusts offsets and sizes of the file, so a damaged one fails in many ways.
+    # zipfile trusts offsets and sizes of the file, so a damaged one fails in many ways.
     except (
         zipfile.BadZipFile,
         zlib.error,
@@ -154,7 +154,7 @@ def _lines(file: IO[bytes] | gzip.GzipFile, where: str, expected: str) -> Iterat
 def fields(
     where: str, lines: Iterable[bytes], separator: str, least: int, header: int = 0
 ) -> Iterator[tuple[str, list[str]]]:
-    """(file:line, fields) of every line after the header; empty ones may only be at the end."""
+    """(file:line, fields) of every line after the header; only the last lines may be empty."""
     empty, found = "", []
     for number, line in enumerate(text_lines(where, lines), 1):
         if number <= header:
@@ -195,17 +195,17 @@ def whole(where: str, name: str, text: str) -> int:
 
 
 def records(file: Path, kinds: Mapping[str, Kind]) -> Generator[tuple[str, dict]]:
-    """(file:line, object) of every line of JSON; the file is gzip's where its name ends in .gz.
+    """(file:line, object) of every line of JSON, in gzip if the file's name ends in .gz.
 
     Raises InputError naming file and line.
     """
     for number, line in enumerate(_json_lines(file), 1):
         where = f"{file}:{number}"
         try:
-            # Not `parse_json`, which refuses what lies in keys that nobody reads.
+            # Not `parse_json`, which would also refuse values of keys that are not read.
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise bad(where, f"no valid JSON ({error})", "an object a line") from error
+            raise bad(where, f"no valid JSON ({error})", "one object per line") from error
         check_keys(where, record, kinds, "correct --source")
         yield where, record
 
@@ -223,7 +223,7 @@ def _json_lines(file: Path) -> Iterator[str]:
 
 
 def names_in(path: Path, expected: str) -> list[str]:
-    """Names of a folder's files, sorted. Raises InputError: what was found, then `expected`."""
+    """Names of a folder's files, sorted. Raises InputError that ends in `expected`."""
     try:
         return sorted(os.listdir(path))
     except (OSError, ValueError) as error:
@@ -240,7 +240,7 @@ def digests(files: dict[str, bytes]) -> dict[str, str]:
 
 
 def file_digests(*paths: Path) -> dict[str, str]:
-    """As `digests`, of files too large to be held; a name that is no text is escaped."""
+    """As `digests`, of files too large for memory; undecodable bytes of a name are escaped."""
     found = {}
     for path in paths:
         with open(path, "rb") as file:

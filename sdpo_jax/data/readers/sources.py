@@ -1,4 +1,4 @@
-"""What the readers of raw files return, and the form that two data sets share: sequences of ids."""
+"""Results of the readers, and the reader of id sequences that two data sets share."""
 
 import dataclasses
 import io
@@ -15,7 +15,7 @@ from sdpo_jax.system.files import parse_json
 
 @dataclasses.dataclass(frozen=True)
 class Sessions:
-    """Windows per split; their candidates are empty, or those that the source lists."""
+    """Windows per split; their candidates are those of the source, or empty."""
 
     titles: dict[int, str]
     sequences: dict[User, UserSequence]
@@ -44,7 +44,7 @@ def read_sequences(
     titles = read_id2name(path, names[1], files, repeats)
     content, file = read_json(path, names[0], files), path / names[0]
     if not isinstance(content, dict) or not set(SPLITS) <= set(content):
-        raise raw.bad(str(file), "no object with a list for each", ", ".join(SPLITS))
+        raise raw.bad(str(file), "no object with every split", f"lists of {', '.join(SPLITS)}")
     splits: Splits = {}
     seen: set[User] = set()
     for split in SPLITS:
@@ -75,7 +75,7 @@ def _user_and_items(
         raise raw.bad(where, f"item {unknown[0]}", f"an id of {id2name}")
     if len(set(items)) < len(items):
         twice = next(item for n, item in enumerate(items) if item in items[:n])
-        raise raw.bad(where, f"item {twice} twice", "each item of a user once, the first time")
+        raise raw.bad(where, f"item {twice} twice", "each item once per user")
     return user, items
 
 

@@ -1,4 +1,4 @@
-"""Timestamps as people's files have them: one form, one unit, and not rounded away."""
+"""Timestamps of users' files, checked for one form, one unit and rounding."""
 
 import dataclasses
 import decimal
@@ -8,15 +8,15 @@ from datetime import UTC, datetime
 from sdpo_jax.data.readers import raw
 from sdpo_jax.system.errors import InputError, brief
 
-# Moments from 1979 to 2128 lie in the first range as seconds, in the next as milliseconds, …; no
-# number is in two of them.
+# Times from 1979 to 2128 are between _FROM and _TO in seconds, and in another unit between these
+# times its factor; the ranges do not overlap.
 _UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 _FROM, _TO = 3 * 10**8, 5 * 10**9
 
 
 @dataclasses.dataclass
 class _Seen:
-    """The first line of a kind of timestamps, its text, and how many there are."""
+    """The first line of a kind of timestamps, its text, and their number."""
 
     where: str
     text: str
@@ -24,7 +24,7 @@ class _Seen:
 
 
 class Clock:
-    """Reads timestamps one after the other, and tells at the end whether they are of one unit."""
+    """Reads timestamps one by one; `checked` then checks that they have one unit."""
 
     def __init__(self):
         self.count = 0
@@ -34,9 +34,9 @@ class Clock:
         self._finest = 999  # of numbers with an exponent: the power of ten of their last digit
 
     def seconds(self, where: str, text: str) -> float:
-        """A number as it is; ISO 8601 in seconds since 1970, without a zone in UTC.
+        """A number unchanged; ISO 8601 in seconds since 1970, in UTC if it has no zone.
 
-        Raises InputError for what is neither, and for one form after the other.
+        Raises InputError for other text, and for a mix of both forms.
         """
         found = _number(text)
         form = "ISO 8601" if found is None else "a number"
@@ -50,7 +50,7 @@ class Clock:
         return found
 
     def number(self, where: str, text: str, value: float) -> None:
-        """Notes a timestamp that was a number in the file, where it stood as `text`."""
+        """Records a timestamp that is a number in the file, written as `text`."""
         self.count += 1
         for unit, factor in _UNITS.items():
             if _FROM * factor <= value < _TO * factor:
@@ -61,9 +61,9 @@ class Clock:
             self._finest = min(self._finest, int(decimal.Decimal(text).as_tuple().exponent))
 
     def checked(self) -> str:
-        """What tells that a spreadsheet rounded most of the timestamps, or "".
+        """The message that a spreadsheet rounded most of the timestamps, or "".
 
-        Raises InputError where seconds stand beside milliseconds or the like.
+        Raises InputError if units are mixed, such as seconds and milliseconds.
         """
         if len(self._units) > 1:
             (most, usual), *others = sorted(self._units.items(), key=lambda unit: -unit[1].count)

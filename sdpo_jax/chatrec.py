@@ -32,8 +32,8 @@ from sdpo_jax.baselines.chat_answers import Answer, Request, appending, key_of, 
 from sdpo_jax.data import prompts, thoughts
 from sdpo_jax.data.prepared import SPLITS, Dataset, read_split
 from sdpo_jax.data.rows import evenly_spaced
-from sdpo_jax.evaluation import metrics, results
-from sdpo_jax.runs.workdir import check_fingerprint, read_run
+from sdpo_jax.evaluation import metrics, predictions, results
+from sdpo_jax.runs.workdir import run_on
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import parse_json
@@ -65,7 +65,9 @@ def chatrec(
     chat_client.check_url(endpoint)
     given = _parameters(parameters)
     _check(model, prices)
-    data, seed = _open(Path(dataset), Path(workdir), split)
+    data = read_split(Path(dataset), split)
+    run = run_on(Path(workdir), dataset, data.meta["fingerprint"])
+    seed = run.config.seed if run else 0  # of the templates
     rows = evenly_spaced(len(data.splits[split]), limit)
     own = {"model": model} | given
     requests = [own | {"messages": _messages(data, seed, split, row)} for row in rows]
@@ -74,7 +76,7 @@ def chatrec(
     wanted = dict(zip(keys, requests, strict=True))
     used, asked = _answers(wanted, path, endpoint, requests_per_minute, parallel, prices)
     answers = {answer["key"]: answer for answer in used}
-    predictions = [
+    made = [
         _prediction(data, split, row, answers[key]) for row, key in zip(rows, keys, strict=True)
     ]
     head = results.header(
@@ -89,7 +91,7 @@ def chatrec(
         # `fsum` is the same in any order: answers arrive and are read back in different ones.
         seconds=math.fsum(answer["seconds"] for answer in used),
     )
-    summary = results.summarize("greedy", predictions) | head | _cost(used, prices)
+    summary = results.summarize("greedy", made) | head | _cost(used, prices)
     summary |= {
         "model": model,
         "endpoint": ", ".join(sorted({answer["endpoint"] for answer in used})),
@@ -97,7 +99,7 @@ def chatrec(
         "finishes": dict(collections.Counter(answers[key]["finish"] for key in keys)),
         "prompts_fingerprint": prompts.fingerprint(_templates(data)),
     }
-    written = results.write_result(Path(workdir) / "eval", summary, predictions)
+    written = results.write_result(Path(workdir) / "eval", summary, made)
     print(results.line(summary, written))
     print(_end(summary, used, asked, prices), path, sep="; ")
     return summary
@@ -127,16 +129,6 @@ def _check(model: str, prices: Prices) -> None:
     for flag, price in zip(("price_in", "price_out"), prices, strict=True):
         if price is not None and not 0 <= price <= 1e9:  # nor NaN
             raise InputError(f"--{flag}: found {price}, expected dollars per million tokens")
-
-
-def _open(folder: Path, workdir: Path, split: str) -> tuple[Dataset, int]:
-    """The data set and the seed of its prompts: that of the run in `workdir`, else 0."""
-    run = read_run(workdir) if os.path.lexists(workdir / "config.json") else None
-    data = read_split(folder, split)
-    if run is None:
-        return data, 0
-    check_fingerprint(run, "dataset", folder, data.meta["fingerprint"])
-    return data, run.config.seed
 
 
 def _templates(data: Dataset) -> tuple[str, ...]:
@@ -204,21 +196,14 @@ def _ask(
             bar.update()
 
 
-def _prediction(data: Dataset, split: str, row: int, answer: Answer) -> results.Prediction:
+def _prediction(data: Dataset, split: str, row: int, answer: Answer) -> predictions.Prediction:
     window = data.splits[split][row]
     titles = [data.titles[item] for item in window.candidates]
     target = window.candidates.index(window.target)
     said = thoughts.after(answer["text"])
     chosen = metrics.recommended(said, titles)
-    return {
-        "row": row,
-        "user": window.user,
-        "target": titles[target],
-        "generation": said,
-        "finish": answer["finish"],
-        "valid": chosen is not None,
-        "hit": chosen == target,
-    }
+    record = predictions.about(row, window, data.titles)
+    return record | predictions.generated(said, chosen, target) | {"finish": answer["finish"]}
 
 
 def _cost(used: Sequence[Answer], prices: Prices) -> dict[str, Any]:

@@ -141,7 +141,8 @@ def test_text_from_files_is_no_markup_in_report_and_card(tmp_path):
     }
     (run / "eval").mkdir()
     (run / "eval" / "sft-2-greedy.json").write_text(json.dumps(summary))
-    for text in (report(run), model_card(read_run(run), "sft", 2, "peft")):
+    meta = json.loads(file.read_text())
+    for text in (report(run), model_card(read_run(run), meta, "sft", 2, "peft")):
         assert "<script" not in text and "\x1b" not in text
         for mark in ("![x]", "[a](", " `b`", "*c* &lt"):
             assert mark not in text, mark

@@ -37,15 +37,14 @@ from sdpo_jax.baselines.windows import Arrays, arrays, place
 from sdpo_jax.data.negatives import against_disliked
 from sdpo_jax.data.prepared import SPLITS, Dataset, read_dataset
 from sdpo_jax.data.rows import evenly_spaced
-from sdpo_jax.evaluation import metrics, results
+from sdpo_jax.evaluation import metrics, predictions, results
 from sdpo_jax.evaluation.systems import TRADITIONAL
-from sdpo_jax.runs.workdir import check_same_dataset
+from sdpo_jax.runs.workdir import run_on
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.processes import set_up_jax
 
 NETWORKS = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}
-SHOWN = results.CUTOFF  # items of a ranking that a prediction lists
 
 
 def run(
@@ -74,7 +73,7 @@ def run(
         raise InputError(
             f"--split: found {split}, expected one that {dataset} has: {', '.join(data.splits)}"
         )
-    check_same_dataset(Path(workdir), dataset, data.meta["fingerprint"])
+    run_on(Path(workdir), dataset, data.meta["fingerprint"])
     rows = evenly_spaced(len(data.splits[split]), limit)
     found = arrays(data, [data.splits[split][row] for row in rows])
     start = time.monotonic()
@@ -92,11 +91,11 @@ def run(
     )
     exposure, summaries = results.exposure_of(data), []
     for rank in results.RANKS[: 1 if candidates_only else None]:
-        predictions = list(_predictions(data, split, rows, found, scores_BI, rank))
-        if not predictions:  # no user has rated an item low
+        made = list(_predictions(data, split, rows, found, scores_BI, rank))
+        if not made:  # no user has rated an item low
             continue
-        summary = results.summarize("score", predictions, rank, exposure) | about
-        path = results.write_result(Path(workdir, "eval"), summary, predictions)
+        summary = results.summarize("score", made, rank, exposure) | about
+        path = results.write_result(Path(workdir, "eval"), summary, made)
         print(results.line(summary, path), flush=True)
         summaries.append(summary)
     return summaries
@@ -174,13 +173,13 @@ def _validation(data: Dataset) -> str:
 
 def _predictions(
     data: Dataset, split: str, rows: Sequence[int], found: Arrays, scores_BI, ranked: str
-) -> Iterator[results.Prediction]:
+) -> Iterator[predictions.Prediction]:
     """A prediction per window: the first titles of the ranking, and the target's rank.
 
     `ranked` is one of results.RANKS. `catalogue` leaves out the same items as `RankedItems`,
     `disliked` the same windows as `against_disliked`.
     """
-    ids, titles, items = list(data.titles), list(data.titles.values()), np.arange(len(data.titles))
+    ids, items = list(data.titles), np.arange(len(data.titles))
     number, repeats = {item: n for n, item in enumerate(ids)}, data.repeats(split)
     disliked = against_disliked(data, split) if ranked == "disliked" else {}
     for row, among_X, target, scores_I in zip(
@@ -195,18 +194,11 @@ def _predictions(
             among_X = np.setdiff1d(items, [number[item] for item in history])
         scores_X = scores_I[among_X]
         rank = metrics.target_rank(scores_X, place(among_X, target))
-        first = among_X[np.argsort(-scores_X, kind="stable")[:SHOWN]]
-        top = {"top": [ids[i] for i in first]} if ranked == "catalogue" else {}
-        yield {
-            "row": row,
-            "user": data.splits[split][row].user,
-            "target": titles[target],
-            "ranked": [[titles[i], round(float(scores_I[i]), 4)] for i in first],
-            **top,
-            "rank": rank,
-            "valid": True,
-            "hit": rank == 1,
-        }
+        first = among_X[np.argsort(-scores_X, kind="stable")[: predictions.LISTED]]
+        top = [ids[i] for i in first]
+        yield predictions.about(row, data.splits[split][row], data.titles) | predictions.ranked(
+            top, scores_I[first], data.titles, rank, catalogue=ranked == "catalogue"
+        )
 
 
 def main(argv: Sequence[str]) -> None:

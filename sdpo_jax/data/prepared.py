@@ -253,11 +253,6 @@ def _read_items(path: Path) -> tuple[dict[int, str], dict[int, dict]]:
     return titles, attributes
 
 
-def read_titles(path: Path) -> dict[int, str]:
-    """Item -> title of a prepared folder. Raises InputError naming the malformed line."""
-    return _read_items(path / "items.jsonl")[0]
-
-
 def is_title(title: object) -> bool:
     """Whether it is a non-empty line; an empty title is a substring of every answer."""
     return type(title) is str and title.strip() != "" and not {"\n", "\r"} & set(title)

@@ -15,180 +15,7 @@ PROMPTS = ("candidates", "history")
 # The placeholders of each kind of prompt.
 PLACEHOLDERS = {"candidates": ("[HistoryHere]", "[CansHere]"), "history": ("[HistoryHere]",)}
 _PLACEHOLDER = re.compile(r"\[(HistoryHere|CansHere)\]")
-
-_LISTS = {
-    "candidates": "{before}\n[HistoryHere]\n{between}\n[CansHere]\n{after}\n",
-    "history": "{before}\n[HistoryHere]\n",
-}
-
-# (text before the history, between the lists, after the candidates)
-_WORDING = {
-    "movie": (
-        (
-            "Movies a viewer watched, oldest first:",
-            "Which one of these movies comes next? Copy its title.",
-            "Next movie:",
-        ),
-        (
-            "A person has seen these films, in this order:",
-            "Exactly one of the films below was seen next:",
-            "Answer:",
-        ),
-        (
-            "Watch history, from the oldest to the latest:",
-            "Pick the movie this viewer goes on to watch. Options:",
-            "Title:",
-        ),
-        (
-            "You recommend movies. The user has watched, in order:",
-            "Recommend one movie of this list and give only its title:",
-            "Recommendation:",
-        ),
-        (
-            "These titles were watched one after another:",
-            "Predict the title that follows. Choose from:",
-            "Prediction:",
-        ),
-        (
-            "Someone's evenings at the movies, earliest first:",
-            "For the next evening there is a choice of:",
-            "The movie chosen:",
-        ),
-        (
-            "Here is what a user watched over time:",
-            "Of the candidates below, name the one most likely to be watched next.",
-            "Most likely:",
-        ),
-        ("Seen so far, oldest at the top:", "To see next, one of:", "Answer with one title:"),
-    ),
-    "music": (
-        (
-            "Artists a listener has played, oldest first:",
-            "Which one of these artists comes next? Copy the name.",
-            "Next artist:",
-        ),
-        (
-            "A person has listened to these artists, in this order:",
-            "Exactly one of the artists below was played next:",
-            "Answer:",
-        ),
-        (
-            "Listening history, from the oldest to the latest:",
-            "Pick the artist this listener goes on to play. Options:",
-            "Artist:",
-        ),
-        (
-            "You recommend music. The user has listened, in order, to:",
-            "Recommend one artist of this list and give only the name:",
-            "Recommendation:",
-        ),
-        (
-            "These artists were played one after another:",
-            "Predict the artist that follows. Choose from:",
-            "Prediction:",
-        ),
-        (
-            "Someone's record shelf, first bought at the top:",
-            "The next record is by one of:",
-            "The artist chosen:",
-        ),
-        (
-            "Here is who a user listened to over time:",
-            "Of the candidates below, name the one most likely to be played next.",
-            "Most likely:",
-        ),
-        ("Heard so far, oldest at the top:", "To hear next, one of:", "Answer with one artist:"),
-    ),
-    "book": (
-        (
-            "Books a reader has finished, oldest first:",
-            "Which one of these books comes next? Copy its title.",
-            "Next book:",
-        ),
-        (
-            "A person has read these books, in this order:",
-            "Exactly one of the books below was read next:",
-            "Answer:",
-        ),
-        (
-            "Reading history, from the oldest to the latest:",
-            "Pick the book this reader goes on to read. Options:",
-            "Title:",
-        ),
-        (
-            "You recommend books. The user has read, in order:",
-            "Recommend one book of this list and give only its title:",
-            "Recommendation:",
-        ),
-        (
-            "These titles were read one after another:",
-            "Predict the title that follows. Choose from:",
-            "Prediction:",
-        ),
-        (
-            "Someone's loans from the library, earliest first:",
-            "For the next loan there is a choice of:",
-            "The book chosen:",
-        ),
-        (
-            "Here is what a user read over time:",
-            "Of the candidates below, name the one most likely to be read next.",
-            "Most likely:",
-        ),
-        ("Read so far, oldest at the top:", "To read next, one of:", "Answer with one title:"),
-    ),
-    "product": (
-        (
-            "Products a customer has bought, oldest first:",
-            "Which one of these products comes next? Copy its title.",
-            "Next product:",
-        ),
-        (
-            "A person has bought these products, in this order:",
-            "Exactly one of the products below was bought next:",
-            "Answer:",
-        ),
-        (
-            "Purchase history, from the oldest to the latest:",
-            "Pick the product this customer goes on to buy. Options:",
-            "Title:",
-        ),
-        (
-            "You recommend products. The user has bought, in order:",
-            "Recommend one product of this list and give only its title:",
-            "Recommendation:",
-        ),
-        (
-            "These products were bought one after another:",
-            "Predict the product that follows. Choose from:",
-            "Prediction:",
-        ),
-        (
-            "Someone's orders from a shop, earliest first:",
-            "For the next order there is a choice of:",
-            "The product chosen:",
-        ),
-        (
-            "Here is what a user bought over time:",
-            "Of the candidates below, name the one most likely to be bought next.",
-            "Most likely:",
-        ),
-        ("Bought so far, oldest at the top:", "To buy next, one of:", "Answer with one title:"),
-    ),
-}
-
-# prompt -> domain -> templates
-_BUILT_IN: dict[str, dict[str, tuple[str, ...]]] = {
-    prompt: {
-        domain: tuple(
-            lists.format(before=before, between=between, after=after)
-            for before, between, after in wordings
-        )
-        for domain, wordings in _WORDING.items()
-    }
-    for prompt, lists in _LISTS.items()
-}
-TEMPLATES, HISTORY_TEMPLATES = _BUILT_IN["candidates"], _BUILT_IN["history"]  # by domain
+_WORDINGS = Path(__file__).parent / "wordings"
 
 
 def templates_of(domain: str, prompt_file: str = "", prompt: str = "candidates") -> tuple[str, ...]:
@@ -196,7 +23,9 @@ def templates_of(domain: str, prompt_file: str = "", prompt: str = "candidates")
 
     Raises InputError.
     """
-    return read_templates(prompt_file, prompt) if prompt_file else _BUILT_IN[prompt][domain]
+    if prompt_file:
+        return read_templates(prompt_file, prompt)
+    return TEMPLATES[domain] if prompt == "candidates" else HISTORY_TEMPLATES[domain]
 
 
 def in_chat(template: str, tokenizer: Any, options: str = "{}") -> str:
@@ -338,3 +167,12 @@ def _read(path: Path) -> str:
         f"{path}:1: found JSON, expected text with one prompt template per line: give a prompt "
         "file, not a data file"
     )
+
+
+# Domain -> built-in templates, whose files are in the format of `read_templates`.
+TEMPLATES = {file.stem: read_templates(file) for file in sorted(_WORDINGS.glob("*.txt"))}
+# The same wordings up to the history.
+HISTORY_TEMPLATES = {
+    domain: tuple(text.partition("[HistoryHere]")[0] + "[HistoryHere]\n" for text in templates)
+    for domain, templates in TEMPLATES.items()
+}

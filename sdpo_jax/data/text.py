@@ -56,15 +56,19 @@ def _byte(letter: str) -> bytes:
 def text_lines(where: str, lines: Iterable[bytes], encoding: str = "") -> Iterator[str]:
     """Decodes each line as UTF-8, or else as `latin_1`, which is logged once; or all as `encoding`.
 
-    Lines end in LF, CRLF or CR. A byte order mark is removed; UTF-16 is recognized by its own.
+    Lines end in LF, CRLF or CR. A byte order mark is removed; those of UTF-16 and UTF-32 name them.
     Raises InputError for a line that is neither UTF-8 nor Latin-1, or not in `encoding`.
     """
     lines = iter(lines)
     first = next(lines, b"")
-    if encoding or first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    # UTF-32 first: its mark begins with that of UTF-16.
+    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF16_LE: "utf-16"}
+    marks |= {codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_BE: "utf-16"}
+    encoding = encoding or next((marks[m] for m in marks if first.startswith(m)), "")
+    if encoding:
         whole = b"".join([first, *lines])
         try:
-            yield from io.StringIO(whole.decode(encoding or "utf-16"), newline="")
+            yield from io.StringIO(whole.decode(encoding), newline="")
         except (UnicodeDecodeError, LookupError) as error:
             raise InputError(
                 f"{where}: cannot decode it ({error}): save it as UTF-8, or correct --encoding"

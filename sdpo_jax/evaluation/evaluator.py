@@ -17,9 +17,10 @@ from sdpo_jax.data.negatives import against_disliked
 from sdpo_jax.data.prepared import read_split
 from sdpo_jax.data.rows import evenly_spaced
 from sdpo_jax.data.tokens import new_tokens
-from sdpo_jax.evaluation import catalogue, decode, metrics, title_trie
+from sdpo_jax.evaluation import catalogue, decode, metrics, predictions, title_trie
+from sdpo_jax.evaluation.predictions import Prediction
 from sdpo_jax.evaluation.ranked_items import RankedItems
-from sdpo_jax.evaluation.results import Prediction, exposure_of
+from sdpo_jax.evaluation.results import exposure_of
 from sdpo_jax.models.store import load_model
 from sdpo_jax.objectives.logprobs import Batch
 from sdpo_jax.runs.config import MeshConfig
@@ -193,25 +194,22 @@ class Evaluator:
         `trie` and `score` choose a candidate, so they are always valid.
         """
         window = self.windows[self.rows[i]]
-        titles = [self.dataset.titles[item] for item in window.candidates]
-        target = window.candidates.index(window.target)
-        record = {"row": self.rows[i], "user": window.user, "target": titles[target]}
+        titles, target = self.dataset.titles, window.candidates.index(window.target)
+        record = predictions.about(self.rows[i], window, titles)
         if self._ranked is not None:
             if decoder == "beam":
                 return record | self._ranked.by_beam(window, *value)
             return record | self._ranked.by_score(window, value)
         if decoder == "score":
-            rank = metrics.target_rank(value.tolist(), target)
             order = np.argsort(-value, kind="stable")
-            ranked = [[titles[c], round(float(value[c]), 4)] for c in order]
-            return record | {"ranked": ranked, "rank": rank, "valid": True, "hit": rank == 1}
+            items = [window.candidates[c] for c in order]
+            rank = metrics.target_rank(value.tolist(), target)
+            return record | predictions.ranked(items, value[order], titles, rank)
+        candidates = [titles[item] for item in window.candidates]
         if decoder == "trie":
-            chosen: int | None = int(value)
-            text = titles[chosen]
-        else:
-            text = self._text(value.tolist())
-            chosen = metrics.recommended(text, titles)
-        return record | {"generation": text, "valid": chosen is not None, "hit": chosen == target}
+            return record | predictions.generated(candidates[value], int(value), target)
+        text = self._text(value.tolist())
+        return record | predictions.generated(text, metrics.recommended(text, candidates), target)
 
     def _text(self, tokens: list[int]) -> str:
         return self.model.tokenizer.decode(

@@ -1,15 +1,13 @@
 """From log-probs of titles to ranked items: two items may have one title, some are left out."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from sdpo_jax.data.prepared import Dataset, Window
 from sdpo_jax.data.tokens import Encoder
-from sdpo_jax.evaluation import metrics, title_trie
-
-SHOWN = 10  # items of a ranking that a prediction lists
+from sdpo_jax.evaluation import metrics, predictions, title_trie
+from sdpo_jax.evaluation.predictions import Prediction
 
 
 class RankedItems:
@@ -47,16 +45,16 @@ class RankedItems:
             out_BY[b, self.title_I[self.allowed_items(window)]] = True
         return out_BY
 
-    def by_score(self, window: Window, logp_Y: np.ndarray) -> dict[str, Any]:
+    def by_score(self, window: Window, logp_Y: np.ndarray) -> Prediction:
         """A prediction from the log-probs of all titles."""
         among = np.flatnonzero(self.allowed_items(window))
         logp = logp_Y[self.title_I[among]]
         target = int(np.flatnonzero(among == self._place[window.target])[0])
         rank = metrics.target_rank(logp.tolist(), target)
-        first = np.argsort(-logp, kind="stable")[:SHOWN]
-        return self._prediction(window, among[first], logp[first], rank)
+        first = np.argsort(-logp, kind="stable")[: predictions.LISTED]
+        return self._prediction(among[first], logp[first], rank)
 
-    def by_beam(self, window: Window, title_C: np.ndarray, logp_C: np.ndarray) -> dict[str, Any]:
+    def by_beam(self, window: Window, title_C: np.ndarray, logp_C: np.ndarray) -> Prediction:
         """A prediction from the titles that beam search found, -1 where it found fewer.
 
         The rank is None where the target is not among them.
@@ -71,16 +69,10 @@ class RankedItems:
             logp += [value] * len(of_title)
             if self._place[window.target] in of_title:
                 rank = len(places)
-        return self._prediction(window, np.array(places[:SHOWN], int), np.array(logp), rank)
+        return self._prediction(places[: predictions.LISTED], logp, rank)
 
     def _prediction(
-        self, window: Window, places: np.ndarray, logp: np.ndarray, rank: int | None
-    ) -> dict[str, Any]:
-        titles, top = self.dataset.titles, self.items[places].tolist()
-        return {
-            "ranked": [[titles[i], round(float(x), 4)] for i, x in zip(top, logp, strict=False)],
-            "top": top,
-            "rank": rank,
-            "valid": True,
-            "hit": rank == 1,
-        }
+        self, places: Sequence[int] | np.ndarray, logp: Sequence[float], rank: int | None
+    ) -> Prediction:
+        items = [int(self.items[place]) for place in places]
+        return predictions.ranked(items, logp, self.dataset.titles, rank, catalogue=True)

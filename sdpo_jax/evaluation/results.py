@@ -20,6 +20,7 @@ from typing import Any
 
 from sdpo_jax.data.prepared import SPLITS, Dataset
 from sdpo_jax.evaluation import metrics
+from sdpo_jax.evaluation.predictions import LISTED, Prediction
 from sdpo_jax.evaluation.systems import SYSTEMS
 from sdpo_jax.runs.config import STAGES
 from sdpo_jax.system import files
@@ -40,7 +41,7 @@ from sdpo_jax.system.files import (
 RANKS = ("candidates", "catalogue", "disliked")
 DECODERS = ("greedy", "trie", "score", "beam")
 RANKING_DECODERS = ("score", "beam")  # their predictions have a rank
-CUTOFF = 10  # of the lists in coverage, Gini index and mean popularity
+CUTOFF = LISTED  # of the lists in coverage, Gini index and mean popularity
 Metric = Callable[[int | None], float]
 # Key of the summary -> metric of a rank.
 METRICS: dict[str, dict[str, Metric]] = {
@@ -84,7 +85,6 @@ PREDICTION = {
     "user?": ("a number or a text", lambda value: type(value) in (int, str)),
 }
 AGAIN = "remove it and evaluate again"
-Prediction = dict[str, Any]
 Exposure = tuple[int, Mapping[Hashable, int]]  # the number of all items, item -> training count
 
 

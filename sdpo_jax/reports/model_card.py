@@ -1,17 +1,17 @@
 """The model card of an exported model: its training, data and results."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from sdpo_jax.data.prepared import fingerprint
-from sdpo_jax.data.prepared import read_meta as read_dataset_meta
 from sdpo_jax.evaluation.results import read_results
 from sdpo_jax.models.store import read_meta
 from sdpo_jax.reports.markdown import fenced, plain
 from sdpo_jax.runs.config import RunConfig
-from sdpo_jax.runs.workdir import Run, check_fingerprint, stage_result
+from sdpo_jax.runs.workdir import Run, stage_result
 from sdpo_jax.system.hub import is_hub_name, name_and_revision
 
 # Per kind of prompt: what the model does, and how the prompt is filled in.
@@ -29,14 +29,10 @@ _PLACES = {
 }
 
 
-def model_card(run: Run, stage: str, step: int, form: str) -> str:
-    """Markdown with the Hub's header; `form` is "peft" or "merged".
-
-    Raises InputError if the data set is not the run's.
-    """
+def model_card(run: Run, data: Mapping[str, Any], stage: str, step: int, form: str) -> str:
+    """Markdown with the Hub's header; `data`: dataset.json of the run, `form`: peft or merged."""
     c, meta = run.config, read_meta(Path(run.config.model))
     trained = _trained(stage, c.method)
-    data = read_dataset_meta(Path(c.dataset))
     base, _ = name_and_revision(meta["source"])
     header = ModelCardData(
         base_model=base if is_hub_name(base) else None,
@@ -44,7 +40,6 @@ def model_card(run: Run, stage: str, step: int, form: str) -> str:
         pipeline_tag="text-generation",
         tags=["recommendation", "S-DPO", "lora"],
     )
-    check_fingerprint(run, "dataset", c.dataset, fingerprint(Path(c.dataset)))
     lines = [
         f"---\n{header.to_yaml()}\n---",
         f"# {plain(data.get('dataset', data['domain']))}: {trained}",

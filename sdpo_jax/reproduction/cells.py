@@ -199,13 +199,18 @@ def trained(
     """A run of one stage with config `keys`, and its evaluation."""
     folder, study = place.folder / name, place.study
     own = {} if converted(place) else {"chat_template": False}  # not every model has one
-    keys = {"dataset": place.data, "model": place.model, "stages": f'("{stage}",)'} | own | keys
+    own = {"dataset": place.data, "model": place.model, "stages": f'("{stage}",)'} | own
+
+    def flags(keys: Mapping[str, object]) -> list[str]:
+        return [f"--config.{key}={value}" for key, value in keys.items()]
+
     train = (
         "sdpo_jax.train",
         f"--config=configs/{place.dataset}.py{study.scale.variant}",
         f"--workdir={folder}",
-        *(f"--config.{key}={value}" for key, value in keys.items()),
+        *flags(own),
         *study.options,
+        *flags(keys),  # last, as they make the cell what it is
     )
     evaluate = (
         "sdpo_jax.evaluate",

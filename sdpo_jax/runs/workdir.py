@@ -201,10 +201,13 @@ def check_fingerprint(run: Run, kind: str, path: Path | str, found: str) -> None
         )
 
 
-def check_same_dataset(workdir: Path, dataset: Path | str, found: str) -> None:
-    """Raises InputError if `workdir` is a run on another data set than `dataset`."""
-    if os.path.lexists(workdir / "config.json"):
-        check_fingerprint(read_run(workdir), "dataset", dataset, found)
+def run_on(workdir: Path, dataset: Path | str, found: str) -> Run | None:
+    """The run in `workdir`, if there is one. Raises InputError if its data set has not `found`."""
+    if not os.path.lexists(workdir / "config.json"):
+        return None
+    run = read_run(workdir)
+    check_fingerprint(run, "dataset", dataset, found)
+    return run
 
 
 def stage_result(workdir: Path, stage: str) -> dict[str, Any] | None:

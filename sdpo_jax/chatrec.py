@@ -254,21 +254,10 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("dataset", None, "prepared folder", required=True)
     flags.DEFINE_string("workdir", None, "of a run on these data, or any folder", required=True)
-    flags.DEFINE_string(
-        "endpoint",
-        None,
-        "http://host:port/v1; its key, if it needs one, is read "
-        "from the environment variable OPENAI_API_KEY",
-        required=True,
-    )
+    flags.DEFINE_string("endpoint", None, "http://host:port/v1; key: OPENAI_API_KEY", required=True)
     flags.DEFINE_string("model", None, "model name at the endpoint", required=True)
     flags.DEFINE_enum("split", "test", SPLITS[1:], "windows to evaluate on")
-    flags.DEFINE_integer(
-        "limit",
-        None,
-        "number of windows, evenly spread over the split; default: all",
-        lower_bound=1,
-    )
+    flags.DEFINE_integer("limit", None, "evenly spaced windows; default: all", lower_bound=1)
     flags.DEFINE_integer("requests_per_minute", None, "maximum; default: no limit", lower_bound=1)
     flags.DEFINE_integer("parallel", 4, "concurrent requests", lower_bound=1, upper_bound=256)
     flags.DEFINE_float("price_in", None, "dollars per million input tokens")

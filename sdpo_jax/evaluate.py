@@ -241,37 +241,13 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-    flags.DEFINE_list(
-        "stage",
-        [],
-        "base, sft, sdpo or several, with commas; default: the last "
-        "finished one, with --follow every stage of the run",
-    )
+    flags.DEFINE_list("stage", [], "base, sft, sdpo; default: the last finished, --follow: all")
     flags.DEFINE_enum("split", "test", SPLITS, "windows to evaluate on")
-    flags.DEFINE_list(
-        "decoder",
-        ["greedy"],
-        "greedy, trie, score or several, with commas; with --rank=catalogue score (exact) or beam, "
-        "with --rank=disliked score",
-    )
-    flags.DEFINE_enum(
-        "rank",
-        "candidates",
-        list(DECODERS_OF),
-        "a window's candidates; or, with "
-        "config.prompt=history, all items but its history, or the target against an "
-        "item that the same user rated low",
-    )
-    flags.DEFINE_integer("beams", 20, "width of the decoder beam", lower_bound=1)
-    flags.DEFINE_integer(
-        "limit",
-        None,
-        "this many windows, evenly spread over the split; default: all",
-        lower_bound=1,
-    )
+    flags.DEFINE_list("decoder", ["greedy"], "one or several, with commas; see above")
+    flags.DEFINE_enum("rank", "candidates", list(DECODERS_OF), "what is ranked; see above")
+    flags.DEFINE_integer("beams", 20, "width of --decoder=beam", lower_bound=1)
+    flags.DEFINE_integer("limit", None, "evenly spaced windows; default: all", lower_bound=1)
     flags.DEFINE_integer("step", None, "checkpoint of the stage; default: the best", lower_bound=0)
-    flags.DEFINE_integer(
-        "batch_size", None, "windows at once; default: 8 on a CPU, 32 elsewhere", lower_bound=1
-    )
+    flags.DEFINE_integer("batch_size", None, "default: 8 on a CPU, 32 elsewhere", lower_bound=1)
     flags.DEFINE_bool("follow", False, "evaluate the checkpoints of a run in progress as they come")
     run_command(main)

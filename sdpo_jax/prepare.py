@@ -14,9 +14,9 @@ goodreads_books*.json.gz (all or a genre's), or with sequences_top4500_r3.json a
 id2name_top4500.txt. Amazon: a folder with UCSD's reviews of a category (CATEGORY_5.json.gz of 2018,
 CATEGORY.jsonl.gz of 2023) and its meta_CATEGORY.json.gz, or with published windows: items.jsonl,
 train_sequences.jsonl, valid.jsonl and test.jsonl. csv: a file with the columns user, item, title,
-timestamp (a number or ISO 8601) and, where there are ratings, rating, or with other names that
-`--columns` gives; further columns become attributes of the item, and `--domain` chooses the
-prompts' wording.
+timestamp (a number or ISO 8601) and, where there are ratings, rating; `--columns` maps other names,
+and `rating=` in it ignores ratings. Further columns become attributes of the item, and `--domain`
+chooses the prompts' wording.
 
 Titles are stored in normal form: HTML entities resolved, accents composed (NFC), single spaces. The
 order of interactions with equal times is drawn from `--seed`. Notes on the source are printed, and
@@ -268,53 +268,21 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_enum("dataset", None, list(DATASETS), "data set", required=True)
     flags.DEFINE_string("source", None, "raw files: a folder, a zip or a CSV; see above")
+    flags.DEFINE_string("columns", None, "csv: names in the header, as user=reviewerID,item=asin")
+    flags.DEFINE_string("delimiter", None, "csv: a character, or tab (default: as in the header)")
+    flags.DEFINE_string("quote", None, 'csv: the character around fields, or none (default ")')
     flags.DEFINE_string(
-        "columns",
-        None,
-        "csv only: the header's names where they differ, as "
-        "user=reviewerID,item=asin,rating=overall; rating=: ignore ratings",
+        "escape", None, "csv: before a quote within quotes (default: doubled quotes)"
     )
-    flags.DEFINE_string(
-        "delimiter",
-        None,
-        "csv only: a character, or tab (default: comma, semicolon, tab or |, as in the header)",
-    )
-    flags.DEFINE_string("quote", None, 'csv only: the character around fields, or none (default ")')
-    flags.DEFINE_string(
-        "escape",
-        None,
-        "csv only: the character before a quote within quotes, as \\ (default: quotes are doubled)",
-    )
-    flags.DEFINE_string("encoding", None, "csv only: such as cp1251 (default: UTF-8, else Latin-1)")
-    flags.DEFINE_bool(
-        "allow_ties",
-        False,
-        "accept a source whose equal times leave the order of most users unknown",
-    )
+    flags.DEFINE_string("encoding", None, "csv: such as cp1251 (default: UTF-8, else Latin-1)")
+    flags.DEFINE_bool("allow_ties", False, "accept equal times that leave most orders unknown")
     flags.DEFINE_string("output", None, "prepared folder to write", required=True)
     flags.DEFINE_enum("split", None, SPLITS, "how windows are split (default: the data set's)")
     flags.DEFINE_integer("history", None, "most titles per history (default 10)", lower_bound=1)
-    flags.DEFINE_integer(
-        "min_interactions",
-        None,
-        "fewest interactions per user and per item (default: the data set's)",
-        lower_bound=1,
-    )
-    flags.DEFINE_enum(
-        "candidates",
-        "independent",
-        ["independent", "released"],
-        "how the candidates are drawn; released: lastfm only",
-    )
-    flags.DEFINE_integer(
-        "num_candidates", None, "candidates per window (default 20)", lower_bound=2
-    )
-    flags.DEFINE_enum("domain", None, DOMAINS, "wording of the prompts; csv only (default movie)")
+    flags.DEFINE_integer("min_interactions", None, "per user and per item", lower_bound=1)
+    flags.DEFINE_enum("candidates", "independent", list(_CANDIDATES), "released: lastfm only")
+    flags.DEFINE_integer("num_candidates", None, "per window (default 20)", lower_bound=2)
+    flags.DEFINE_enum("domain", None, DOMAINS, "csv: wording of the prompts (default movie)")
     flags.DEFINE_string("model", None, "converted model whose tokenizer the titles must survive")
-    flags.DEFINE_integer(
-        "seed",
-        0,
-        "seed of the independent candidates and of the order of interactions with equal times",
-        lower_bound=0,
-    )
+    flags.DEFINE_integer("seed", 0, "of candidates, and of the order at equal times", lower_bound=0)
     run_command(main)

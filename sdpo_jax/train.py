@@ -3,7 +3,7 @@
 python -m sdpo_jax.train --config=configs/lastfm.py --workdir=runs/lastfm/run
 
 Any key of the config can be given as --config.key=value. The same command resumes a stopped run.
-Several processes that run it are one training: see launch/.
+Several processes that run it are one training: see launch/; Slurm and Open MPI need no flag.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from sdpo_jax.data.segments import units
 from sdpo_jax.data.tokens import Encoder, check_titles, new_tokens
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.peft import read_adapter
-from sdpo_jax.models.store import Model, load_model
+from sdpo_jax.models.store import Model
 from sdpo_jax.models.tokenizer import load_tokenizer
 from sdpo_jax.runs import workdir
 from sdpo_jax.runs.config import RunConfig, explained, keys
@@ -61,16 +61,7 @@ def train(config: RunConfig, run: Path, stop: StopSignal, experiment: str = "") 
     inputs = open_inputs(config, workdir.stored_templates(run))
     dataset = inputs.dataset
     check_dataset(config, dataset)
-    model = load_model(
-        config.model,
-        adapter_config(config),
-        dtype=config.dtype,
-        base_dtype=config.base_dtype,
-        remat=config.remat,
-        seed=config.seed,
-        shardings=sharding.placement(mesh),
-        vectors_IE=inputs.vectors_IE,
-    )
+    model = inputs.model(mesh, config.remat)
     check_length(config, model.config, new_tokens(dataset.titles.values(), model.tokenizer))
     lora = first_adapter(config, model)
     encoder = inputs.encoder(model.tokenizer, model.config.V)
@@ -81,15 +72,13 @@ def train(config: RunConfig, run: Path, stop: StopSignal, experiment: str = "") 
     ]
 
     # All checks have passed: from here on files are written.
-    fingerprints = inputs.fingerprints()
+    started = workdir.Run(run, config, inputs.fingerprints(), inputs.wordings, inputs.templates)
     with contextlib.ExitStack() as lock:
 
         def open_run() -> None:
-            workdir.check_run(
-                run, config, fingerprints, inputs.wordings
-            )  # before a lock is written
+            workdir.check_run(started)  # before a lock is written
             lock.enter_context(workdir.locked(run))
-            workdir.open_run(run, config, fingerprints, inputs.wordings, inputs.templates)
+            workdir.open_run(started)
 
         first_process(open_run)
         announce(config, run, model, encoder)
@@ -302,17 +291,10 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "config file, with :argument", lock_config=True)
     flags.DEFINE_string("workdir", None, "folder of the run (default: runs/<config's name>/run)")
-    flags.DEFINE_string(
-        "coordinator",
-        "",
-        "host:port of process 0 in a run of several; auto: JAX "
-        "asks the cluster; steps of Slurm and Open MPI need no flag",
-    )
-    flags.DEFINE_integer("processes", None, "how many processes the run has", lower_bound=1)
-    flags.DEFINE_integer("process", None, "the number of this one, from 0", lower_bound=0)
+    flags.DEFINE_string("coordinator", "", "host:port of process 0; auto: JAX asks the cluster")
+    flags.DEFINE_integer("processes", None, "number of processes of the run", lower_bound=1)
+    flags.DEFINE_integer("process", None, "number of this process, from 0", lower_bound=0)
     flags.DEFINE_bool("explain", False, "only print the memory of a step per device")
-    flags.DEFINE_bool(
-        "help_config", False, "only print every key with its value, default and meaning"
-    )
+    flags.DEFINE_bool("help_config", False, "only print the keys, their values and meaning")
     flags.mark_flag_as_required("config")
     run_command(main)

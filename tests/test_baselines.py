@@ -20,7 +20,7 @@ from sdpo_jax.baselines.__main__ import NETWORKS, run
 from sdpo_jax.baselines.windows import arrays
 from sdpo_jax.data import candidates
 from sdpo_jax.data.prepared import Dataset, Window, write_dataset
-from sdpo_jax.runs.workdir import open_run
+from sdpo_jax.runs.workdir import Run, open_run
 from sdpo_jax.system.errors import InputError
 
 ITEMS, PLACES = 40, 10
@@ -245,7 +245,7 @@ def test_wrong_splits_runs_and_networks_are_refused(folder, tmp_path):
     with pytest.raises(InputError, match=r"--split: found test_all, expected .* train, val, test"):
         run("random", folder, tmp_path, split="test_all")
     config = tiny_run.config_of(dataset="", model="")
-    open_run(tmp_path / "run", config, {"dataset": "0"}, (), ())
+    open_run(Run(tmp_path / "run", config, {"dataset": "0"}, (), ()))
     with pytest.raises(InputError, match="put back the dataset that the run was trained with"):
         run("random", folder, tmp_path / "run")
     (tmp_path / "broken" / "baselines").mkdir(parents=True)

@@ -12,7 +12,7 @@ import tiny_run
 from sdpo_jax.evaluation import results
 from sdpo_jax.report import report
 from sdpo_jax.reports import curves_plot, tables
-from sdpo_jax.runs.workdir import open_run, read_run
+from sdpo_jax.runs.workdir import Run, open_run, read_run
 from sdpo_jax.system.errors import InputError
 
 N = 40
@@ -80,7 +80,7 @@ def run(tmp_path):
     """A finished run: of 40 windows the base hits 2, SFT 8, S-DPO those and 6 more."""
     path = tmp_path / "run"
     config = tiny_run.config_of(dataset="data", model="model")
-    open_run(path, config, {"dataset": "0", "model": "1"}, (), ())
+    open_run(Run(path, config, {"dataset": "0", "model": "1"}, (), ()))
     hits = np.arange(N)
     for decoder in ("greedy", "score"):
         add(path, "base", 0, hits < 2, decoder)

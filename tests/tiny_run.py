@@ -15,7 +15,7 @@ from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.store import load_model
 from sdpo_jax.runs.checkpoints import Checkpoints
 from sdpo_jax.runs.config import RunConfig
-from sdpo_jax.runs.workdir import open_run, write_stage_result
+from sdpo_jax.runs.workdir import Run, open_run, write_stage_result
 from sdpo_jax.training.step import TrainState
 
 TITLES = ("heat", "alien", "aliens", "the thing", "jaws", "big", "fargo", "babe", "speed", "up")
@@ -87,7 +87,7 @@ def make_run(folder: Path, prompt: str = "candidates", data: Dataset | None = No
     fingerprint = read_dataset(folder / "data").meta["fingerprint"]
     templates = prompts.templates_of("movie", prompt=prompt)
     fingerprints = {"dataset": fingerprint, "model": meta["sha256"]}
-    open_run(folder / "run", config, fingerprints, templates, templates)
+    open_run(Run(folder / "run", config, fingerprints, templates, templates))
     return folder / "run"
 
 

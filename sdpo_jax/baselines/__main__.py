@@ -225,19 +225,10 @@ if __name__ == "__main__":
     flags.DEFINE_string("dataset", None, "prepared folder", required=True)
     flags.DEFINE_string("workdir", None, "workdir of a run, or any other folder", required=True)
     flags.DEFINE_enum("split", "test", SPLITS[1:], "windows to evaluate on")
-    flags.DEFINE_integer(
-        "limit",
-        None,
-        "number of windows, evenly spread over the split; default: all",
-        lower_bound=1,
-    )
+    flags.DEFINE_integer("limit", None, "evenly spaced windows; default: all", lower_bound=1)
     flags.DEFINE_bool("candidates_only", False, "rank each window's candidates only")
-    flags.DEFINE_multi_float(
-        "l2",
-        trainer.Settings.l2,
-        "weight of the L2 regularization; repeat --l2 for several, validation chooses one",
-        lower_bound=0,
-    )
+    l2 = trainer.Settings.l2
+    flags.DEFINE_multi_float("l2", l2, "L2 weights, of which validation chooses one", lower_bound=0)
     flags.DEFINE_integer("epochs", trainer.Settings.epochs, "maximum per L2 weight", lower_bound=1)
     flags.DEFINE_string("encoder", None, "morec's title encoder: BERT folder or name on the Hub")
     flags.DEFINE_bool("train_encoder", False, "train morec's encoder too")

@@ -21,10 +21,9 @@ from sdpo_jax.evaluation import catalogue, decode, metrics, predictions, title_t
 from sdpo_jax.evaluation.predictions import Prediction
 from sdpo_jax.evaluation.ranked_items import RankedItems
 from sdpo_jax.evaluation.results import exposure_of
-from sdpo_jax.models.store import load_model
 from sdpo_jax.objectives.logprobs import Batch
 from sdpo_jax.runs.config import MeshConfig
-from sdpo_jax.runs.inputs import adapter_config, open_inputs
+from sdpo_jax.runs.inputs import open_inputs
 from sdpo_jax.runs.workdir import Run
 from sdpo_jax.system import sharding
 from sdpo_jax.system.errors import InputError
@@ -69,15 +68,7 @@ class Evaluator:
             exposure_of(read_split(Path(c.dataset), "train")) if rank == "catalogue" else None
         )
         mesh = _mesh(c.mesh)
-        self.model = load_model(
-            c.model,
-            adapter_config(c),
-            dtype=c.dtype,
-            base_dtype=c.base_dtype,
-            seed=c.seed,
-            shardings=sharding.placement(mesh),
-            vectors_IE=inputs.vectors_IE,
-        )
+        self.model = inputs.model(mesh)
         self.windows = dict(enumerate(self.dataset.splits[split]))
         self.rows = evenly_spaced(len(self.windows), limit)
         if rank == "disliked":

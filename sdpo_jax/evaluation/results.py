@@ -25,16 +25,6 @@ from sdpo_jax.evaluation.systems import SYSTEMS
 from sdpo_jax.runs.config import STAGES
 from sdpo_jax.system import files
 from sdpo_jax.system.errors import InputError
-from sdpo_jax.system.files import (
-    COUNT,
-    NUMBER,
-    POSITIVE,
-    SHARE,
-    check_keys,
-    one_of,
-    whole_file,
-    write_json,
-)
 
 # What is ranked: a window's candidates; all items but those of its history; or the target against
 # an item that the same user rated low, where HR@1 is the AUC of liked against disliked.
@@ -55,7 +45,7 @@ METRICS: dict[str, dict[str, Metric]] = {
         ("catalogue", (1, 5, 10, 20), (5, 10, 20)),
     )
 }
-INTERVAL = ("two numbers", lambda value: files.list_of(NUMBER)[1](value) and len(value) == 2)
+INTERVAL = ("two numbers", lambda value: files.list_of(files.NUMBER)[1](value) and len(value) == 2)
 _SHARES = (
     "valid_ratio",
     "coverage_at_10",
@@ -64,23 +54,23 @@ _SHARES = (
 )
 # Stage, step, decoder, rank and split are also parts of file names.
 SUMMARY = {
-    **{f"{name}?": SHARE for name in _SHARES},
+    **{f"{name}?": files.SHARE for name in _SHARES},
     **{f"{name}_ci95?": INTERVAL for name in _SHARES},
-    "mean_popularity_at_10?": NUMBER,
-    "stage": one_of("base", *STAGES, *SYSTEMS),
-    "step": COUNT,
-    "decoder": one_of(*DECODERS),
-    "rank": one_of(*RANKS),
-    "split": one_of(*SPLITS),
-    "n": POSITIVE,
-    "hit_ratio_at_1": SHARE,
-    "seconds?": NUMBER,
-    "users?": POSITIVE,
-    "candidates?": POSITIVE,
-    "items?": POSITIVE,
+    "mean_popularity_at_10?": files.NUMBER,
+    "stage": files.one_of("base", *STAGES, *SYSTEMS),
+    "step": files.COUNT,
+    "decoder": files.one_of(*DECODERS),
+    "rank": files.one_of(*RANKS),
+    "split": files.one_of(*SPLITS),
+    "n": files.POSITIVE,
+    "hit_ratio_at_1": files.SHARE,
+    "seconds?": files.NUMBER,
+    "users?": files.POSITIVE,
+    "candidates?": files.POSITIVE,
+    "items?": files.POSITIVE,
 }
 PREDICTION = {
-    "row": COUNT,
+    "row": files.COUNT,
     "hit": ("true or false", lambda value: type(value) is bool),
     "user?": ("a number or a text", lambda value: type(value) in (int, str)),
 }
@@ -214,11 +204,11 @@ def write_result(folder: Path, summary: dict[str, Any], predictions: Iterable[Pr
         _make_room(path, summary["split"])
         encode = json.JSONEncoder(ensure_ascii=False).encode
         with (
-            whole_file(path.with_suffix(".jsonl")) as partial,
+            files.whole_file(path.with_suffix(".jsonl")) as partial,
             open(partial, "w", encoding="utf-8", newline="\n") as file,
         ):
             file.writelines(encode(prediction) + "\n" for prediction in predictions)
-        write_json(path, summary)
+        files.write_json(path, summary)
     except OSError as error:
         raise InputError(
             f"{path}: found {error.strerror}, expected to write it: free space or mend permissions"
@@ -280,5 +270,5 @@ def read_predictions(summary: dict[str, Any]) -> list[Prediction]:
 
 def _read(path: Path) -> dict[str, Any]:
     summary = files.read_json(path, f"expected a file of sdpo_jax.evaluate: {AGAIN}")
-    check_keys(path, summary, SUMMARY, AGAIN)
+    files.check_keys(path, summary, SUMMARY, AGAIN)
     return summary

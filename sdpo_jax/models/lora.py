@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from sdpo_jax.models.product import contract, product, transposed
-from sdpo_jax.models.quantize import QUANTISED, Quantized, dense, quantize
+from sdpo_jax.models.quantize import QUANTIZED, Quantized, dense, quantize
 from sdpo_jax.system.errors import InputError
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down", "qkv")
@@ -171,7 +171,7 @@ class Linear(nnx.Module):
         kernel = size_in**-0.5 * jax.random.normal(
             rngs.params(), (size_in, size_out), options.stored
         )
-        if options.base_dtype in QUANTISED:
+        if options.base_dtype in QUANTIZED:
             codes = quantize(kernel, options.base_dtype)
             rows = codes.codes.shape[0] // codes.scale.shape[0]  # that share a scale
             unit = rows if options.base_dtype == "nf4" else 1
@@ -193,7 +193,7 @@ class Linear(nnx.Module):
 
     @property
     def weight(self) -> jax.Array | Quantized:
-        if self.options.base_dtype in QUANTISED:
+        if self.options.base_dtype in QUANTIZED:
             return Quantized(self.codes[...], self.scale[...], self.options.base_dtype)
         return self.kernel[...]
 

@@ -4,15 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdpo_jax.evaluation import metrics
-from sdpo_jax.evaluation.results import (
-    DECODERS,
-    METRICS,
-    RANKS,
-    read_predictions,
-    read_results,
-    users_of,
-)
+from sdpo_jax.evaluation import metrics, results
 from sdpo_jax.evaluation.systems import NAMES, SYSTEMS
 from sdpo_jax.reports.markdown import plain
 from sdpo_jax.runs.curves import read_metrics
@@ -52,7 +44,7 @@ def choose_rows(run: Run, split: str | None = None) -> tuple[str, Rows]:
 
     `split` defaults to the one evaluated last. Raises InputError when nothing is evaluated.
     """
-    found = read_results(run.path / "eval")
+    found = results.read_results(run.path / "eval")
     if not found:
         raise InputError(
             f"{run.path}/eval: found no evaluation, expected one: run python -m "
@@ -65,7 +57,7 @@ def choose_rows(run: Run, split: str | None = None) -> tuple[str, Rows]:
         )
     return chosen, {
         rank: _rows(run, [s for s in found if (s["split"], s["rank"]) == (chosen, rank)])
-        for rank in RANKS
+        for rank in results.RANKS
     }
 
 
@@ -78,7 +70,7 @@ def _rows(run: Run, found: Sequence[dict[str, Any]]) -> list[Row]:
             latest = steps[-1] if stage in SYSTEMS else max(steps)
             step = best if best in steps else latest
             decoders = {s["decoder"]: s for s in found if (s["stage"], s["step"]) == (stage, step)}
-            ordered = {d: decoders[d] for d in DECODERS if d in decoders}
+            ordered = {d: decoders[d] for d in results.DECODERS if d in decoders}
             rows.append(Row(stage, step, ordered))
     return rows
 
@@ -101,7 +93,7 @@ def reward_accuracy(run: Run, step: int) -> tuple[float, int] | None:
 
 def table(run: Run, rows: Sequence[Row]) -> list[list[str]]:
     """Header and rows of the rankings of candidates, the chance level last."""
-    decoders = [d for d in DECODERS if any(d in row.by_decoder for row in rows)]
+    decoders = [d for d in results.DECODERS if any(d in row.by_decoder for row in rows)]
     header = ["", "step"]
     for decoder in decoders:
         header.append(f"HR@1 {decoder} [95%]")
@@ -138,7 +130,9 @@ def _chance(run: Run, rows: Sequence[Row], decoders: Sequence[str]) -> list[str]
         cells.append(_number(1 / C))
         cells += ["–"] if decoder == "greedy" else []
         if decoder == "score":
-            cells += [_number(metrics.chance(METRICS["candidates"][key], C)) for _, key in RANKING]
+            cells += [
+                _number(metrics.chance(results.METRICS["candidates"][key], C)) for _, key in RANKING
+            ]
     return [*cells, _number(1 / (1 + run.config.num_negatives)), "", "", ""]
 
 
@@ -175,7 +169,7 @@ def differences(run: Run, rows: Sequence[Row], metric: str = "HR@1") -> list[lis
         if first not in by_stage or second not in by_stage:
             continue
         a, b = by_stage[first], by_stage[second]
-        for decoder in (d for d in DECODERS if d in a and d in b):
+        for decoder in (d for d in results.DECODERS if d in a and d in b):
             d = paired(a[decoder], b[decoder])
             if d is not None:
                 pair = f"{named[first]} – {named[second]}"
@@ -186,11 +180,11 @@ def differences(run: Run, rows: Sequence[Row], metric: str = "HR@1") -> list[lis
 
 def paired(a: dict[str, Any], b: dict[str, Any]) -> metrics.Difference | None:
     """The difference of HR@1 on the rows of both evaluations; None if they share none."""
-    first, second = ({p["row"]: p for p in read_predictions(s)} for s in (a, b))
+    first, second = ({p["row"]: p for p in results.read_predictions(s)} for s in (a, b))
     if not (shared := sorted(first.keys() & second.keys())):
         return None
     hits_a, hits_b = ([by_row[row]["hit"] for row in shared] for by_row in (first, second))
-    return metrics.paired_difference(hits_a, hits_b, users_of(first[row] for row in shared))
+    return metrics.paired_difference(hits_a, hits_b, results.users_of(first[row] for row in shared))
 
 
 def interval_and_p(d: metrics.Difference) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from sdpo_jax.data import prompts
 from sdpo_jax.data.prepared import Dataset, read_dataset, read_split
@@ -14,10 +15,11 @@ from sdpo_jax.data.tokens import Encoder
 from sdpo_jax.models.item_vectors import read_item_vectors
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.peft import TENSORS
-from sdpo_jax.models.store import read_meta
+from sdpo_jax.models.store import Model, load_model, read_meta
 from sdpo_jax.models.tokenizer import load_tokenizer
 from sdpo_jax.runs.config import RunConfig
 from sdpo_jax.runs.workdir import Run, check_fingerprint
+from sdpo_jax.system.sharding import placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,20 @@ class Inputs:
     wordings: tuple[str, ...]
     templates: tuple[str, ...]
     vectors_IE: np.ndarray | None
+
+    def model(self, mesh: Mesh, remat: str = "none") -> Model:
+        """The model with a fresh adapter, on the devices of `mesh`; `remat`: for a gradient."""
+        c = self.config
+        return load_model(
+            c.model,
+            adapter_config(c),
+            dtype=c.dtype,
+            base_dtype=c.base_dtype,
+            remat=remat,
+            seed=c.seed,
+            shardings=placement(mesh),
+            vectors_IE=self.vectors_IE,
+        )
 
     def encoder(self, tokenizer: Any, V: int) -> Encoder:
         """`V`: size of the model's vocabulary, from which item vectors are numbered on."""

@@ -10,26 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_jax.runs.config import RunConfig, keys
+from sdpo_jax.system import files
 from sdpo_jax.system.errors import InputError, brief
-from sdpo_jax.system.files import (
-    COUNT,
-    NUMBER,
-    OBJECT,
-    TEXT,
-    check_keys,
-    list_of,
-    read_json,
-    write_json,
-)
 
 LOCK = ".lock"
 RESULT = {
-    "stage": TEXT,
-    "steps": COUNT,
-    "best_step": COUNT,
-    "seconds": NUMBER,
-    "examples": COUNT,
-    "validation_loss": NUMBER,
+    "stage": files.TEXT,
+    "steps": files.COUNT,
+    "best_step": files.COUNT,
+    "seconds": files.NUMBER,
+    "examples": files.COUNT,
+    "validation_loss": files.NUMBER,
 }
 RESTORE = "restore it or choose another --workdir"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
@@ -37,7 +28,12 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers",
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A workdir's config.json: config, fingerprints of the inputs, templates of the prompts."""
+    """A workdir's config.json.
+
+    `fingerprints`: of the inputs, by kind. `wordings`: the prompts' templates before the model's
+    chat format; `templates`: after it. A chat format may write the day's date, so the templates are
+    stored at the start and read from then on.
+    """
 
     path: Path
     config: RunConfig
@@ -46,72 +42,58 @@ class Run:
     templates: tuple[str, ...]
 
 
-def open_run(
-    workdir: Path,
-    config: RunConfig,
-    fingerprints: dict[str, str],
-    wordings: Sequence[str],
-    templates: Sequence[str],
-) -> None:
-    """Starts a run in `workdir`, or checks that the run there is this one.
+def open_run(run: Run) -> None:
+    """Starts a run in its folder, or checks that the run there is this one.
 
-    `wordings`: its templates before the model's chat format; `templates`: after it. A chat format
-    may write the day's date, so the templates are stored at the start and read from then on.
-
-    Raises:
-      InputError: as `check_run`, or the folder cannot be written.
+    Raises InputError as `check_run`, or if the folder cannot be written.
     """
-    check_run(workdir, config, fingerprints, wordings)
-    path = workdir / "config.json"
+    check_run(run)
+    path = run.path / "config.json"
     if not os.path.lexists(path):
-        versions = {name: version(name) for name in PACKAGES}
         content = {
-            "config": config.to_dict(),
-            "fingerprints": fingerprints,
-            "versions": versions,
-            "wordings": [*wordings],
-            "templates": [*templates],
+            "config": run.config.to_dict(),
+            "fingerprints": run.fingerprints,
+            "versions": {name: version(name) for name in PACKAGES},
+            "wordings": run.wordings,
+            "templates": run.templates,
         }
         try:
-            write_json(path, content)
+            files.write_json(path, content)
         except OSError as error:
-            raise _not_writable(workdir, error) from error
+            raise _not_writable(run.path, error) from error
 
 
-def check_run(
-    workdir: Path, config: RunConfig, fingerprints: dict[str, str], wordings: Sequence[str]
-) -> None:
-    """Raises InputError if `workdir` has anything but this run in it, naming changed keys."""
-    path = workdir / "config.json"
-    if not os.path.lexists(path):
+def check_run(run: Run) -> None:
+    """Raises InputError if the folder has anything but this run in it, naming changed keys."""
+    if not os.path.lexists(run.path / "config.json"):
         try:
-            strange = set(os.listdir(workdir)) - {LOCK} if os.path.lexists(workdir) else ()
+            strange = set(os.listdir(run.path)) - {LOCK} if os.path.lexists(run.path) else ()
         except OSError as error:  # no folder, or one that cannot be read
-            raise _not_writable(workdir, error) from error
+            raise _not_writable(run.path, error) from error
         if strange:
             raise InputError(
-                f"{workdir}: not empty and without config.json, so not a run: choose another "
+                f"{run.path}: not empty and without config.json, so not a run: choose another "
                 "--workdir"
             )
         return
-    stored = read_run(workdir)
-    old = stored.fingerprints
+    stored = read_run(run.path)
+    old, new = stored.fingerprints, run.fingerprints
     before = {name: value for name, _, value in keys(stored.config)}
     changed = [
         f"{name} was {before[name]!r}, now {value!r}"
-        for name, field, value in keys(config)
+        for name, field, value in keys(run.config)
         if before[name] != value and not field.metadata["free"]
     ]
     changed += [
-        f"fingerprint of {kind} was {old.get(kind)!r}, now {fingerprints.get(kind)!r}"
-        for kind in sorted(old | fingerprints)
-        if old.get(kind) != fingerprints.get(kind)
+        f"fingerprint of {kind} was {old.get(kind)!r}, now {new.get(kind)!r}"
+        for kind in sorted(old | new)
+        if old.get(kind) != new.get(kind)
     ]
-    changed += _changed_wordings(stored.wordings, wordings)
+    changed += _changed_wordings(stored.wordings, run.wordings)
     if changed:
         raise InputError(
-            f"{workdir}: holds a run with another config ({'; '.join(changed)}): give the old "
-            "values to go on, or another --workdir to start anew"
+            f"{run.path}: holds a run with another config ({'; '.join(changed)}): give the old "
+            "values to resume it, or another --workdir to start a new one"
         )
 
 
@@ -168,15 +150,17 @@ def read_run(workdir: Path) -> Run:
             f"{workdir}: found no config.json, expected a run: start one with python -m "
             "sdpo_jax.train --config=configs/quickstart.py --workdir=DIR"
         )
-    stored = read_json(path, f"expected that of a run: {RESTORE}")
+    stored = files.read_json(path, f"expected that of a run: {RESTORE}")
     kinds = {
-        "config": OBJECT,
-        "fingerprints": OBJECT,
-        "wordings": list_of(TEXT),
-        "templates": list_of(TEXT),
+        "config": files.OBJECT,
+        "fingerprints": files.OBJECT,
+        "wordings": files.list_of(files.TEXT),
+        "templates": files.list_of(files.TEXT),
     }
-    check_keys(path, stored, kinds, RESTORE)
-    check_keys(path, stored["fingerprints"], dict.fromkeys(stored["fingerprints"], TEXT), RESTORE)
+    files.check_keys(path, stored, kinds, RESTORE)
+    files.check_keys(
+        path, stored["fingerprints"], dict.fromkeys(stored["fingerprints"], files.TEXT), RESTORE
+    )
     return Run(
         Path(workdir),
         RunConfig.of(stored["config"], f"{path}: config.", f": {RESTORE}"),
@@ -215,10 +199,10 @@ def stage_result(workdir: Path, stage: str) -> dict[str, Any] | None:
     path = Path(workdir) / "stages" / f"{stage}.json"
     if not os.path.lexists(path):
         return None
-    result = read_json(path, f"expected what a finished stage left: {RESTORE}")
-    check_keys(path, result, RESULT, RESTORE)
+    result = files.read_json(path, f"expected what a finished stage left: {RESTORE}")
+    files.check_keys(path, result, RESULT, RESTORE)
     return result
 
 
 def write_stage_result(workdir: Path, stage: str, result: dict[str, Any]) -> None:
-    write_json(workdir / "stages" / f"{stage}.json", result)
+    files.write_json(workdir / "stages" / f"{stage}.json", result)

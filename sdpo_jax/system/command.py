@@ -68,19 +68,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         )
     except BrokenPipeError:  # of --help
         _end_quietly()
-    except (
-        flags.Error,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OSError,
-        ImportError,
-        SyntaxError,
-        RecursionError,
-        MemoryError,
-        InputError,
-    ) as error:
+    except Exception as error:  # a config file is a program
         fail(_message_of(error))
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from sdpo_jax.system.command import fail
 from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.files import whole_file
 
 # (package, version, SHA-256 of the wheel)
 RECBOLE = ("recbole", "1.2.1", "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407")
@@ -108,26 +110,15 @@ def _extract(wheel: Path, member: str, folder: Path) -> Path:
     # Only the last part of the name is used, so nothing is written outside `folder`.
     path = folder / Path(member).name
     with zipfile.ZipFile(wheel) as archive:
-        if path.is_file() and _crc(path) == archive.getinfo(member).CRC:
+        if path.is_file() and zlib.crc32(path.read_bytes()) == archive.getinfo(member).CRC:
             return path
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with archive.open(member) as source, open(partial, "wb") as target:
-                while chunk := source.read(1 << 20):
-                    target.write(chunk)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with (
+            whole_file(path) as partial,
+            archive.open(member) as source,
+            open(partial, "wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
     return path
-
-
-def _crc(path: Path) -> int:
-    crc = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            crc = zlib.crc32(chunk, crc)
-    return crc
 
 
 if __name__ == "__main__":

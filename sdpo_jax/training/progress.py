@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from sdpo_jax.runs.config import RunConfig
 from sdpo_jax.runs.curves import MetricsWriter
 from sdpo_jax.training import device_stats
+from sdpo_jax.training.optimizer import learning_rate_schedule
 
 
 class NotANumber(Exception):
@@ -63,38 +65,27 @@ class Progress:
     """The bar of a stage and its lines in metrics.jsonl and TensorBoard.
 
     Args:
-      folder: workdir/metrics.
+      workdir: of the run; the curves are in its folder `metrics`.
+      config: of the run.
       stage: its name.
       first: steps done before this process, of `steps` in all.
-      batch_size: examples per step.
-      log_every: steps whose metrics are averaged into one line.
-      schedule: step -> learning rate.
       parameters: of the model, for its FLOPs.
-      dtype: of products, on which the device's peak depends.
-      full: whether all weights are trained.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        stage: str,
-        first: int,
-        steps: int,
-        batch_size: int,
-        log_every: int,
-        schedule: Callable,
-        parameters: int,
-        dtype: str,
-        full: bool = False,
+        self, workdir: Path, config: RunConfig, stage: str, first: int, steps: int, parameters: int
     ):
         self._stage, self._done, self._steps = stage, first, steps
-        self._batch_size, self._log_every, self._schedule = batch_size, log_every, schedule
-        self._full = full
-        self._parameters, self._peak = parameters, device_stats.peak_flops(jax.devices()[0], dtype)
+        self._batch_size, self._log_every = config.batch_size, config.log_every
+        learning_rate = getattr(config, stage).learning_rate
+        self._schedule = learning_rate_schedule(learning_rate, steps, config.warmup)
+        self._parameters, self._full = parameters, config.tune == "full"
+        self._peak = device_stats.peak_flops(jax.devices()[0], config.dtype)
         self._pending: list[dict[str, Any]] = []
         self._tokens, self._waited, self._since = 0, 0.0, time.perf_counter()
-        self._writer = MetricsWriter(folder, stage, first) if jax.process_index() == 0 else None
-        self._bar = bar(steps * batch_size, first * batch_size, stage, smoothing=0.1)
+        first_here = jax.process_index() == 0
+        self._writer = MetricsWriter(workdir / "metrics", stage, first) if first_here else None
+        self._bar = bar(steps * self._batch_size, first * self._batch_size, stage, smoothing=0.1)
 
     def waited_for(self, batches: Iterator) -> Iterator:
         """Yields `batches` and counts the seconds that their consumer waits."""

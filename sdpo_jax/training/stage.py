@@ -32,7 +32,7 @@ from sdpo_jax.training import reference
 from sdpo_jax.training.device_stats import traced
 from sdpo_jax.training.inference import Inference, by_example
 from sdpo_jax.training.loop import Loop
-from sdpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from sdpo_jax.training.optimizer import make_optimizer
 from sdpo_jax.training.order import Key, balanced, curriculum, encode, plan, redrawn, select_in_band
 from sdpo_jax.training.progress import NotANumber, Progress
 from sdpo_jax.training.step import (
@@ -235,7 +235,9 @@ class Stage:
             checkpoint_every=c.checkpoint_every,
             validate=lambda state: self.validate(state, validation_references),
             checkpoints=checkpoints,
-            progress=self.progress(first),
+            progress=Progress(
+                self.workdir, c, self.name, first, self.steps, self.model.meta["parameters"]
+            ),
             stop=self.stop,
             seconds=before,
             started=started,
@@ -283,22 +285,6 @@ class Stage:
             self.mesh,
             dropout_key=jax.random.key(c.seed) if c.tune == "lora" and c.lora.dropout else None,
             donate=True,  # it may be all weights, of which --explain counts one copy
-        )
-
-    def progress(self, first: int) -> Progress:
-        """The bar and the curves from step `first` on."""
-        c, learning_rate = self.config, getattr(self.config, self.name).learning_rate
-        return Progress(
-            self.workdir / "metrics",
-            self.name,
-            first,
-            self.steps,
-            c.batch_size,
-            c.log_every,
-            learning_rate_schedule(learning_rate, self.steps, c.warmup),
-            self.model.meta["parameters"],
-            c.dtype,
-            c.tune == "full",
         )
 
     def evaluated(self) -> Callable[[], dict[int, float]] | None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "site"
 PAGES = SITE / "pages"
 LINK = re.compile(r"\]\(([^)\s:]+?)(#[^)\s]*)?\)")
-TEXT = {".py": "python", ".sh": "bash", ".txt": "text", ".json": "json"}
+TEXT = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".txt": "text", ".json": "json"}
 
 
 def written() -> dict[Path, Path]:
@@ -32,7 +32,7 @@ def written() -> dict[Path, Path]:
 def sources() -> dict[Path, Path]:
     """File or folder of the package, or one that a page may link to -> its page."""
     found = {}
-    for top in ("sdpo_jax", "configs"):
+    for top in ("sdpo_jax", "configs", "launch"):
         for path in sorted([ROOT / top, *(ROOT / top).rglob("*")]):
             place = PAGES / "source" / path.relative_to(ROOT)
             if path.is_dir() and path.name != "__pycache__":
@@ -51,11 +51,23 @@ def first_line(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
 
 
+def contents(path: Path) -> str:
+    """Links to the lines of a module's functions and classes."""
+    if path.suffix != ".py":
+        return ""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    defined = [node for node in ast.parse(path.read_text()).body if isinstance(node, kinds)]
+    links = [f"[`{node.name}`](#__codelineno-0-{node.lineno})" for node in defined]
+    return " · ".join(links) + "\n\n"
+
+
 def source_page(path: Path, pages: dict[Path, Path]) -> str:
     """A file's text, or a folder's files with what each is for."""
     title = f"---\nhide: [toc]\n---\n\n# `{path.relative_to(ROOT)}`\n\n"
     if path.is_file():
-        return f"{title}``````{TEXT[path.suffix]}\n{path.read_text().rstrip()}\n``````\n"
+        fence = f'``````{TEXT[path.suffix]} linenums="1"'
+        text = f"{fence}\n{path.read_text().rstrip()}\n``````\n"
+        return title + contents(path) + text
     rows = ["| file | what it is for |", "|---|---|"]
     for child in sorted(path.iterdir(), key=lambda child: (child.is_file(), child.name)):
         if child in pages:

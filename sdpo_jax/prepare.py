@@ -221,10 +221,14 @@ def report(meta: dict, output: str) -> str:
         f"candidates: {meta['candidates']}, {meta['num_candidates']} per window, seed "
         f"{meta['seed']}; written to {output}"
     )
-    config = name if name in SIZES else "movielens"
+    options = f"--config=configs/{name}.py"
+    if name not in SIZES:  # quickstart.py is made for MovieLens
+        whole = "--config.sft.max_steps=0 --config.sdpo.max_steps=0"
+        split = "" if "val_all" in counts["windows"] else " --config.validation_split=val"
+        options = f"--config=configs/quickstart.py {whole}{split} --config.model=MODEL"
     lines.append(
-        f"next: python -m sdpo_jax.train --config=configs/{config}.py "
-        f"--config.dataset={shlex.quote(str(output))}, once sdpo_jax.convert has made the model"
+        f"next: python -m sdpo_jax.train {options} --config.dataset={shlex.quote(str(output))}, "
+        "once sdpo_jax.convert has made the model"
     )
     return "\n".join(lines)
 

@@ -177,7 +177,7 @@ class Endpoint:
         answer = {k: text.encode("utf-8", "replace").decode() for k, text in texts.items()}
         usage = body["usage"] if isinstance(body.get("usage"), dict) else {}
         tokens = {"tokens_in": "prompt_tokens", "tokens_out": "completion_tokens"}
-        return answer | {k: usage[v] for k, v in tokens.items() if COUNT[1](usage.get(v))}
+        return answer | {k: usage[v] for k, v in tokens.items() if COUNT.right(usage.get(v))}
 
     def _fault(self, response: Any, fault: object) -> Answer:
         """The answer of a refused window, from an error inside a 200.

@@ -52,7 +52,7 @@ class RankedItems:
         target = int(np.flatnonzero(among == self._place[window.target])[0])
         rank = metrics.target_rank(logp.tolist(), target)
         first = np.argsort(-logp, kind="stable")[: predictions.LISTED]
-        return self._prediction(among[first], logp[first], rank)
+        return self._prediction(among[first].tolist(), logp[first].tolist(), rank)
 
     def by_beam(self, window: Window, title_C: np.ndarray, logp_C: np.ndarray) -> Prediction:
         """A prediction from the titles that beam search found, -1 where it found fewer.
@@ -72,7 +72,7 @@ class RankedItems:
         return self._prediction(places[: predictions.LISTED], logp, rank)
 
     def _prediction(
-        self, places: Sequence[int] | np.ndarray, logp: Sequence[float], rank: int | None
+        self, places: Sequence[int], logp: Sequence[float], rank: int | None
     ) -> Prediction:
-        items = [int(self.items[place]) for place in places]
+        items = self.items[np.array(places, int)].tolist()
         return predictions.ranked(items, logp, self.dataset.titles, rank, catalogue=True)

@@ -33,17 +33,21 @@ DECODERS = ("greedy", "trie", "score", "beam")
 RANKING_DECODERS = ("score", "beam")  # their predictions have a rank
 CUTOFF = LISTED  # of the lists in coverage, Gini index and mean popularity
 Metric = Callable[[int | None], float]
-# Key of the summary -> metric of a rank.
-METRICS: dict[str, dict[str, Metric]] = {
-    rank: {
+
+
+def _metrics(hits: Sequence[int], gains: Sequence[int]) -> dict[str, Metric]:
+    """Key of the summary -> metric of a rank, a value from 0 to 1."""
+    return {
         **{f"hit_ratio_at_{k}": functools.partial(metrics.hit_at, k) for k in hits},
         **{f"ndcg_at_{k}": functools.partial(metrics.ndcg_at, k) for k in gains},
         "mrr": metrics.reciprocal_rank,
     }
-    for rank, hits, gains in (
-        ("candidates", (5, 10), (5, 10)),
-        ("catalogue", (1, 5, 10, 20), (5, 10, 20)),
-    )
+
+
+# HR@1 is that of the hits, for every decoder; among the catalogue it is one of the rank too.
+METRICS = {
+    "candidates": _metrics(hits=(5, 10), gains=(5, 10)),
+    "catalogue": _metrics(hits=(1, 5, 10, 20), gains=(5, 10, 20)),
 }
 INTERVAL = ("two numbers", lambda value: files.list_of(files.NUMBER)[1](value) and len(value) == 2)
 _SHARES = (
@@ -127,14 +131,10 @@ def summarize(
     summary = {"rank": rank, "n": n, "users": len(set(users))}
     for key, name in (("hit", "hit_ratio_at_1"), ("valid", "valid_ratio")):
         summary |= _share(name, [p[key] for p in predictions], users)
-    if rank == "candidates" and decoder in RANKING_DECODERS:
-        ranks = [p["rank"] for p in predictions]
-        summary |= {
-            name: metrics.mean([metric(r) for r in ranks]) for name, metric in METRICS[rank].items()
-        }
-    if rank == "catalogue":
-        summary |= _of_catalogue(predictions, users)
-        summary |= {} if exposure is None else _of_items(predictions, *exposure)
+    if decoder in RANKING_DECODERS and rank in METRICS:
+        summary |= _of_ranks(METRICS[rank], predictions, users)
+    if rank == "catalogue" and exposure is not None:
+        summary |= _of_items(predictions, *exposure)
     return summary
 
 
@@ -145,9 +145,12 @@ def _share(name: str, values: Sequence[float], users: Sequence[Hashable]) -> dic
     return {name: successes / n, f"{name}_ci95": list(interval)}
 
 
-def _of_catalogue(predictions: Sequence[Prediction], users: Sequence[Hashable]) -> dict[str, Any]:
+def _of_ranks(
+    wanted: Mapping[str, Metric], predictions: Sequence[Prediction], users: Sequence[Hashable]
+) -> dict[str, Any]:
+    """Each metric and its interval; a proportion has Wilson's."""
     found: dict[str, Any] = {}
-    for name, metric in METRICS["catalogue"].items():
+    for name, metric in wanted.items():
         values = [metric(p["rank"]) for p in predictions]
         if name.startswith("hit_ratio"):
             found |= _share(name, values, users)

@@ -62,7 +62,7 @@ def ends_of(path: Path, tokenizer: Any) -> tuple[int, ...]:
             "eos_token_id"
         )
         for token in found if isinstance(found, list) else [] if found is None else [found]:
-            if not COUNT[1](token):
+            if not COUNT.right(token):
                 raise InputError(
                     f"{path / name}: eos_token_id: found {brief(found)}, expected tokens' numbers: "
                     "correct it"

@@ -26,8 +26,8 @@ see the padded grid `[prompt_BP | packed_BS]`. `padded` feeds M * C full rows pe
 official code does, and is the oracle. Both compute logits only where an answer token is predicted,
 and an answer's end is a target, never an input.
 
-Letters beside those of `sdpo_jax.system.sharding`: X places of the grid, P + S; Y places with
-logits, Q + S; Z answer tokens of an example, M*C*A, or full rows of a batch, B*M*C.
+Letters beside those of `sdpo_jax.system.sharding`: X places of the grid, P + S. Y and Z are
+explained where they are used.
 """
 
 import functools
@@ -41,7 +41,7 @@ from sdpo_jax.models.attention import CAUSAL_BLOCK, attend, attend_causal, near
 from sdpo_jax.models.decoder import Decoder
 
 Batch = dict[str, Any]  # arrays of numpy or of JAX
-Keys = tuple[jax.Array, jax.Array]  # k_BSGH, v_BSGH
+KeyValues = tuple[jax.Array, jax.Array]  # k_BSGH, v_BSGH
 
 
 def prompt_positions(prompt_mask_BP: jax.Array) -> jax.Array:
@@ -80,7 +80,7 @@ _token_logp.defvjp(_token_logp_forward, _token_logp_backward)
 
 
 def answers_logp(logits_BYV: jax.Array, predictor_BMCA: jax.Array, batch: Batch) -> jax.Array:
-    """Sums token log-probs into `logp_BMC`; `predictor_BMCA`: which of Y predicts each token."""
+    """Sums token log-probs into `logp_BMC`; `predictor_BMCA`: the place among Y for each token."""
     shape = batch["answers_BMCA"].shape
     place_BZ, token_BZ = (x.reshape(shape[0], -1) for x in (predictor_BMCA, batch["answers_BMCA"]))
     logp_BMCA = _token_logp(logits_BYV, place_BZ, token_BZ).reshape(shape)
@@ -109,13 +109,13 @@ class PackedAnswers:
 
     def own_mask(self, queries: slice, keys: slice) -> jax.Array:
         """[B, queries, keys]: the earlier tokens of the same answer, and the token itself."""
-        answer_BS, place_BS, S = self.answer_BS, self.positions_BS, self.answer_BS.shape[1]
+        answer_BS, positions_BS, S = self.answer_BS, self.positions_BS, self.answer_BS.shape[1]
         same = answer_BS[:, queries, None] == answer_BS[:, None, keys]
         earlier = jnp.arange(S)[queries, None] >= jnp.arange(S)[None, keys]
-        recent = near(place_BS[:, queries], place_BS[:, keys], self.window)
+        recent = near(positions_BS[:, queries], positions_BS[:, keys], self.window)
         return same & earlier & recent & self.valid_BS[:, None, keys]
 
-    def attend(self, q_BSNH: jax.Array, prompt: Keys, answers: Keys, dtype) -> jax.Array:
+    def attend(self, q_BSNH: jax.Array, prompt: KeyValues, answers: KeyValues, dtype) -> jax.Array:
         """Attention over keys and values of the prompt and of the own answer, [B, S, N*H].
 
         Queries run in equal blocks. An answer has at most A - 1 tokens side by side, so a block
@@ -137,7 +137,8 @@ class PackedAnswers:
 def _pick(x_WX: jax.Array, index_WY: jax.Array, inverse_WX: jax.Array) -> jax.Array:
     """`x_WX[..., index_WY]` row by row, zeros where the index is -1; [W, X, ...] -> [W, Y, ...].
 
-    No place is picked twice, so the transpose is a pick by the inverse index, not a scatter.
+    No place is picked twice, so the gradient is a pick by `inverse_WX`, not a scatter. It is wrong
+    unless that is the inverse of `index_WY`.
     """
     index = jnp.expand_dims(index_WY, range(2, x_WX.ndim))
     return jnp.where(index >= 0, jnp.take_along_axis(x_WX, jnp.maximum(index, 0), 1), 0)
@@ -197,7 +198,7 @@ def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_keys_W=None) -> j
     P = mask_BP.shape[1]
     rows = Rows(batch["slot_WT"], jnp.concatenate([mask_BP, packed.valid_BS], 1))
 
-    def attention(q, k, v, cache):
+    def attention(q, k, v, _):  # rows -> grid -> rows; there is no cache
         q, k, v = rows.unpack(q), rows.unpack(k), rows.unpack(v)
         prompt = attend_causal(q[:, :P], k[:, :P], v[:, :P], mask_BP, decoder.dtype, window)
         answers = packed.attend(q[:, P:], (k[:, :P], v[:, :P]), (k[:, P:], v[:, P:]), decoder.dtype)
@@ -238,7 +239,7 @@ def padded_hidden(decoder: Decoder, batch: Batch, dropout_keys_W=None):
     tokens_ZT = jnp.concatenate([prompt_ZP, answers_ZA[:, :-1]], 1)
     mask_ZT = jnp.concatenate([mask_ZP, answers_mask_ZA[:, 1:]], 1)
 
-    def attention(q, k, v, cache):
+    def attention(q, k, v, _):
         return attend_causal(q, k, v, mask_ZT, decoder.dtype, decoder.config.window), None
 
     if dropout_keys_W is not None:

@@ -29,7 +29,7 @@ DTYPES = ("float32", "bfloat16")
 LAYOUTS = ("shared_prefix", "padded")
 REMAT = ("none", "cheap", "full", "least")
 BASE_DTYPES = ("same", "f32", "bf16", "int8", "nf4")
-OBJECTIVES = ("sdpo", "dpo_pairwise")
+OBJECTIVES = {"sdpo": "S-DPO", "dpo_pairwise": "DPO, {K} pairs"}  # -> its name in tables
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down", "qkv")
 
 
@@ -38,7 +38,7 @@ def _some_of(known: Sequence[str]) -> Kind:
         found = list(value) if type(value) in (list, tuple) else []
         return found != [] and found == [name for name in known if name in found]
 
-    return f"some of {', '.join(known)}, in this order", right
+    return Kind(f"some of {', '.join(known)}, in this order", right)
 
 
 def _is_object(value: Any) -> bool:
@@ -48,27 +48,18 @@ def _is_object(value: Any) -> bool:
         return False
 
 
-def _below_one(value: Any) -> bool:
-    return NUMBER[1](value) and 0 <= value < 1
-
-
-def _band(value: Any) -> bool:
+def _is_band(value: Any) -> bool:
     shares = list(value) if type(value) in (list, tuple) else []
-    return len(shares) == 2 and all(map(NUMBER[1], shares)) and 0 <= shares[0] < shares[1] <= 1
+    return len(shares) == 2 and all(map(NUMBER.right, shares)) and 0 <= shares[0] < shares[1] <= 1
 
 
-def _axis(value: Any) -> bool:
-    return type(value) is int and -1 <= value < 2**31
-
-
-BOOLEAN: Kind = ("True or False", lambda value: type(value) is bool)
-NOT_NEGATIVE: Kind = ("a finite number, 0 or more", lambda v: NUMBER[1](v) and v >= 0)
-SEED: Kind = (
-    "a whole number, 0 or more, below 2**32",
-    lambda value: COUNT[1](value) and value < 2**32,
-)
-BELOW_ONE: Kind = ("a number, 0 <= it < 1", _below_one)
-AXIS: Kind = ("a whole number or -1", _axis)
+BOOLEAN = Kind("True or False", lambda value: type(value) is bool)
+NOT_NEGATIVE = Kind("a finite number, 0 or more", lambda v: NUMBER.right(v) and v >= 0)
+SEED = Kind("a whole number, 0 or more, below 2**32", lambda v: COUNT.right(v) and v < 2**32)
+BELOW_ONE = Kind("a number, 0 <= it < 1", lambda v: NUMBER.right(v) and 0 <= v < 1)
+AXIS = Kind("a whole number or -1", lambda v: type(v) is int and -1 <= v < 2**31)
+BAND = Kind("two shares, the lower first", _is_band)
+JSON_OBJECT = Kind("a JSON object as text", _is_object)
 
 
 def key(default: Any, kind: Kind, about: str, *, free: bool = False, path: bool = False) -> Any:
@@ -88,7 +79,7 @@ class StageConfig:
     epochs: int = key(3, POSITIVE, "times through the training data; [paper] 5 in SFT, 3 in S-DPO")
     max_steps: int = key(0, COUNT, "steps after which the stage ends; 0: those of all epochs")
     learning_rate: float = key(
-        1e-5, ABOVE_ZERO, "at its peak; [paper] 1e-5 in S-DPO, which names none for SFT"
+        1e-5, ABOVE_ZERO, "peak; [paper] 1e-5 in S-DPO, and none is given for SFT"
     )
 
 
@@ -96,10 +87,10 @@ class StageConfig:
 class LoraKeys:
     """The adapter."""
 
-    rank: int = key(8, POSITIVE, "[paper] of the adapter's two matrices")
+    rank: int = key(8, POSITIVE, "[paper] rank of the adapter")
     alpha: float = key(32.0, ABOVE_ZERO, "[paper] the adapter's product is scaled by alpha / rank")
     dropout: float = key(
-        0.1, BELOW_ONE, "[paper] of the adapter's input, in whole 1/256; above 0 at least one"
+        0.1, BELOW_ONE, "[paper] rate for the adapter's input, a multiple of 1/256"
     )
     targets: tuple[str, ...] = key(
         ("q", "k", "v", "o", "gate", "up", "down"),
@@ -135,8 +126,8 @@ class RunConfig:
 
     dataset: str = key("runs/data", TEXT, "folder written by sdpo_jax.prepare", path=True)
     model: str = key("runs/llama2-7b", TEXT, "folder written by sdpo_jax.convert", path=True)
-    seed: int = key(0, SEED, "of templates, negatives, the order of examples, adapter and dropout")
-    stages: tuple[str, ...] = key(STAGES, _some_of(STAGES), "what is trained")
+    seed: int = key(0, SEED, "seed of templates, negatives, order, adapter and dropout")
+    stages: tuple[str, ...] = key(STAGES, _some_of(STAGES), "stages to train")
     prompt: str = key(
         "candidates",
         one_of(*PROMPTS),
@@ -151,9 +142,7 @@ class RunConfig:
         "", TEXT, "templates in the authors' format; empty: the built-in ones", path=True
     )
     chat_template: bool = key(False, BOOLEAN, "prompts in the model's own chat format")
-    chat_options: str = key(
-        '{"enable_thinking": false}', ("a JSON object as text", _is_object), "of the chat format"
-    )
+    chat_options: str = key('{"enable_thinking": false}', JSON_OBJECT, "of the chat format")
     item_vectors: str = key(
         "",
         TEXT,
@@ -170,7 +159,9 @@ class RunConfig:
         "[paper] examples per step over all devices. An example of prompt=history is a segment; "
         "the loss is the mean over the targets",
     )
-    microbatch: int = key(4, POSITIVE, "examples per device at once")
+    microbatch: int = key(
+        4, POSITIVE, "examples per data shard at once; batch_size is its multiple"
+    )
     num_negatives: int = key(3, POSITIVE, "[paper] K; 1 is DPO")
     negatives: str = key(
         "shown",
@@ -181,23 +172,23 @@ class RunConfig:
         "for shown, no negative is a title that the user has up to the last target of the split",
     )
     redraw: bool = key(False, BOOLEAN, "draw other negatives in each epoch")
-    popularity_power: float = key(1.0, NOT_NEGATIVE, "of negatives=popularity")
+    popularity_power: float = key(1.0, NOT_NEGATIVE, "power of the shares of negatives=popularity")
     hard_pool: int = key(32, POSITIVE, "titles that hard negatives are chosen from")
     hard_band: tuple[float, float] = key(
         (0.05, 0.3),
-        ("two shares, the lower first", _band),
-        "shares of the pool, the most likely first, between which hard negatives lie",
+        BAND,
+        "first and last rank of hard negatives, as shares of the pool, the most likely first",
     )
     objective: str = key(
         "sdpo", one_of(*OBJECTIVES), "or dpo_pairwise: DPO's loss, the mean over the K pairs"
     )
-    beta: float = key(1.0, ABOVE_ZERO, "[paper] of the rewards")
+    beta: float = key(1.0, ABOVE_ZERO, "[paper] scale of the rewards")
     batch_layout: str = key(
         "shared_prefix", one_of(*LAYOUTS), "or padded: K+1 full rows per prompt, the oracle"
     )
-    dtype: str = key("bfloat16", one_of(*DTYPES), "of the base and of matrix products")
+    dtype: str = key("bfloat16", one_of(*DTYPES), "dtype of the base and of matrix products")
     base_dtype: str = key(
-        "same", one_of(*BASE_DTYPES), "in which the frozen base is stored; same: dtype"
+        "same", one_of(*BASE_DTYPES), "dtype that stores the frozen base; same: that of dtype"
     )
     remat: str = key(
         "full",
@@ -206,11 +197,11 @@ class RunConfig:
         "full: each layer; least: each layer, its MLP in eight pieces",
     )
 
-    sft: StageConfig = StageConfig(5, 0, 1e-4)
-    sdpo: StageConfig = StageConfig(3, 0, 1e-5)
-    warmup: float = key(0.05, BELOW_ONE, "[paper] share of the steps")
+    sft: StageConfig = StageConfig(epochs=5, learning_rate=1e-4)
+    sdpo: StageConfig = StageConfig(epochs=3, learning_rate=1e-5)
+    warmup: float = key(0.05, BELOW_ONE, "[paper] share of the steps with a rising learning rate")
     clip: float = key(0.3, ABOVE_ZERO, "[paper] largest global norm of a gradient")
-    weight_decay: float = key(0.0, NOT_NEGATIVE, "of AdamW")
+    weight_decay: float = key(0.0, NOT_NEGATIVE, "weight decay of AdamW")
 
     tune: str = key(
         "lora", one_of("lora", "full"), "full: every weight is trained, in float32, without lora.*"
@@ -219,7 +210,7 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
 
-    validation_split: str = key("val", TEXT, "on which the best step is chosen")
+    validation_split: str = key("val", TEXT, "split that the best step is chosen on")
     best_by: str = key(
         "loss",
         one_of("loss", "greedy", "trie", "score"),
@@ -248,9 +239,8 @@ class RunConfig:
     @property
     def method(self) -> str:
         """The name of the second stage."""
-        if self.num_negatives == 1:
-            return "DPO"
-        return "S-DPO" if self.objective == "sdpo" else f"DPO, {self.num_negatives} pairs"
+        K = self.num_negatives
+        return "DPO" if K == 1 else OBJECTIVES[self.objective].format(K=K)
 
     @property
     def base_stored(self) -> str:

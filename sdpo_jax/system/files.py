@@ -8,41 +8,40 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdpo_jax.system.errors import InputError, brief
 
 LEVELS = 64  # of nested lists and objects: deeper ones would break recursive functions
-Kind = tuple[str, Callable[[Any], bool]]  # description, and whether a value is of the kind
 
-TEXT: Kind = ("a text", lambda value: type(value) is str)
+
+class Kind(NamedTuple):
+    """A kind of value: its description, and whether a value is of the kind."""
+
+    expected: str
+    right: Callable[[Any], bool]
+
+
+TEXT = Kind("a text", lambda value: type(value) is str)
 _HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # of surrogates: UTF-8 cannot encode it
-UTF8: Kind = (
-    "a text that UTF-8 can hold",
-    lambda value: type(value) is str and not _HALF_PAIR.search(value),
-)
-COUNT: Kind = ("a whole number, 0 or more", lambda value: type(value) is int and value >= 0)
-POSITIVE: Kind = ("a whole number, more than 0", lambda value: COUNT[1](value) and value > 0)
+UTF8 = Kind("a text that UTF-8 can hold", lambda v: TEXT.right(v) and not _HALF_PAIR.search(v))
+COUNT = Kind("a whole number, 0 or more", lambda value: type(value) is int and value >= 0)
+POSITIVE = Kind("a whole number, more than 0", lambda value: COUNT.right(value) and value > 0)
 # Comparing instead of math.isfinite, which fails on integers that no float holds.
-NUMBER: Kind = (
-    "a finite number",
-    lambda value: type(value) in (int, float) and -1e300 < value < 1e300,
-)
-ABOVE_ZERO: Kind = (
-    "a finite number, more than 0",
-    lambda value: NUMBER[1](value) and value > 0,
-)
-SHARE: Kind = ("a number from 0 to 1", lambda value: NUMBER[1](value) and 0 <= value <= 1)
-OBJECT: Kind = ("a JSON object", lambda value: type(value) is dict)
+NUMBER = Kind("a finite number", lambda v: type(v) in (int, float) and -1e300 < v < 1e300)
+ABOVE_ZERO = Kind("a finite number, more than 0", lambda value: NUMBER.right(value) and value > 0)
+SHARE = Kind("a number from 0 to 1", lambda value: NUMBER.right(value) and 0 <= value <= 1)
+OBJECT = Kind("a JSON object", lambda value: type(value) is dict)
 
 
 def one_of(*known: str) -> Kind:
-    return f"one of {', '.join(known)}", lambda value: type(value) is str and value in known
+    return Kind(f"one of {', '.join(known)}", lambda v: type(v) is str and v in known)
 
 
 def list_of(kind: Kind) -> Kind:
-    expected, right = kind
-    return f"a list, each {expected}", lambda value: type(value) is list and all(map(right, value))
+    return Kind(
+        f"a list, each {kind.expected}", lambda v: type(v) is list and all(map(kind.right, v))
+    )
 
 
 def is_free(path: Path) -> bool:

@@ -77,8 +77,8 @@ class Progress:
     ):
         self._stage, self._done, self._steps = stage, first, steps
         self._batch_size, self._log_every = config.batch_size, config.log_every
-        learning_rate = getattr(config, stage).learning_rate
-        self._schedule = learning_rate_schedule(learning_rate, steps, config.warmup)
+        peak = getattr(config, stage).learning_rate
+        self._schedule: Any = learning_rate_schedule(peak, steps, config.warmup)
         self._parameters, self._full = parameters, config.tune == "full"
         self._peak = device_stats.peak_flops(jax.devices()[0], config.dtype)
         self._pending: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
 """One stage of training, SFT or S-DPO: its examples, its loop, its validation.
 
 The two stages differ in the objective, in C (1, or K+1), and in whether the batch carries the
-reference's log-probs.
+reference's log-probs. X: the targets of all examples.
 """
 
 import dataclasses
@@ -70,24 +70,32 @@ class Stage:
     ):
         self.name, self.config, self.workdir = name, config, workdir
         self.model, self.mesh, self.inference, self.stop = model, mesh, inference, stop
-        self.encoder, self.K = encoder, config.num_negatives if name == "sdpo" else 0
+        self.encoder = encoder
+        self.K = config.num_negatives if name == "sdpo" else 0
         self.objective = make_objective(name, config.beta, config.objective)
         self.negatives = Negatives(
             encoder.dataset, config.negatives, config.seed, config.popularity_power
         )
-        vectors = encoder.first_vector is not None
+        self.vectors = encoder.first_vector is not None
         self.units = units(encoder, "train", config.segment)
-        order = curriculum(plan(config, name, len(self.units)), vectors, name == "sft", config.seed)
-        self.order = redrawn(order, len(self.units)) if config.redraw and self.K else order
+        self.order = self.train_order()
         self.steps = len(self.order) // config.batch_size
         self.train_examples = self.encode("train", self.units, self.order)
-        split = config.validation_split
-        val_units = units(encoder, split, config.segment)
-        # About `validation_windows`: an example has one window, or the targets of a segment.
-        windows = len(encoder.dataset.splits[split])
-        limit = -(-config.validation_windows * len(val_units) // windows)
-        val_keys = [Key(unit, vectors) for unit in evenly_spaced(len(val_units), limit)]
-        self.validation_examples = list(self.encode(split, val_units, val_keys).values())
+        self.validation_examples = self.validation_set(config.validation_split)
+
+    def train_order(self) -> list[Key]:
+        """The examples of all steps."""
+        c, plain = self.config, plan(self.config, self.name, len(self.units))
+        order = curriculum(plain, self.vectors, self.name == "sft", c.seed)
+        return redrawn(order, len(self.units)) if c.redraw and self.K else order
+
+    def validation_set(self, split: str) -> list[Example]:
+        """About `validation_windows` evenly spaced: an example has one, or those of a segment."""
+        found = units(self.encoder, split, self.config.segment)
+        windows = len(self.encoder.dataset.splits[split])
+        limit = -(-self.config.validation_windows * len(found) // windows)
+        keys = [Key(unit, self.vectors) for unit in evenly_spaced(len(found), limit)]
+        return list(self.encode(split, found, keys).values())
 
     def encode(self, split: str, of: Sequence[Unit], keys: Iterable[Key]) -> dict[Key, Example]:
         """Examples with the answers that the reference scores: for hard negatives, a pool."""
@@ -95,7 +103,7 @@ class Stage:
         count = self.config.hard_pool if hard else self.K
         return encode(self.encoder, split, of, keys, self.negatives, count)
 
-    def references(self, lora) -> tuple[dict[Key, np.ndarray] | None, list[np.ndarray] | None]:
+    def reference_logp(self, lora) -> tuple[dict[Key, np.ndarray] | None, list[np.ndarray] | None]:
         """The reference's log-probs [M, C] of each train example and each validation example.
 
         Hard negatives are selected here by those log-probs; the examples lose the others.
@@ -162,7 +170,10 @@ class Stage:
     def batches(
         self, references: dict[Key, np.ndarray] | None, start: int
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Batches [number of microbatches, this process's part, ...] from step `start` on."""
+        """Batches [number of microbatches, this process's part, ...] from step `start` on.
+
+        A microbatch has one row of tokens per data shard, with `config.microbatch` examples each.
+        """
         found = None
         if references is not None:
             found = [[references[key] for key in part] for part in self.train_batches]
@@ -171,6 +182,7 @@ class Stage:
         count, shards = self.config.batch_size // self.inference.batch_size, self.inference.rows
         own = [i * shards + j for i in range(count) for j in sharding.local_shards(self.mesh)]
         for batch in loader.batches(examples, found, start, count * shards, limit, own):
+            # Rows of all microbatches to [microbatches, rows of each, ...]
             yield {k: x.reshape(count, len(x) // count, *x.shape[1:]) for k, x in batch.items()}
 
     def validate(self, state: TrainState, references: list[np.ndarray] | None) -> dict[str, float]:
@@ -220,9 +232,9 @@ class Stage:
         Raises Interrupted after a signal, with the state saved.
         """
         c, started = self.config, time.monotonic()
-        train_references, validation_references = self.references(lora)
+        train_references, validation_references = self.reference_logp(lora)
         (compiled, state), before = self.build(lora), 0.0
-        checkpoints = Checkpoints(self.workdir / self.name, evaluated=self.evaluated())
+        checkpoints = Checkpoints(self.workdir / self.name, evaluated=self.hit_ratios())
         if checkpoints.steps():
             state, position = checkpoints.restore_newest(state)
             before = position["seconds"]
@@ -252,7 +264,7 @@ class Stage:
 
         try:
             loop.run(step, batches, self.tokens)
-            losses, best = checkpoints.losses(), self.best_step(checkpoints)
+            losses, best = checkpoints.losses(), self.choose_step(checkpoints)
         except NotANumber as error:
             self.report_broken(error)
         finally:
@@ -287,7 +299,7 @@ class Stage:
             donate=True,  # it may be all weights, of which --explain counts one copy
         )
 
-    def evaluated(self) -> Callable[[], dict[int, float]] | None:
+    def hit_ratios(self) -> Callable[[], dict[int, float]] | None:
         """Returns step -> HR@1 so far; None where the loss decides on the best step."""
         by = self.config.best_by
         if by == "loss":
@@ -295,9 +307,9 @@ class Stage:
         split = self.config.validation_split
         return functools.partial(best_step.hit_ratios, self.workdir, self.name, by, split)
 
-    def best_step(self, checkpoints: Checkpoints) -> int:
+    def choose_step(self, checkpoints: Checkpoints) -> int:
         """The best step, after waiting for the evaluator if that decides."""
-        evaluated, losses = self.evaluated(), checkpoints.losses()
+        evaluated, losses = self.hit_ratios(), checkpoints.losses()
         if evaluated is None:
             return checkpoints.best_step()
         print(

@@ -1,7 +1,9 @@
 """Train state, and the one step that SFT, DPO and S-DPO share.
 
-The step is `jax.jit` with shardings, the successor of `pjit`. The frozen base is an argument that
-is neither differentiated nor donated; the reference's log-probs come with the batch.
+The step is `jax.jit` with shardings, the successor of `pjit`. Base, adapter and batch lie on the
+mesh as `sharding.placement` and `sharding.batch_sharding` put them, and XLA adds the all-reduces.
+The frozen base is an argument that is neither differentiated nor donated; the reference's
+log-probs come with the batch.
 """
 
 import dataclasses
@@ -29,18 +31,21 @@ Step = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
 )
 @dataclasses.dataclass
 class TrainState:
-    """The content of a checkpoint: steps done, the adapter in float32, the optimizer's moments."""
+    """The content of a checkpoint: steps done, the adapter in float32, the optimizer's moments.
+
+    With `tune=full`, `lora` is all weights.
+    """
 
     step: Any
     lora: Any
     opt_state: Any
 
 
-def make_objective(stage: str, beta: float = 1.0, name: str = "sdpo") -> Objective:
-    """That of a stage, "sft" or "sdpo"; `name`: key of `losses.OBJECTIVES`."""
+def make_objective(stage: str, beta: float = 1.0, loss: str = "sdpo") -> Objective:
+    """The objective of a stage, "sft" or "sdpo"; `loss`: key of `losses.OBJECTIVES`."""
     if stage == "sft":
         return sft_objective
-    return functools.partial(preference_objective, beta=beta, name=name)
+    return functools.partial(preference_objective, beta=beta, loss=loss)
 
 
 def sft_objective(logp_BMC: jax.Array, batch: Batch):
@@ -49,12 +54,12 @@ def sft_objective(logp_BMC: jax.Array, batch: Batch):
     return loss_BM, {"loss_per_token": loss_BM / jnp.maximum(tokens_BM, 1)}
 
 
-def preference_objective(logp_BMC: jax.Array, batch: Batch, *, beta: float, name: str = "sdpo"):
-    """`name`: key of `losses.OBJECTIVES`."""
+def preference_objective(logp_BMC: jax.Array, batch: Batch, *, beta: float, loss: str = "sdpo"):
+    """`loss`: key of `losses.OBJECTIVES`."""
     reference_logp_BMC = batch["reference_logp_BMC"]
     r_BMC = losses.rewards(logp_BMC, reference_logp_BMC, beta)
     metrics = {"logps/chosen": logp_BMC[..., 0], "logps/rejected": logp_BMC[..., 1:].mean(-1)}
-    loss_BM = losses.OBJECTIVES[name](logp_BMC, reference_logp_BMC, beta)
+    loss_BM = losses.OBJECTIVES[loss](logp_BMC, reference_logp_BMC, beta)
     return loss_BM, losses.reward_metrics(r_BMC) | metrics
 
 
@@ -173,6 +178,7 @@ def _train_step(logp, objective: Objective, optimizer, dropout_key) -> Step:
         gradient, metrics = means(gradient, targets), means(total, targets)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
         lora = optax.apply_updates(state.lora, updates)
+        # The norm is that before the optimizer clips.
         metrics |= {"grad_norm": optax.tree.norm(gradient), "targets": targets}
         return TrainState(state.step + 1, lora, opt_state), metrics
 

@@ -29,8 +29,8 @@ _EXPECTED = (
 # The keys of user, item and time, and the units of time per second.
 _KEYS_2018 = ("reviewerID", "asin", "unixReviewTime", 1)
 _KEYS_2023 = ("user_id", "parent_asin", "timestamp", 1000)
-_USER: Kind = ("a text or an integer", lambda value: UTF8[1](value) or type(value) is int)
-_ID: Kind = ("an integer", lambda value: type(value) is int)
+_USER = Kind("a text or an integer", lambda value: UTF8.right(value) or type(value) is int)
+_ID = Kind("an integer", lambda value: type(value) is int)
 _TAG = re.compile(r"<[A-Za-z/!]")
 _PRICE = re.compile(r"\$(\d[\d,]*(?:\.\d+)?)")
 

@@ -19,7 +19,7 @@ _NAMES = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", 
 _MONTHS = {name: f"{number:02}" for number, name in enumerate(_NAMES, 1)}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _YEAR_1900 = (datetime(1900, 1, 1, tzinfo=UTC) - _EPOCH).total_seconds()
-_ID: Kind = (
+_ID = Kind(
     "a text of up to 18 digits",
     lambda value: type(value) is str and value.isascii() and value.isdigit() and len(value) <= 18,
 )

@@ -70,6 +70,7 @@ def test_only_the_first_ten_items_count():
 def test_among_candidates_only_decoders_that_rank_have_ranking_metrics(decoder, ranking):
     found = results.summarize(decoder, of_catalogue(), exposure=(4, {}))
     of_rank = {"hit_ratio_at_5", "hit_ratio_at_10", "ndcg_at_5", "ndcg_at_10", "mrr"}
+    of_rank |= {f"{name}_ci95" for name in of_rank}
     assert found.keys() - of_rank == {
         "rank",
         "n",

@@ -142,7 +142,9 @@ class RunConfig:
         "", TEXT, "templates in the authors' format; empty: the built-in ones", path=True
     )
     chat_template: bool = key(False, BOOLEAN, "prompts in the model's own chat format")
-    chat_options: str = key('{"enable_thinking": false}', JSON_OBJECT, "of the chat format")
+    chat_options: str = key(
+        '{"enable_thinking": false}', JSON_OBJECT, "variables of the chat format"
+    )
     item_vectors: str = key(
         "",
         TEXT,

@@ -1,8 +1,8 @@
 """The pages of this repository as a site: `make docs` writes it to site/html.
 
-README, docs/, the decisions, the changelog and the package's source files become pages of one
-folder, site/pages, in which every relative link leads to a page. zensical builds that folder; a
-warning is an error.
+README, docs/, the decisions, the changelog, the package's source files, configs/ and launch/ become
+pages of one folder, site/pages, in which every relative link leads to a page. zensical builds that
+folder; a warning is an error.
 """
 
 import ast

@@ -33,7 +33,7 @@ from sdpo_jax.models.tokenizer import ends_of, load_tokenizer
 from sdpo_jax.models.weights import TOKENIZER_FILES, WHOLE, abstract_base, slots
 from sdpo_jax.reports.model_card import model_card
 from sdpo_jax.runs.checkpoints import CheckpointGone
-from sdpo_jax.runs.inputs import adapter_config, open_inputs
+from sdpo_jax.runs.inputs import adapter_config, inputs_of
 from sdpo_jax.runs.steps import choose_step, raw_adapter
 from sdpo_jax.runs.workdir import read_run
 from sdpo_jax.system.command import run_command
@@ -70,8 +70,7 @@ def export(
     if not is_free(output):
         raise InputError(f"--output: found something in {output}, expected a new folder")
     step = choose_step(run, stage, step)
-    inputs = open_inputs(run.config, run.templates, run.config.validation_split)
-    inputs.verify(run)
+    inputs = inputs_of(run, run.config.validation_split)
     card = model_card(run, inputs.dataset.meta, stage, step, form)
     model = Path(run.config.model)
     config = DecoderConfig.read(model)

@@ -43,7 +43,8 @@ from absl import flags
 from sdpo_jax.data import candidates as draw
 from sdpo_jax.data.catalogue import DATASETS
 from sdpo_jax.data.paper import SIZES
-from sdpo_jax.data.prepared import DOMAINS, Dataset, Window, fingerprint, write_dataset
+from sdpo_jax.data.prepared import Dataset, Window, fingerprint, write_dataset
+from sdpo_jax.data.prompts import DOMAINS
 from sdpo_jax.data.protocol import SPLITS, Found, Options, read_windows
 from sdpo_jax.data.readers.csv_file import Form
 from sdpo_jax.data.readers.goodreads import STAND_IN
@@ -225,7 +226,9 @@ def report(meta: dict, output: str) -> str:
     if name not in SIZES:  # quickstart.py is made for MovieLens
         whole = "--config.sft.max_steps=0 --config.sdpo.max_steps=0"
         split = "" if "val_all" in counts["windows"] else " --config.validation_split=val"
-        options = f"--config=configs/quickstart.py {whole}{split} --config.model=MODEL"
+        options = (
+            f"--config=configs/quickstart.py {whole}{split} --workdir=RUN --config.model=MODEL"
+        )
     lines.append(
         f"next: python -m sdpo_jax.train {options} --config.dataset={shlex.quote(str(output))}, "
         "once sdpo_jax.convert has made the model"

@@ -16,7 +16,7 @@ from sdpo_jax.evaluation import results
 from sdpo_jax.export import export
 from sdpo_jax.report import report
 from sdpo_jax.reports.model_card import model_card
-from sdpo_jax.runs.inputs import open_inputs
+from sdpo_jax.runs.inputs import inputs_of
 from sdpo_jax.runs.steps import choose_step, last_finished
 from sdpo_jax.runs.workdir import read_run, stage_result
 from sdpo_jax.system.errors import InputError
@@ -60,9 +60,7 @@ def run(tmp_path_factory) -> Path:
 def test_a_damaged_file_of_a_run_is_one_line(run, case, data):
     def check():
         read = read_run(folder)
-        inputs = open_inputs(read.config, read.templates, "val")
-        inputs.verify(read)
-        card = model_card(read, inputs.dataset.meta, "sft", 2, "peft")
+        card = model_card(read, inputs_of(read, "val").dataset.meta, "sft", 2, "peft")
         for stage in read.config.stages:
             found = results.find(folder / "eval", stage, 2, "greedy", "test")
             assert found is None or results.read_predictions(found | {"path": path})

@@ -73,7 +73,7 @@ def test_one_command_trains_both_stages(unbroken, data):
 def test_each_epoch_has_negatives_of_its_own(unbroken, data):
     """The reference has log-probs of every drawn negative; SFT draws none."""
     with np.load(unbroken[0] / "reference" / "train.npz") as stored:
-        logp_XC = stored["logp_XC"]
+        logp_XC = stored["logp"]
     windows = len(read_dataset(data, ["train"]).splits["train"])
     targets = sum(
         m["targets"]
@@ -140,7 +140,7 @@ def test_hard_negatives_are_chosen_from_a_pool_that_the_reference_read(
     losses = trainers.curve(run, "sdpo")
     assert losses[0] == pytest.approx(np.log(4), abs=1e-5) and len(losses) == 4
     with np.load(run / "reference" / "train.npz") as stored:
-        assert stored["logp_XC"].shape[1] == 1 + 8
+        assert stored["logp"].shape[1] == 1 + 8
 
 
 def stops_after(asks: int) -> SimpleNamespace:

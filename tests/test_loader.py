@@ -101,7 +101,7 @@ def test_every_token_of_an_answer_is_predicted_by_the_one_before_it():
     for make in (random_examples, random_segments):
         examples = make(np.random.default_rng(1), 5, 3)
         batch = loader.collate(examples, loader.choose_shapes([examples])[0])
-        E, answers = batch["head_BQ"].shape[1], batch["answers_BMCA"].reshape(5, -1)
+        Q, answers = batch["head_BQ"].shape[1], batch["answers_BMCA"].reshape(5, -1)
         for b, example in enumerate(examples):
             head, packed = batch["prompt_BP"][b][batch["head_BQ"][b]], batch["packed_BS"][b]
             fed = np.concatenate([head, answers[b][packed]])
@@ -112,7 +112,7 @@ def test_every_token_of_an_answer_is_predicted_by_the_one_before_it():
                         fed[predictor], [example.prompt[place], *answer[:-1]]
                     )
                     in_prompt = (np.arange(len(answer)) == 0) | (example.continued and c == 0)
-                    np.testing.assert_array_equal(predictor < E, in_prompt)
+                    np.testing.assert_array_equal(predictor < Q, in_prompt)
 
 
 def test_the_prompt_shows_history_and_candidates_and_the_answer_ends_in_eos(encoder):

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 DOMAINS = prompts.TEMPLATES
+assert set(DOMAINS) == set(prompts.DOMAINS)
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from tiny import tiny_dataset
 
-from sdpo_jax.data.prepared import DOMAINS, write_dataset
+from sdpo_jax.data.prepared import write_dataset
+from sdpo_jax.data.prompts import DOMAINS
 from sdpo_jax.evaluation import results
 from sdpo_jax.reports.document import Heading, Notes, Table, Text, to_html, to_markdown
 from sdpo_jax.reproduce import reproduce
@@ -157,6 +158,9 @@ def test_other_language_models_are_runs_with_other_keys(study):
     assert "--endpoint=http://localhost/v1" in planned["chatrec"].steps[0].command
     file = "configs/prompts/movie-tallrec.txt"
     assert f"--config.prompt_file={file}" in planned["tallrec"].steps[0].command
+    study = dataclasses.replace(study, options=("--config.chat_template=True",))
+    command = cells.tallrec(Place(study, "movielens")).steps[0].command
+    assert [flag for flag in command if "chat_template" in flag][-1].endswith("=False")
     assert all(Path(f"configs/prompts/{domain}-tallrec.txt").exists() for domain in DOMAINS)
     vectors = study.root / "movielens" / "sasrec" / "baselines" / "sasrec.safetensors"
     assert f"--config.item_vectors={vectors}" in planned["llara"].steps[0].command

@@ -81,6 +81,9 @@ def test_among_candidates_only_decoders_that_rank_have_ranking_metrics(decoder, 
         "valid_ratio_ci95",
     }
     assert (of_rank <= found.keys()) == ranking and found["rank"] == "candidates"
+    for name in of_rank & found.keys() - {n for n in of_rank if n.endswith("_ci95")}:
+        low, high = found[f"{name}_ci95"]
+        assert 0 <= low <= found[name] <= high <= 1
 
 
 @pytest.mark.parametrize(

@@ -84,15 +84,15 @@ def lowered():
 
 @MAKE
 def test_no_array_has_logits_at_other_positions_than_those_that_predict(make):
-    """V is 97, a size nothing else has: every array with it has at most B * (E + S) rows."""
+    """V is 97, a size nothing else has: every array with it has at most B * (Q + S) rows."""
     step, args = step_of(make)
     B, S = args[2]["packed_BS"].shape[1:]
-    E = args[2]["head_BQ"].shape[2]
+    Q = args[2]["head_BQ"].shape[2]
     text = step.lower(*args).compile().as_text()
     shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"f32\[([\d,]+)\]", text)}
     of_logits = [s for s in shapes if TINY.V in s and s not in {(97, 16), (16, 97)}]
     assert of_logits, "the logits are there"
-    assert max(np.prod(s) // TINY.V for s in of_logits) <= B * (E + S)
+    assert max(np.prod(s) // TINY.V for s in of_logits) <= B * (Q + S)
 
 
 def test_one_base_is_in_memory(lowered):

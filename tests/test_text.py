@@ -56,6 +56,11 @@ def test_bytes_are_utf8_or_else_latin_1(data, text):
     assert "".join(text_lines("my.csv", [data])) == text
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_mark_of_utf_16_or_32_names_the_encoding(encoding):
+    assert list(text_lines("my.csv", ["é\nü\n".encode(encoding)])) == ["é\n", "ü\n"]
+
+
 def test_another_encoding_is_refused_after_a_line_of_latin_1_too():
     lines = ["é\n".encode("latin-1"), "Амели\n".encode("cp1251")]
     with pytest.raises(InputError, match=r"my.csv:2: found b'.*expected UTF-8 or Latin-1"):

@@ -167,8 +167,8 @@ def test_another_config_on_the_same_workdir_is_refused_with_the_keys(flags, unbr
 
 def test_the_reference_is_stored_in_float32_for_every_candidate(unbroken):
     stored = np.load(unbroken[0] / "reference" / "train.npz")
-    assert stored["logp_XC"].dtype == np.float32
-    assert stored["logp_XC"].shape == (48, 4)
+    assert stored["logp"].dtype == np.float32
+    assert stored["logp"].shape == (48, 4)
 
 
 @pytest.mark.parametrize("line", ['{"stage": "sft"', "[]", '{"stage": "sft", "step": "one"}'])

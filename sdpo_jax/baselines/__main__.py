@@ -176,8 +176,8 @@ def _predictions(
 ) -> Iterator[predictions.Prediction]:
     """A prediction per window: the first titles of the ranking, and the target's rank.
 
-    `ranked` is one of results.RANKS. `catalogue` leaves out the same items as `RankedItems`,
-    `disliked` the same windows as `against_disliked`.
+    `ranked` is one of results.RANKS, X the items that it ranks. `catalogue` leaves out the same
+    items as `RankedItems`, `disliked` the same windows as `against_disliked`.
     """
     ids, items = list(data.titles), np.arange(len(data.titles))
     number, repeats = {item: n for n, item in enumerate(ids)}, data.repeats(split)

@@ -1,7 +1,7 @@
 """A BERT encoder (Devlin et al. 2019, arXiv 1810.04805) of titles.
 
 Shape letters are declared in `sdpo_jax.system.sharding`: I titles of A tokens (right-padded with V,
-one past the largest id), E their width. X and Y: slices and places of a slice.
+one past the largest id), E their width. X: batches of Y titles.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ OLD = ((".gamma", ".weight"), (".beta", ".bias"))  # names of norms in the first
 
 
 def _up_to(most: int) -> Kind:
-    return f"a whole number from 1 to {most:,}", lambda x: type(x) is int and 0 < x <= most
+    return Kind(f"a whole number from 1 to {most:,}", lambda x: type(x) is int and 0 < x <= most)
 
 
 # Key of config.json -> (our field, allowed values).
@@ -64,7 +64,7 @@ KEYS: dict[str, tuple[str, Kind]] = {
 }
 SWITCHES = {
     "position_embedding_type?": one_of("absolute"),
-    "is_decoder?": ("false", lambda value: value is False),
+    "is_decoder?": Kind("false", lambda value: value is False),
 }
 
 
@@ -163,10 +163,10 @@ def norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 def encoded(bert: Bert, tokens_IA: jax.Array) -> jax.Array:
     """Vectors of all titles, [I, E], in batches that the backward pass recomputes."""
-    titles, S = tokens_IA.shape
-    whole = jnp.resize(tokens_IA, (-(-titles // BATCH) * BATCH, S))
-    vectors_XBE = jax.lax.map(jax.checkpoint(bert.pooled), whole.reshape(-1, BATCH, S))
-    return vectors_XBE.reshape(-1, vectors_XBE.shape[-1])[:titles]
+    I, A = tokens_IA.shape  # noqa: E741 - shape letters
+    whole = jnp.resize(tokens_IA, (-(-I // BATCH) * BATCH, A))
+    vectors_XYE = jax.lax.map(jax.checkpoint(bert.pooled), whole.reshape(-1, BATCH, A))
+    return vectors_XYE.reshape(-1, vectors_XYE.shape[-1])[:I]
 
 
 def read_bert(folder: Path) -> Bert:
@@ -204,6 +204,6 @@ def title_tokens(folder: Path, titles: Sequence[str], config: BertConfig) -> np.
     longest = min(LONGEST, config.P)
     rows = tokenizer(list(titles), truncation=True, max_length=longest).input_ids
     tokens_IA = np.full((len(rows), max(map(len, rows))), config.V, np.int32)
-    for to_S, row in zip(tokens_IA, rows, strict=True):
-        to_S[: len(row)] = row
+    for tokens_A, row in zip(tokens_IA, rows, strict=True):
+        tokens_A[: len(row)] = row
     return tokens_IA

@@ -13,8 +13,7 @@ class Caser(nnx.Module):
     """Filters over the history as an image of T rows and D columns (section 3.2).
 
     Horizontal filters span 1 to T items and all columns, the X vertical ones all items and one
-    column.
-    The paper's user embedding is left out: the users of validation and test are new.
+    column. The paper's user embedding is left out: the users of validation and test are new.
     """
 
     def __init__(

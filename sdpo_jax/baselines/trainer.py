@@ -72,11 +72,11 @@ class Scores:
         self._scores, self._frozen = jax.jit(scores), frozen
 
     def __call__(self, state: nnx.State, history_BT: np.ndarray) -> np.ndarray:
-        N, T = history_BT.shape
+        B, T = history_BT.shape
         # The last batch is filled with windows from the start.
-        batches = np.resize(history_BT, (-(-N // self.BATCH), self.BATCH, T))
+        batches = np.resize(history_BT, (-(-B // self.BATCH), self.BATCH, T))
         scores = [self._scores(state, self._frozen, batch) for batch in batches]
-        return np.concatenate(jax.device_get(scores))[:N]
+        return np.concatenate(jax.device_get(scores))[:B]
 
 
 def ranks(scores_BI: np.ndarray, windows: Arrays) -> list[int]:

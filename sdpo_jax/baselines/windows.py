@@ -1,4 +1,7 @@
-"""Windows as arrays of item numbers: an item's line in items.jsonl, from 0 to I - 1."""
+"""Windows as arrays of item numbers: an item's line in items.jsonl, from 0 to I - 1.
+
+X: the items among which a target is ranked.
+"""
 
 import dataclasses
 from collections.abc import Sequence

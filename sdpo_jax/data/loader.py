@@ -18,7 +18,7 @@ ROUND = 8  # padded sizes are multiples of it
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """Padded sizes: P prompt tokens, S packed answer tokens, Q prompt tokens that predict, M
-    targets, A tokens per answer, T tokens per row."""
+    targets, A tokens per answer, T tokens per row. X is P + S, in a row those of all examples."""
 
     P: int
     S: int

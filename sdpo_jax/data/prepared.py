@@ -20,11 +20,11 @@ from pathlib import Path
 
 from absl import logging
 
+from sdpo_jax.data.prompts import DOMAINS
 from sdpo_jax.data.text import plain
 from sdpo_jax.system.errors import InputError, brief
 from sdpo_jax.system.files import parse_json, read_json, read_text, whole_folder
 
-DOMAINS = ("movie", "music", "book", "product")
 # All splits, in the order of the fingerprint; the first three are required.
 SPLITS = ("train", "val", "test", "val_all", "test_all")
 _SEQUENCE_KEYS = ("user", "items", "disliked")

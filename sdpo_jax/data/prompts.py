@@ -11,6 +11,7 @@ from sdpo_jax.data.randomness import generator
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.files import read_text
 
+DOMAINS = ("movie", "music", "book", "product")
 PROMPTS = ("candidates", "history")
 # The placeholders of each kind of prompt.
 PLACEHOLDERS = {"candidates": ("[HistoryHere]", "[CansHere]"), "history": ("[HistoryHere]",)}
@@ -170,7 +171,7 @@ def _read(path: Path) -> str:
 
 
 # Domain -> built-in templates, whose files are in the format of `read_templates`.
-TEMPLATES = {file.stem: read_templates(file) for file in sorted(_WORDINGS.glob("*.txt"))}
+TEMPLATES = {domain: read_templates(_WORDINGS / f"{domain}.txt") for domain in DOMAINS}
 # The same wordings up to the history.
 HISTORY_TEMPLATES = {
     domain: tuple(text.partition("[HistoryHere]")[0] + "[HistoryHere]\n" for text in templates)

@@ -1,6 +1,6 @@
 """Chronological sequences, their split, and windows (history -> target).
 
-X counts interactions, of a source or of a part of it; Y those of one user.
+X counts interactions, of a source or a part of it; Y those of one user, Z the low-rated ones.
 """
 
 import dataclasses
@@ -92,11 +92,11 @@ def _in_time(found: Interactions, seed: int) -> np.ndarray:
 
 
 def _disliked(
-    found: Interactions, items: list[int], own_Y: np.ndarray, item_X: np.ndarray, low_Y: np.ndarray
+    found: Interactions, items: list[int], own_Y: np.ndarray, item_X: np.ndarray, low_Z: np.ndarray
 ) -> tuple[tuple[int, int], ...]:
     """(place, item) of the low-rated items, without those whose titles are in `items`."""
-    liked = {found.titles[item] for item in items} if len(low_Y) else ()
-    pairs = zip(np.searchsorted(own_Y, low_Y).tolist(), item_X[low_Y].tolist(), strict=True)
+    liked = {found.titles[item] for item in items} if len(low_Z) else ()
+    pairs = zip(np.searchsorted(own_Y, low_Z).tolist(), item_X[low_Z].tolist(), strict=True)
     named = ((place, found.items[item]) for place, item in pairs)
     return tuple((place, item) for place, item in named if found.titles[item] not in liked)
 

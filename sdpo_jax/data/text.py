@@ -71,7 +71,7 @@ def text_lines(where: str, lines: Iterable[bytes], encoding: str = "") -> Iterat
             yield from io.StringIO(whole.decode(encoding), newline="")
         except (UnicodeDecodeError, LookupError) as error:
             raise InputError(
-                f"{where}: cannot decode it ({error}): save it as UTF-8, or correct --encoding"
+                f"{where}: cannot decode it as {encoding} ({error}): save it as UTF-8"
             ) from error
         return
     parts = itertools.chain([first.removeprefix(codecs.BOM_UTF8)], lines)

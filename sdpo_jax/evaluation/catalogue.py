@@ -1,8 +1,9 @@
 """Ranking a whole catalogue of titles after a prefilled prompt: exactly, and by beam search.
 
 Both read a prefix of `sdpo_jax.evaluation.decode` and the titles' trie. No length is normalized: a
-title's score is the log-probability of its tokens, end included. Beside the letters of
-`sdpo_jax.system.sharding` those of `sdpo_jax.evaluation.title_trie`; beams are candidates, C.
+title's score is the log-probability of its tokens, end included. Letters beside
+those of `sdpo_jax.system.sharding`: X nodes, Y titles, Z pieces, as in `title_trie`, or, in the
+beam, Z continuations; beams are candidates, C.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 `prefill` runs the prompt once and stores its keys and values; `score`, `greedy` and `trie` read
 them. All take a batch as `sdpo_jax.objectives.logprobs` describes it, and are pure functions for
 the caller to jit. Shape letters are declared in `sdpo_jax.system.sharding`; A counts the tokens
-that may be generated.
+that may be generated, and Y places with logits.
 """
 
 import dataclasses

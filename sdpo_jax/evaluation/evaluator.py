@@ -23,7 +23,7 @@ from sdpo_jax.evaluation.ranked_items import RankedItems
 from sdpo_jax.evaluation.results import exposure_of
 from sdpo_jax.objectives.logprobs import Batch
 from sdpo_jax.runs.config import MeshConfig
-from sdpo_jax.runs.inputs import open_inputs
+from sdpo_jax.runs.inputs import inputs_of
 from sdpo_jax.runs.workdir import Run
 from sdpo_jax.system import sharding
 from sdpo_jax.system.errors import InputError
@@ -60,8 +60,7 @@ class Evaluator:
     ):
         c = run.config
         set_up_jax(c.dtype)
-        inputs = open_inputs(c, run.templates, split)
-        inputs.verify(run)  # before gigabytes are read
+        inputs = inputs_of(run, split)
         self.split, self.dataset = split, inputs.dataset
         self.rank, self.beams = rank, beams
         self.exposure = (

@@ -34,7 +34,7 @@ def ranked(
     Over the catalogue, `top` has the ids, for coverage, Gini index and mean popularity.
     """
     return {
-        "ranked": [[titles[i], round(float(x), 4)] for i, x in zip(items, scores, strict=False)],
+        "ranked": [[titles[i], round(float(x), 4)] for i, x in zip(items, scores, strict=True)],
         **({"top": list(items)} if catalogue else {}),
         "rank": rank,
         "valid": True,

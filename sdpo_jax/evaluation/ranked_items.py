@@ -69,7 +69,8 @@ class RankedItems:
             logp += [value] * len(of_title)
             if self._place[window.target] in of_title:
                 rank = len(places)
-        return self._prediction(places[: predictions.LISTED], logp, rank)
+        listed = predictions.LISTED
+        return self._prediction(places[:listed], logp[:listed], rank)
 
     def _prediction(
         self, places: Sequence[int], logp: Sequence[float], rank: int | None

@@ -49,7 +49,9 @@ METRICS = {
     "candidates": _metrics(hits=(5, 10), gains=(5, 10)),
     "catalogue": _metrics(hits=(1, 5, 10, 20), gains=(5, 10, 20)),
 }
-INTERVAL = ("two numbers", lambda value: files.list_of(files.NUMBER)[1](value) and len(value) == 2)
+INTERVAL = files.Kind(
+    "two numbers", lambda value: files.list_of(files.NUMBER).right(value) and len(value) == 2
+)
 _SHARES = (
     "valid_ratio",
     "coverage_at_10",
@@ -75,8 +77,8 @@ SUMMARY = {
 }
 PREDICTION = {
     "row": files.COUNT,
-    "hit": ("true or false", lambda value: type(value) is bool),
-    "user?": ("a number or a text", lambda value: type(value) in (int, str)),
+    "hit": files.Kind("true or false", lambda value: type(value) is bool),
+    "user?": files.Kind("a number or a text", lambda value: type(value) in (int, str)),
 }
 AGAIN = "remove it and evaluate again"
 Exposure = tuple[int, Mapping[Hashable, int]]  # the number of all items, item -> training count

@@ -24,8 +24,11 @@ from sdpo_jax.system.sharding import placement
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """See `open_inputs`. `wordings`: the templates before the chat format, `templates` after it;
-    `vectors_IE`: item vectors of the prompts, if any."""
+    """See `open_inputs` and `inputs_of`.
+
+    `wordings`: the templates before the chat format, `templates` after it; `vectors_IE`: item
+    vectors of the prompts, if any.
+    """
 
     config: RunConfig
     dataset: Dataset
@@ -91,20 +94,26 @@ class Inputs:
             check_fingerprint(run, kind, paths[kind], found)
 
 
-def open_inputs(
-    config: RunConfig, templates: Sequence[str] | None = None, split: str | None = None
-) -> Inputs:
-    """Reads the files that `config` names, except the model's weights.
+def inputs_of(run: Run, split: str) -> Inputs:
+    """Reads the inputs of a run, with the windows of one split, except the model's weights.
 
-    Args:
-      config: of a run.
-      templates: those that the run was started with; None: they are rendered now.
-      split: the only split whose windows are read; None: all of training and validation.
-
-    Raises InputError for a missing or broken file.
+    Raises InputError for a missing, broken or changed file.
     """
-    path = Path(config.dataset)
-    dataset = read_split(path, split) if split else read_dataset(path)
+    c = run.config
+    dataset = read_split(Path(c.dataset), split)
+    vectors_IE = read_item_vectors(c.item_vectors, dataset)
+    inputs = Inputs(c, dataset, run.wordings, run.templates, vectors_IE)
+    inputs.verify(run)
+    return inputs
+
+
+def open_inputs(config: RunConfig, templates: Sequence[str] | None = None) -> Inputs:
+    """Reads the files that `config` names, except the model's weights, to train on them.
+
+    `templates`: those that the run was started with; None: they are rendered now. Raises InputError
+    for a missing or broken file.
+    """
+    dataset = read_dataset(Path(config.dataset))
     wordings = tuple(prompts.templates_of(dataset.domain, config.prompt_file, config.prompt))
     if templates is None:
         templates = _in_chat(config, wordings)

@@ -20,7 +20,7 @@ from sdpo_jax.system.sharding import to_host
 
 def fingerprint(base: str, lora: Any, examples: Sequence[Example], settings: Mapping) -> str:
     """SHA-256 over base, adapter, tokens and the settings that change log-probs."""
-    digest = hashlib.sha256(json.dumps([base, dict(settings)], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(["logp", base, dict(settings)], sort_keys=True).encode())
     for leaf in jax.tree.leaves(lora):
         digest.update(to_host(leaf).tobytes())
     for example in examples:
@@ -37,7 +37,7 @@ def read_reference(path: Path, expected: str) -> np.ndarray | None:
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as stored:
-        return stored["logp_XC"] if str(stored["fingerprint"]) == expected else None
+        return stored["logp"] if str(stored["fingerprint"]) == expected else None
 
 
 def write_reference(path: Path, key: str, logp_XC: np.ndarray) -> None:
@@ -45,4 +45,4 @@ def write_reference(path: Path, key: str, logp_XC: np.ndarray) -> None:
     if jax.process_index() > 0:
         return
     with whole_file(path) as partial, open(partial, "wb") as file:
-        np.savez(file, logp_XC=logp_XC.astype(np.float32), fingerprint=np.array(key))
+        np.savez(file, logp=logp_XC.astype(np.float32), fingerprint=np.array(key))

@@ -1,4 +1,7 @@
-"""Amazon: UCSD's reviews and metadata of 2018 or 2023, or published windows."""
+"""Amazon: UCSD's reviews and metadata of 2018 or 2023, or published windows.
+
+X: interactions, as in `Interactions`.
+"""
 
 import contextlib
 import dataclasses

@@ -20,7 +20,7 @@ from sdpo_jax.data.tokens import Example
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.store import load_model
 from sdpo_jax.system import sharding
-from sdpo_jax.training.optimizer import make_optimizer
+from sdpo_jax.training.optimizer import paper_optimizer
 from sdpo_jax.training.step import build_step, make_logp, make_objective
 
 EPOCHS = 3  # of the paper's stage 2
@@ -51,7 +51,7 @@ class JaxSide:
         batch["reference_logp_BMC"] = logp_XBMC
         objective = make_objective("sdpo" if C > 1 else "sft")
         lora = jax.tree.map(jnp.copy, self.model.lora)  # the step donates its state
-        step, state = build_step(logp, objective, make_optimizer(), lora, self.mesh)
+        step, state = build_step(logp, objective, paper_optimizer(), lora, self.mesh)
         compiled = step.lower(state, self.model.base, batch).compile()
 
         def run() -> float:

@@ -30,7 +30,7 @@ from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.processes import set_up_jax
 from sdpo_jax.training import device_stats
-from sdpo_jax.training.optimizer import make_optimizer
+from sdpo_jax.training.optimizer import paper_optimizer
 from sdpo_jax.training.step import build_step, make_logp, make_objective
 from sdpo_jax.training.step_memory import abstract_model
 
@@ -60,7 +60,7 @@ def time_step(size: str, remat: str, k: int, batch: int, microbatch: int, repeat
     )
     lora, base = random_state(lora, 0), random_state(base, 1)
     logp = make_logp(graphdef, "shared_prefix")
-    step, state = build_step(logp, make_objective("sdpo"), make_optimizer(), lora, mesh)
+    step, state = build_step(logp, make_objective("sdpo"), paper_optimizer(), lora, mesh)
     examples = workload.equal_examples(batch, k, prompt)
     rows = batch // microbatch
     arrays = loader.collate(examples, loader.choose_shapes([examples], rows)[0], rows)

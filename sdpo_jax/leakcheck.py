@@ -131,8 +131,8 @@ def _natural(text: str) -> list[tuple[int, str]]:
 
 def one_order(windows: Arrays, items: int) -> list[int] | None:
     """An order that all sequences follow, as a list of items, or None."""
-    rows_BT = np.column_stack([windows.history_BT, windows.target_B])
-    before, after = rows_BT[:, :-1].ravel(), rows_BT[:, 1:].ravel()
+    sequences = np.column_stack([windows.history_BT, windows.target_B])
+    before, after = sequences[:, :-1].ravel(), sequences[:, 1:].ravel()
     real = before < items  # without the padding
     sorter = graphlib.TopologicalSorter()
     for a, b in np.unique(np.stack([before[real], after[real]], 1), axis=0).tolist():

@@ -36,7 +36,7 @@ from sdpo_jax.reproduction.cells import (
 from sdpo_jax.reproduction.running import Stopped, pasted, run
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError, brief
-from sdpo_jax.system.files import TEXT, check_keys, read_json, whole_file, write_json
+from sdpo_jax.system.files import TEXT, Kind, check_keys, read_json, whole_file, write_json
 
 ASKED = "reproduce.json"  # targets and options of a folder so far
 FIXED = ("scale", "model", "options")  # the same for all figures of a page
@@ -112,7 +112,7 @@ def _wanted(value: Any) -> bool:
     )
 
 
-WANTED = ("targets with their data sets", _wanted)
+WANTED = Kind("targets with their data sets", _wanted)
 
 
 def study_of(root: Path, asked: Mapping[str, Any]) -> Study:

@@ -14,12 +14,12 @@ def draw(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def plain(q_BTNH, k_BSGH, v_BSGH, mask_BTS):
+def plain(q_BTNH, k_BZGH, v_BZGH, mask_BTZ):
     """Keys repeated over the queries' heads, one softmax."""
-    k_BSNH, v_BSNH = (jnp.repeat(x, N // G, 2) for x in (k_BSGH, v_BSGH))
-    scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH) * H**-0.5
-    weights = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BNTS, -1e30))
-    return jnp.einsum("bnts,bsnh->btnh", weights, v_BSNH).reshape(B, -1, N * H)
+    k_BZNH, v_BZNH = (jnp.repeat(x, N // G, 2) for x in (k_BZGH, v_BZGH))
+    scores_BNTZ = jnp.einsum("btnh,bznh->bntz", q_BTNH, k_BZNH) * H**-0.5
+    weights = jax.nn.softmax(jnp.where(mask_BTZ[:, None], scores_BNTZ, -1e30))
+    return jnp.einsum("bntz,bznh->btnh", weights, v_BZNH).reshape(B, -1, N * H)
 
 
 def value_and_gradients(function, *args):

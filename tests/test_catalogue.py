@@ -90,51 +90,51 @@ def test_a_node_of_a_piece_sees_its_beginnings_and_itself():
     for node_S, seen_WT, mask_WQT in zip(
         pieces.node_ZS, pieces.seen_ZWT, pieces.mask_ZWQT, strict=True
     ):
-        for n, (seen_K, mask_QK) in enumerate(zip(seen_WT, mask_WQT, strict=True)):
-            for q, mask_K in enumerate(mask_QK):
+        for n, (seen_T, mask_QT) in enumerate(zip(seen_WT, mask_WQT, strict=True)):
+            for q, mask_T in enumerate(mask_QT):
                 node, expected = int(node_S[n * 8 + q]), set()
                 while node:
                     expected.add(node)
                     node = int(trie.parent_X[node])
-                found = node_S[seen_K[mask_K]].tolist()
+                found = node_S[seen_T[mask_T]].tolist()
                 assert len(found) == len(set(found))
                 assert set(found) == expected
 
 
 @pytest.mark.parametrize(("block", "size"), [(8, 16), (64, 64)])
 def test_the_exact_pass_gives_each_title_the_log_prob_it_has_alone(alone, block, size):
-    titles, examples, expected_BI = alone
-    found_BI = ranked(tiny_model(), titles, examples, block=block, size=size)
-    np.testing.assert_allclose(found_BI, expected_BI, atol=1e-4)
+    titles, examples, expected_BY = alone
+    found_BY = ranked(tiny_model(), titles, examples, block=block, size=size)
+    np.testing.assert_allclose(found_BY, expected_BY, atol=1e-4)
 
 
 def test_a_beam_as_wide_as_the_catalogue_is_exact(alone):
-    titles, examples, expected_BI = alone
-    title_BW, logp_BW = ranked(tiny_model(), titles, examples, width=len(titles))
-    np.testing.assert_allclose(np.take_along_axis(expected_BI, title_BW, 1), logp_BW, atol=1e-4)
-    assert all(sorted(row) == list(range(len(titles))) for row in title_BW)
-    assert (np.diff(logp_BW, axis=1) <= 0).all()
+    titles, examples, expected_BY = alone
+    title_BC, logp_BC = ranked(tiny_model(), titles, examples, width=len(titles))
+    np.testing.assert_allclose(np.take_along_axis(expected_BY, title_BC, 1), logp_BC, atol=1e-4)
+    assert all(sorted(row) == list(range(len(titles))) for row in title_BC)
+    assert (np.diff(logp_BC, axis=1) <= 0).all()
 
 
 def test_a_narrow_beam_gives_titles_with_the_log_probs_they_have(alone):
-    titles, examples, expected_BI = alone
-    title_BW, logp_BW = ranked(tiny_model(), titles, examples, width=5)
-    assert (title_BW >= 0).all()
-    np.testing.assert_allclose(np.take_along_axis(expected_BI, title_BW, 1), logp_BW, atol=1e-4)
+    titles, examples, expected_BY = alone
+    title_BC, logp_BC = ranked(tiny_model(), titles, examples, width=5)
+    assert (title_BC >= 0).all()
+    np.testing.assert_allclose(np.take_along_axis(expected_BY, title_BC, 1), logp_BC, atol=1e-4)
 
 
 def test_a_beam_finds_only_what_is_allowed_however_little_it_is(alone):
-    titles, examples, expected_BI = alone
+    titles, examples, expected_BY = alone
     rng = np.random.default_rng(5)
-    allowed_BY = rng.random(expected_BI.shape) < 0.3
+    allowed_BY = rng.random(expected_BY.shape) < 0.3
     allowed_BY[1] = False
     allowed_BY[1, 7] = True
-    title_BW, _ = ranked(tiny_model(), titles, examples, width=len(titles), allowed=allowed_BY)
-    for title_W, allowed_I, expected_I in zip(title_BW, allowed_BY, expected_BI, strict=True):
-        among = np.flatnonzero(allowed_I)
-        best = among[np.argsort(-expected_I[among], kind="stable")]
-        assert title_W[: len(best)].tolist() == best.tolist()
-        assert (title_W[len(best) :] == -1).all()
+    title_BC, _ = ranked(tiny_model(), titles, examples, width=len(titles), allowed=allowed_BY)
+    for title_C, allowed_Y, expected_Y in zip(title_BC, allowed_BY, expected_BY, strict=True):
+        among = np.flatnonzero(allowed_Y)
+        best = among[np.argsort(-expected_Y[among], kind="stable")]
+        assert title_C[: len(best)].tolist() == best.tolist()
+        assert (title_C[len(best) :] == -1).all()
 
 
 def test_an_attention_window_is_kept():
@@ -142,7 +142,7 @@ def test_an_attention_window_is_kept():
     model = tiny_model(config)
     titles, examples = case(count=20)
     batch = collate_padded(examples)
-    expected_BI = decode.score(model.decoder, decode.prefill(model.decoder, batch), batch)[:, 0]
-    np.testing.assert_allclose(ranked(model, titles, examples), expected_BI, atol=1e-4)
-    title_BW, logp_BW = ranked(model, titles, examples, width=20)
-    np.testing.assert_allclose(jnp.take_along_axis(expected_BI, title_BW, 1), logp_BW, atol=1e-4)
+    expected_BY = decode.score(model.decoder, decode.prefill(model.decoder, batch), batch)[:, 0]
+    np.testing.assert_allclose(ranked(model, titles, examples), expected_BY, atol=1e-4)
+    title_BC, logp_BC = ranked(model, titles, examples, width=20)
+    np.testing.assert_allclose(jnp.take_along_axis(expected_BY, title_BC, 1), logp_BC, atol=1e-4)

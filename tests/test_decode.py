@@ -37,7 +37,7 @@ MODEL = random_model()
 def make_batch(prompts, answers=ANSWERS, P=P):
     answers = [np.array(a, np.int32) for a in answers]
     examples = [Example.single(np.array(p, np.int32), answers) for p in prompts]
-    shape = Shape(P, examples[0].packed + 2, E=1, M=1, A=max(map(len, answers)), T=600)
+    shape = Shape(P, examples[0].packed + 2, Q=1, M=1, A=max(map(len, answers)), T=600)
     return collate(examples, shape)
 
 

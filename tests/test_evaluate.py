@@ -76,7 +76,7 @@ def test_scores_are_those_of_full_rows_and_the_batch_does_not_matter(model_and_r
     oracle = jax.jit(lambda batch: padded_logp(decoder, batch))
     for i in (0, 7):
         example, window = large.examples[i], large.windows[i]
-        batch = collate([example], Shape(300, 60, E=1, M=1, A=12, T=360))
+        batch = collate([example], Shape(300, 60, Q=1, M=1, A=12, T=360))
         expected = np.asarray(oracle(batch)[0, 0])
         titles = [tiny_run.TITLES[item] for item in window.candidates]
         scores = dict(one["score"][i]["ranked"])

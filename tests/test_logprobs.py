@@ -148,8 +148,8 @@ def test_dropout_is_a_function_of_its_key():
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.001])
 def test_dropout_keeps_the_mean_and_loses_its_share(rate):
-    x_WTI = jnp.ones((2, 500, 211))  # a width that four does not divide
-    dropped_WTI = dropout(x_WTI, jax.random.split(jax.random.key(0)), rate)
-    assert (dropped_WTI == 0).mean() == pytest.approx(max(rate, 1 / 256), abs=0.003)
-    assert dropped_WTI.mean() == pytest.approx(1, abs=0.01)
-    assert not np.array_equal(dropped_WTI[0], dropped_WTI[1])
+    x_WTJ = jnp.ones((2, 500, 211))  # a width that four does not divide
+    dropped_WTJ = dropout(x_WTJ, jax.random.split(jax.random.key(0)), rate)
+    assert (dropped_WTJ == 0).mean() == pytest.approx(max(rate, 1 / 256), abs=0.003)
+    assert dropped_WTJ.mean() == pytest.approx(1, abs=0.01)
+    assert not np.array_equal(dropped_WTJ[0], dropped_WTJ[1])

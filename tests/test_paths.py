@@ -35,12 +35,12 @@ def home(monkeypatch):
     ],
 )
 def test_the_home_folder_stands_for_a_tilde_in_every_option(argument, read):
-    assert command._at_home(argument) == read
+    assert command._expanded(argument) == read
 
 
 def test_the_home_of_nobody_is_refused():
     with pytest.raises(InputError, match="--output: found '~no-such-user/x', expected the home"):
-        command._at_home("--output=~no-such-user/x")
+        command._expanded("--output=~no-such-user/x")
 
 
 def test_the_home_folder_stands_for_a_tilde_in_every_path_of_a_config_file():
@@ -79,11 +79,11 @@ def test_a_config_file_is_read_in_any_folder(tmp_path):
 
 def test_a_config_of_the_package_is_found_where_the_current_folder_has_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    file = ROOT / "configs" / "quickstart.py"
-    assert command._of_package("--config=configs/quickstart.py:smoke") == f"--config={file}:smoke"
-    assert command._of_package("configs/quickstart.py") == str(file)
-    assert command._of_package("--config=configs/none.py") == "--config=configs/none.py"
+    file, read = ROOT / "configs" / "quickstart.py", command._packaged_config
+    assert read("--config=configs/quickstart.py:smoke") == f"--config={file}:smoke"
+    assert read("configs/quickstart.py") == str(file)
+    assert read("--config=configs/none.py") == "--config=configs/none.py"
     own = tmp_path / "configs" / "quickstart.py"
     own.parent.mkdir()
     own.touch()
-    assert command._of_package("--config=configs/quickstart.py") == "--config=configs/quickstart.py"
+    assert read("--config=configs/quickstart.py") == "--config=configs/quickstart.py"

@@ -59,7 +59,7 @@ def test_a_run_goes_on_after_a_dead_peer_and_a_signal_on_another_mesh(alone, fla
     process = trainers.start(flags(run, **spread), processes=2, CPU_DEVICES="2")
     trainers.wait_for_step(process, run, "sdpo", 3)
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on" in trainers.end(process, expected=os.EX_TEMPFAIL)
+    assert "the same command resumes" in trainers.end(process, expected=os.EX_TEMPFAIL)
     assert len(trainers.curve(run, "sdpo")) < STEPS["sdpo"]
 
     trainers.end(trainers.start(flags(run), devices=2))

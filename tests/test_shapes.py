@@ -22,7 +22,7 @@ from sdpo_jax.data.tokens import Example
 from sdpo_jax.evaluation import catalogue, decode, title_trie
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.system import sharding
-from sdpo_jax.training.optimizer import make_optimizer
+from sdpo_jax.training.optimizer import paper_optimizer
 from sdpo_jax.training.step import build_step, make_logp, make_objective
 
 SUFFIX = re.compile(r"[a-z]\w*_([A-Z1][A-Z1n]*)")
@@ -82,7 +82,7 @@ def test_every_array_of_a_step_has_the_axes_that_its_name_says(config, make):
             step, state = build_step(
                 make_logp(model.graphdef, layout),
                 make_objective("sdpo"),
-                make_optimizer(),
+                paper_optimizer(),
                 model.lora,
                 mesh,
                 dropout_key=jax.random.key(0),

@@ -7,6 +7,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import TINY, random_batch, random_examples, random_segments, tiny_model
 from flax import nnx
@@ -208,6 +209,8 @@ def test_shardings_stay_where_they_were_pinned():
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
     state, *_ = run(tiny_model(), random_batch(B=8, C=3, rows=8), mesh=mesh, count=2, steps=2)
     jax.tree.map(_same, state, first)
+    for moment in ("mu", "nu"):  # which lie as the adapter does
+        jax.tree.map(_same, optax.tree.get(first.opt_state, moment), lora)
 
 
 def _same(x, expected):

@@ -75,7 +75,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_weights(flags, u
     trainers.wait_for_step(process, run, "sft", 3)
     process.send_signal(signal.SIGTERM)
     output = trainers.end(process, expected=os.EX_TEMPFAIL)
-    assert "the same command goes on" in output
+    assert "the same command resumes" in output
     assert "Traceback" not in output
     stopped = Checkpoints(run / "sft", read_only=True)
     assert 3 <= stopped.steps()[-1] < STEPS

@@ -18,7 +18,7 @@ def load_tokenizer(path: Path, where: str | None = None) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises plain Exception
+    except Exception as error:  # transformers and tokenizers raise many kinds
         if _lacks_sentencepiece(path):
             raise InputError(
                 f"{where or path}: found tokenizer.model and no tokenizer.json, which needs the "
@@ -32,8 +32,8 @@ def load_tokenizer(path: Path, where: str | None = None) -> Any:
 
 
 def _lacks_sentencepiece(path: Path) -> bool:
-    only = not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists()
-    return only and importlib.util.find_spec("sentencepiece") is None
+    here = [name for name in ("tokenizer.json", "tokenizer.model") if os.path.exists(path / name)]
+    return here == ["tokenizer.model"] and importlib.util.find_spec("sentencepiece") is None
 
 
 def check_vocabulary(tokenizer: Any, V: int, where: str) -> None:

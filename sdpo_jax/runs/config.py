@@ -90,7 +90,7 @@ class LoraKeys:
     rank: int = key(8, POSITIVE, "[paper] rank of the adapter")
     alpha: float = key(32.0, ABOVE_ZERO, "[paper] the adapter's product is scaled by alpha / rank")
     dropout: float = key(
-        0.1, BELOW_ONE, "[paper] rate for the adapter's input, a multiple of 1/256"
+        0.1, BELOW_ONE, "[paper] rate for the adapter's input, rounded to 1/256 or more"
     )
     targets: tuple[str, ...] = key(
         ("q", "k", "v", "o", "gate", "up", "down"),
@@ -162,7 +162,7 @@ class RunConfig:
         "the loss is the mean over the targets",
     )
     microbatch: int = key(
-        4, POSITIVE, "examples per data shard at once; batch_size is its multiple"
+        4, POSITIVE, "examples per data shard at once; times the shards, it divides batch_size"
     )
     num_negatives: int = key(3, POSITIVE, "[paper] K; 1 is DPO")
     negatives: str = key(

@@ -68,7 +68,19 @@ def _parse(argv: Sequence[str]) -> list[str]:
         )
     except BrokenPipeError:  # of --help
         _end_quietly()
-    except Exception as error:  # a config file is a program
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+        ImportError,
+        SyntaxError,
+        RecursionError,
+        MemoryError,
+        InputError,
+    ) as error:
         fail(_message_of(error))
 
 

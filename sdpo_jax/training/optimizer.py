@@ -10,15 +10,15 @@ def learning_rate_schedule(peak: float, steps: int, warmup: float) -> optax.Sche
 
 
 def make_optimizer(
-    peak: float = 1e-5,
-    steps: int = 1000,
-    *,
-    warmup: float = 0.05,
-    clip: float = 0.3,
-    weight_decay: float = 0.0,
+    peak: float, steps: int, *, warmup: float, clip: float, weight_decay: float
 ) -> optax.GradientTransformation:
     """Clips the gradient's global norm at `clip`, then AdamW (betas 0.9 and 0.999)."""
     return optax.chain(
         optax.clip_by_global_norm(clip),
         optax.adamw(learning_rate_schedule(peak, steps, warmup), weight_decay=weight_decay),
     )
+
+
+def paper_optimizer() -> optax.GradientTransformation:
+    """The official recipe's, for measurements of a step."""
+    return make_optimizer(1e-5, 1000, warmup=0.05, clip=0.3, weight_decay=0.0)

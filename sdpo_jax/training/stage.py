@@ -319,7 +319,8 @@ class Stage:
         )
 
         def ask() -> None:
-            if jax.process_count() == 1:  # several would have to ask equally often
+            # Several processes would have to ask equally often; everything is saved by now.
+            if jax.process_count() == 1:
                 self.stop.ask()
                 self.stop.check()
 

@@ -22,7 +22,7 @@ from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.system import sharding
 from sdpo_jax.training.device_stats import Device
-from sdpo_jax.training.optimizer import make_optimizer
+from sdpo_jax.training.optimizer import paper_optimizer
 from sdpo_jax.training.step import build_step, make_logp, make_objective
 
 
@@ -97,7 +97,7 @@ def lower_step(
         graphdef, adapter, base = abstract_model(config, lora, jnp.float32, remat, place, wide)
     objective = make_objective("sft" if examples[0].C == 1 else "sdpo")
     logp = make_logp(graphdef, layout)
-    step, state = build_step(logp, objective, make_optimizer(), adapter, mesh)
+    step, state = build_step(logp, objective, paper_optimizer(), adapter, mesh)
     batch = abstract_batch(examples, mesh)
     lowered = step.lower(state, base, batch)
     return LoweredStep(lowered, base_bytes, _bytes_per_device(state), _bytes_per_device(batch))

@@ -118,7 +118,7 @@ def _attributes(record: dict) -> dict:
 
 
 def _clean(text: Any) -> str:
-    return plain(text) if UTF8[1](text) else ""
+    return plain(text) if UTF8.right(text) else ""
 
 
 def _price(value: Any) -> float | None:

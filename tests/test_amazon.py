@@ -123,7 +123,7 @@ def test_reviews_become_windows_by_the_time_of_their_target(tmp_path, write_form
     assert not any(sequence.disliked for sequence in data.sequences.values())
     text = report(meta, "out")
     assert "left out: 1 items without a usable title and their 12 interactions" in text
-    assert "--config=configs/movielens.py --config.dataset=out" in text
+    assert "--config.validation_split=val --workdir=RUN --config.model=MODEL" in text
 
 
 def test_a_repeated_item_stays_in_the_sequence_and_is_a_target_again(tmp_path):

@@ -37,7 +37,8 @@ def test_a_csv_file_follows_the_protocol_of_movielens(tmp_path):
     assert (first.user, first.history, first.target) == ("0", (1, 2, 3), 4)
     lines = report(meta, "out").splitlines()
     assert not any("paper" in line for line in lines) and "84" in lines[1]
-    assert "--config=configs/movielens.py --config.dataset=out" in lines[-1]
+    assert "--config=configs/quickstart.py --config.sft.max_steps=0" in lines[-1]
+    assert "validation_split" not in lines[-1]  # that of the config, val_all, is there
     with pytest.raises(InputError, match="found domain 'book', expected 'movie'"):
         prepare("csv", source, str(tmp_path / "out"))
 

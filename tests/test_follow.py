@@ -43,7 +43,7 @@ def test_an_evaluation_beside_a_training_that_dies_sees_each_step_once_and_choos
     os.killpg(trainer.pid, signal.SIGKILL)
     trainer.communicate()
     told = trainers.end(trainers.start(flags))
-    assert "waiting until all of its checkpoints are judged" in told
+    assert "waiting until all of its checkpoints are evaluated" in told
 
     seen = [line for line in trainers.end(follower).splitlines() if line.startswith("sft step")]
     done = [line.split(",")[0] for line in seen if ", score, val: " in line]

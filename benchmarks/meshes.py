@@ -23,6 +23,7 @@ from absl import flags
 from benchmarks import workload
 from benchmarks.memory import LLAMA2_7B
 from sdpo_jax.models.config import DecoderConfig
+from sdpo_jax.models.decoder import REMAT
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.system import sharding
 from sdpo_jax.system.command import run_command
@@ -159,8 +160,11 @@ def on_devices(count: int, size: str, microbatch: int, remat: str) -> list[dict]
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     jax.config.update("jax_enable_compilation_cache", False)
+    known = {str(count): count for count in MESHES}
+    if unknown := [count for count in args.devices if count not in known]:
+        raise InputError(f"--devices: found {unknown[0]}, expected some of {', '.join(known)}")
     rows = []
-    for count in map(int, args.devices):
+    for count in map(known.__getitem__, args.devices):
         if not args.here:
             rows += on_devices(count, args.size, args.microbatch, args.remat)
             continue
@@ -179,7 +183,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("devices", ["8", "64", "256"], "numbers of devices: 4, 8, 64 or 256")
     flags.DEFINE_enum("size", "7b", list(SIZES), "shape of the model")
     flags.DEFINE_integer("microbatch", 4, "examples per device", lower_bound=1)
-    flags.DEFINE_string("remat", "full", "recomputation in the backward pass")
+    flags.DEFINE_enum("remat", "full", list(REMAT), "recomputation in the backward pass")
     flags.DEFINE_bool("here", False, "compile in this process, which has the devices")
     flags.DEFINE_string("output", "", "JSON file; default: printed")
     run_command(main)

@@ -15,8 +15,8 @@ from tiny import dataset_of, window
 from trainers import ROOT
 
 from sdpo_jax import leakcheck
-from sdpo_jax.baselines import trainer, trivial
-from sdpo_jax.baselines.__main__ import NETWORKS, run
+from sdpo_jax.baselines import morec, trainer, trivial
+from sdpo_jax.baselines.__main__ import NETWORKS, _recipe, run
 from sdpo_jax.baselines.windows import arrays
 from sdpo_jax.data import candidates
 from sdpo_jax.data.prepared import Dataset, Window, write_dataset
@@ -66,6 +66,14 @@ def test_a_network_learns_what_comes_next_and_keeps_what_it_learned(name, folder
     assert again[0]["n"] == 20 and again[0]["validation_by_l2"] == first[0]["validation_by_l2"]
     with pytest.raises(InputError, match="another data set or other settings"):
         run(name, folder, tmp_path, settings=trainer.Settings(seed=1))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_reads_histories_as_long_as_those_of_the_data(name):
+    data = dataset()
+    short = dataclasses.replace(data, meta=data.meta | {"history": 4})
+    network = _recipe(name, short, QUICK, morec.Text()).make(nnx.Rngs(0))
+    assert network(np.zeros((2, 4), np.int32)).shape == (2, ITEMS)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

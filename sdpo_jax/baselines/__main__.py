@@ -21,6 +21,7 @@ slow without an accelerator.
 import math
 import time
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -161,9 +162,9 @@ def _recipe(
         return morec.recipe(
             list(data.titles.values()), text, settings.learning_rate, data.meta["history"]
         )
-    # The other networks have weights per position of a history.
-    places = {} if model == "gru4rec" else {"T": data.meta["history"]}
-    return trainer.Recipe(lambda rngs: NETWORKS[model](len(data.titles), **places, rngs=rngs))
+    network: Any = NETWORKS[model]
+    positions = {"T": data.meta["history"]} if "T" in signature(network.__init__).parameters else {}
+    return trainer.Recipe(lambda rngs: network(len(data.titles), **positions, rngs=rngs))
 
 
 def _validation(data: Dataset) -> str:

@@ -1,4 +1,9 @@
-"""Shared by the networks: item vectors, and dropout that is off without `rngs`."""
+"""Shared by the networks: item vectors, and dropout that is off without `rngs`.
+
+A network is a Flax NNX module, made by `Network(items, rngs=rngs)` or, if its `__init__` has T, the
+longest history, by `Network(items, T=T, rngs=rngs)`. `network(history_BT, rngs)` scores all items,
+[B, I]; histories are left-padded with I, and `rngs` are given in training only.
+"""
 
 from typing import Protocol
 

@@ -8,7 +8,7 @@ import numpy as np
 from sdpo_jax.data.prepared import Window
 
 Prediction = dict[str, Any]
-LISTED = 10  # items of a ranking over the catalogue that a prediction lists
+LISTED = 10  # items of a ranking over the catalogue in a prediction, and in coverage_at_10
 
 
 def about(row: int, window: Window, titles: Mapping[int, str]) -> Prediction:

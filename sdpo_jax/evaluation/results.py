@@ -31,7 +31,6 @@ from sdpo_jax.system.errors import InputError
 RANKS = ("candidates", "catalogue", "disliked")
 DECODERS = ("greedy", "trie", "score", "beam")
 RANKING_DECODERS = ("score", "beam")  # their predictions have a rank
-CUTOFF = LISTED  # of the lists in coverage, Gini index and mean popularity
 Metric = Callable[[int | None], float]
 
 
@@ -165,12 +164,12 @@ def _of_ranks(
 def _of_items(
     predictions: Sequence[Prediction], items: int, counts: Mapping[Hashable, int]
 ) -> dict[str, Any]:
-    lists = [p["top"][:CUTOFF] for p in predictions]
+    lists = [p["top"][:LISTED] for p in predictions]
     return {
         "items": items,
-        f"coverage_at_{CUTOFF}": metrics.coverage(lists, items),
-        f"gini_at_{CUTOFF}": metrics.gini(lists, items),
-        f"mean_popularity_at_{CUTOFF}": metrics.mean_popularity(lists, counts),
+        f"coverage_at_{LISTED}": metrics.coverage(lists, items),
+        f"gini_at_{LISTED}": metrics.gini(lists, items),
+        f"mean_popularity_at_{LISTED}": metrics.mean_popularity(lists, counts),
     }
 
 

@@ -20,6 +20,7 @@ from sdpo_jax.system.sharding import to_host
 
 def fingerprint(base: str, lora: Any, examples: Sequence[Example], settings: Mapping) -> str:
     """SHA-256 over base, adapter, tokens and the settings that change log-probs."""
+    # "logp" is the array's name in the file: a file of another form has another fingerprint.
     digest = hashlib.sha256(json.dumps(["logp", base, dict(settings)], sort_keys=True).encode())
     for leaf in jax.tree.leaves(lora):
         digest.update(to_host(leaf).tobytes())

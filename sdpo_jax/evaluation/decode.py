@@ -40,7 +40,8 @@ def prefill(decoder: Decoder, batch: Batch) -> Prefix:
     def attention(q, k, v, _):
         # `attend` multiplies in this dtype: a wider cache would change nothing.
         kept = (k.astype(decoder.dtype), v.astype(decoder.dtype))
-        return attend_causal(q, k, v, mask_BP, decoder.dtype, decoder.config.window), kept
+        dtype, window = decoder.dtype, decoder.config.window
+        return attend_causal(q, k, v, mask_BP, dtype, window, decoder.fused), kept
 
     hidden_BPD, (keys, values) = decoder(batch["prompt_BP"], prompt_positions(mask_BP), attention)
     return Prefix(keys, values, mask_BP, hidden_BPD[:, -1])

@@ -19,6 +19,11 @@ KeyBlock = tuple[jax.Array, jax.Array, jax.Array]
 CAUSAL_BLOCK = 128  # queries; smaller blocks skip more of the future but are more operations
 
 
+def block_cuts(T: int) -> list[int]:
+    """Where blocks of T queries begin, and T: at multiples of what devices compute at once."""
+    return [*range(0, T, CAUSAL_BLOCK), T]
+
+
 def near(queries_BT: jax.Array, keys_BZ: jax.Array, window: int | None) -> jax.Array:
     """[B, T, Z]: which keys a query at these positions may see, looking `window` positions back.
 
@@ -36,18 +41,29 @@ def causal_mask(mask_BT: jax.Array, window: int | None = None) -> jax.Array:
 
 
 def attend_causal(
-    q_BTNH, k_BTGH, v_BTGH, mask_BT: jax.Array, dtype, window: int | None = None
+    q_BTNH,
+    k_BTGH,
+    v_BTGH,
+    mask_BT: jax.Array,
+    dtype,
+    window: int | None = None,
+    fused: bool = False,
 ) -> jax.Array:
     """Attention of every token over the real ones up to itself, [B, T, N*H].
 
-    Queries run in equal blocks, each over the keys from its window's beginning to its end, so
-    neither the future nor what lies too far back is computed.
+    Queries run in blocks, each over the keys from its window's beginning to its end, so neither
+    the future nor what lies too far back is computed. `fused`: cuDNN's kernel instead, which needs
+    operands of two bytes and keeps no scores in memory.
     """
     T, causal_BTT = mask_BT.shape[1], causal_mask(mask_BT, window)
-    blocks = -(-T // CAUSAL_BLOCK)
-    cuts = [T * i // blocks for i in range(blocks + 1)]
+    if fused:
+        q_BTNH, k_BTGH, v_BTGH = (x.astype(dtype) for x in (q_BTNH, k_BTGH, v_BTGH))
+        out_BTNH = jax.nn.dot_product_attention(
+            q_BTNH, k_BTGH, v_BTGH, mask=causal_BTT[:, None], implementation="cudnn"
+        )
+        return out_BTNH.reshape(*out_BTNH.shape[:2], -1)
     out = []
-    for a, b in itertools.pairwise(cuts):
+    for a, b in itertools.pairwise(block_cuts(T)):
         first = 0 if window is None else max(0, a - window + 1)
         keys = (k_BTGH[:, first:b], v_BTGH[:, first:b], causal_BTT[:, a:b, first:b])
         out.append(attend(q_BTNH[:, a:b], [keys], dtype))
@@ -76,8 +92,8 @@ def _attend(q_BGXH, keys, values, masks, dtype):
 
 
 def _scores(q_BGXH, k_BGZH, mask_B1XZ, dtype) -> jax.Array:
-    scores_BGXZ = contract("bgxh,bgzh->bgxz", q_BGXH, k_BGZH, dtype)
-    return jnp.where(mask_B1XZ, scores_BGXZ.astype(jnp.float32), -1e30)
+    scores_BGXZ = contract("bgxh,bgzh->bgxz", q_BGXH, k_BGZH, dtype, jnp.float32)
+    return jnp.where(mask_B1XZ, scores_BGXZ, -1e30)
 
 
 def _forward(q_BGXH, keys, values, masks, dtype):
@@ -86,7 +102,7 @@ def _forward(q_BGXH, keys, values, masks, dtype):
     weights = [jnp.exp(s - largest) for s in scores]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
     out_BGXH: Any = sum(
-        contract("bgxz,bgzh->bgxh", w.astype(q_BGXH.dtype), v, dtype)
+        contract("bgxz,bgzh->bgxh", w, v, dtype, jnp.float32)
         for w, v in zip(weights, values, strict=True)
     )
     out_BGXH = checkpoint_name((out_BGXH / total).astype(q_BGXH.dtype), "attention")
@@ -97,18 +113,17 @@ def _forward(q_BGXH, keys, values, masks, dtype):
 def _backward(dtype, residuals, g_BGXH):
     """Dao et al. 2022, arXiv 2205.14135, appendix B.2: weights from scores and their logsumexp."""
     q_BGXH, keys, values, masks, out_BGXH, logsumexp = residuals
-    mean = (g_BGXH * out_BGXH).astype(jnp.float32).sum(-1, keepdims=True)
-    dq_BGXH, d_keys, d_values = 0.0, [], []
+    mean = (g_BGXH.astype(jnp.float32) * out_BGXH).sum(-1, keepdims=True)
+    dq_BGXH, d_keys, d_values = jnp.float32(0), [], []
     for k, v, mask in zip(keys, values, masks, strict=True):
         weights = jnp.exp(_scores(q_BGXH, k, mask, dtype) - logsumexp)
-        d_weights = contract("bgxh,bgzh->bgxz", g_BGXH, v, dtype)
-        d_scores = (weights * (d_weights - mean)).astype(q_BGXH.dtype)
+        d_weights = contract("bgxh,bgzh->bgxz", g_BGXH, v, dtype, jnp.float32)
+        d_scores = weights * (d_weights - mean)
         dq_BGXH += contract("bgxz,bgzh->bgxh", d_scores, k, dtype)
         # The narrow matrix on the left, or XLA:CPU would transpose the wide one.
         d_keys.append(transposed(contract("bgxh,bgxz->bghz", q_BGXH, d_scores, dtype)))
-        weights = weights.astype(q_BGXH.dtype)
         d_values.append(transposed(contract("bgxh,bgxz->bghz", g_BGXH, weights, dtype)))
-    return dq_BGXH, tuple(d_keys), tuple(d_values), None
+    return dq_BGXH.astype(q_BGXH.dtype), tuple(d_keys), tuple(d_values), None
 
 
 _attend.defvjp(_forward, _backward)

@@ -21,13 +21,20 @@ from sdpo_jax.models.lora import Frozen, LinearOptions, LoraConfig, fold_in
 from sdpo_jax.models.product import product
 from sdpo_jax.models.rope import rotary
 
+
+def fused_attention(primitive, *_, **__) -> bool:
+    """A policy that stores the results of cuDNN's attention, which has no names."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 # What the backward pass recomputes. none: nothing. cheap: element-wise operations; results of
 # products and attention and the norms' scales are stored once. full: the whole layer. least: the
 # whole layer, with its MLP in pieces, so that its wide arrays never exist whole.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "cheap": jax.checkpoint_policies.save_only_these_names(
-        "product", "adapter", "norm", "attention"
+    "cheap": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names("product", "adapter", "norm", "attention"),
+        fused_attention,
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
     "least": jax.checkpoint_policies.nothing_saveable,
@@ -68,12 +75,29 @@ class Decoder(nnx.Module):
         dtype=jnp.float32,
         base_dtype: str = "same",
         remat: str = "none",
+        platform: str = "cpu",
         vectors: tuple[int, int] | None = None,
         rngs: nnx.Rngs,
     ):
-        """`vectors`: shape of the item vectors that prompts may hold, or None."""
+        """Makes random weights.
+
+        Args:
+          config: shapes and family.
+          lora: what is trained.
+          dtype: of products.
+          base_dtype: of `quantize.BASE_DTYPES`.
+          remat: key of `REMAT`.
+          platform: of the devices, which decides what is fast. On CPUs activations are float32,
+            since element-wise bfloat16 is slow there. Elsewhere they are in `dtype`. On GPUs
+            cuDNN computes the attention within prompts where it can.
+          vectors: shape of the item vectors that prompts may hold, or None.
+          rngs: of the weights.
+        """
         self.config, self.dtype, self.remat = config, dtype, remat
-        options = LinearOptions(lora.on(config.projections), dtype, base_dtype)
+        fits = config.H % 8 == 0 and config.H <= 128
+        self.fused = platform == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 and fits
+        activations = jnp.float32 if platform == "cpu" else dtype
+        options = LinearOptions(lora.on(config.projections), dtype, base_dtype, activations)
         family = neox if config.family == "gpt_neox" else llama
 
         def table(*shape: int) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from sdpo_jax.models.config import DecoderConfig
-from sdpo_jax.models.lora import Linear, LinearOptions
+from sdpo_jax.models.lora import Linear, LinearOptions, together
 from sdpo_jax.models.norms import RMSNorm
 from sdpo_jax.models.rope import rotate
 
@@ -42,15 +42,17 @@ class Layer(nnx.Module):
         def linear(name: str, size_in: int, size_out: int, letters: str, bias: bool) -> Linear:
             return Linear(name, size_in, size_out, letters, options, bias=bias, rngs=rngs)
 
-        self.attention_norm = RMSNorm(c.D, c.norm_eps, dtype=options.stored)
+        def norm(size: int) -> RMSNorm:
+            return RMSNorm(size, c.norm_eps, dtype=options.stored, out=options.activations)
+
+        self.attention_norm = norm(c.D)
         self.q = linear("q", c.D, c.N * c.H, "DN", c.qkv_bias)
         self.k = linear("k", c.D, c.G * c.H, "DG", c.qkv_bias)
         self.v = linear("v", c.D, c.G * c.H, "DG", c.qkv_bias)
         if c.qk_norm:
-            self.q_norm = RMSNorm(c.H, c.norm_eps, dtype=options.stored)
-            self.k_norm = RMSNorm(c.H, c.norm_eps, dtype=options.stored)
+            self.q_norm, self.k_norm = norm(c.H), norm(c.H)
         self.o = linear("o", c.N * c.H, c.D, "ND", c.o_bias)
-        self.mlp_norm = RMSNorm(c.D, c.norm_eps, dtype=options.stored)
+        self.mlp_norm = norm(c.D)
         self.gate = linear("gate", c.D, c.F, "DF", c.mlp_bias)
         self.up = linear("up", c.D, c.F, "DF", c.mlp_bias)
         self.down = linear("down", c.F, c.D, "FD", c.mlp_bias)
@@ -59,18 +61,15 @@ class Layer(nnx.Module):
         """`mlp` calls the function that it is given, at once or piece by piece."""
         heads = (*x_BTD.shape[:2], -1, self.config.H)
         y = self.attention_norm(x_BTD)
-        dropped = self.q.dropped(y, dropout_keys_W)
-        q_BTNH = self.q(y, dropped).reshape(heads)
-        k_BTGH = self.k(y, dropped).reshape(heads)
-        v_BTGH = self.v(y, dropped).reshape(heads)
+        qkv = together((self.q, self.k, self.v), y, dropout_keys_W)
+        q_BTNH, k_BTGH, v_BTGH = (x.reshape(heads) for x in qkv)
         if self.config.qk_norm:
             q_BTNH, k_BTGH = self.q_norm(q_BTNH), self.k_norm(k_BTGH)
         y, kept = attention(rotate(q_BTNH, angles), rotate(k_BTGH, angles), v_BTGH, cache)
-        x_BTD = x_BTD + self.o(y, self.o.dropped(y, dropout_keys_W))
+        x_BTD = x_BTD + self.o(y, dropout_keys_W)
         return x_BTD + mlp(self.mlp, x_BTD, dropout_keys_W), kept
 
     def mlp(self, x_BTD: jax.Array, dropout_keys_W=None) -> jax.Array:
         y = self.mlp_norm(x_BTD)
-        dropped = self.gate.dropped(y, dropout_keys_W)
-        y = swiglu(self.gate(y, dropped), self.up(y, dropped))
-        return self.down(y, self.down.dropped(y, dropout_keys_W))
+        y = swiglu(*together((self.gate, self.up), y, dropout_keys_W))
+        return self.down(y, dropout_keys_W)

@@ -84,31 +84,41 @@ frozen_product.defvjp(
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def adapter_product(x_TJ, a_JR, b_RO, dtype) -> jax.Array:
-    """`x A B` in `dtype`; `b_RO` includes the scale.
+Pairs = Sequence[tuple[jax.Array, jax.Array]]  # a_JR and b_RO of each adapter
 
-    Both adapter gradients keep the small [T, R] matrix on the left of the product, where XLA:CPU
-    would otherwise transpose the wide [T, J] activations.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def adapter_products(x_TJ: jax.Array, pairs: Pairs, dtype) -> tuple[jax.Array, ...]:
+    """`x A B` in `dtype` for the adapters of all maps that read `x`; `b_RO` includes the scale.
+
+    The A's are one matrix, so that `x` is read once. Both adapter gradients keep the small [T, R]
+    matrix on the left of the product, where XLA:CPU would otherwise transpose the wide [T, J]
+    activations.
     """
-    return _adapter_forward(x_TJ, a_JR, b_RO, dtype)[0]
+    return _adapter_forward(x_TJ, pairs, dtype)[0]
 
 
-def _adapter_forward(x_TJ, a_JR, b_RO, dtype):
+def _adapter_forward(x_TJ, pairs, dtype):
+    a_JR = jnp.concatenate([a for a, _ in pairs], 1)
     xa_TR = checkpoint_name(contract("tj,jr->tr", x_TJ, a_JR, dtype), "adapter")
-    return contract("tr,ro->to", xa_TR, b_RO, dtype), (x_TJ, xa_TR, a_JR, b_RO)
+    parts = jnp.split(xa_TR, len(pairs), 1)
+    out = [contract("tr,ro->to", xa, b, dtype) for xa, (_, b) in zip(parts, pairs, strict=True)]
+    return tuple(out), (x_TJ, xa_TR, pairs)
 
 
-def _adapter_backward(dtype, residuals, g_TO):
-    x_TJ, xa_TR, a_JR, b_RO = residuals
-    gb_TR = contract("to,ro->tr", g_TO, b_RO, dtype)
+def _adapter_backward(dtype, residuals, g):
+    x_TJ, xa_TR, pairs = residuals
+    gb = [contract("to,ro->tr", g_TO, b, dtype) for g_TO, (_, b) in zip(g, pairs, strict=True)]
+    gb_TR, a_JR = jnp.concatenate(gb, 1), jnp.concatenate([a for a, _ in pairs], 1)
     dx_TJ = contract("tr,jr->tj", gb_TR, a_JR, dtype)
-    da_JR = transposed(contract("tr,tj->rj", gb_TR, x_TJ, dtype)).astype(a_JR.dtype)
-    db_RO = contract("tr,to->ro", xa_TR, g_TO, dtype).astype(b_RO.dtype)
-    return dx_TJ, da_JR, db_RO
+    da_JR = transposed(contract("tr,tj->rj", gb_TR, x_TJ, dtype, a_JR.dtype))
+    parts = zip(jnp.split(da_JR, len(pairs), 1), jnp.split(xa_TR, len(pairs), 1), g, strict=True)
+    return dx_TJ, type(pairs)(
+        (da, contract("tr,to->ro", xa, g_TO, dtype, da.dtype)) for da, xa, g_TO in parts
+    )
 
 
-adapter_product.defvjp(_adapter_forward, _adapter_backward)
+adapter_products.defvjp(_adapter_forward, _adapter_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +126,14 @@ class LinearOptions:
     """What all linear maps of a model share.
 
     `dtype` is that of products; `base_dtype`, of `quantize.BASE_DTYPES`, that in which the frozen
-    base is stored.
+    base is stored; `activations` that of what passes between the products of a layer. The residual
+    stream is float32.
     """
 
     lora: LoraConfig
     dtype: Any = jnp.float32
     base_dtype: str = "same"
+    activations: Any = jnp.float32
 
     @property
     def stored(self):
@@ -197,25 +209,35 @@ class Linear(nnx.Module):
             return Quantized(self.codes[...], self.scale[...], self.options.base_dtype)
         return self.kernel[...]
 
-    def dropped(self, x_WTJ: jax.Array, dropout_keys_W: jax.Array | None) -> jax.Array | None:
-        """`x` after dropout, for the adapters of all maps that read it; None for `x` itself."""
-        rate = self.options.lora.dropout
-        if dropout_keys_W is None or rate == 0:
-            return None
-        return dropout(x_WTJ, fold_in(dropout_keys_W, self.index), rate)
+    def frozen(self, x_TJ: jax.Array) -> jax.Array:
+        """The map without adapter and bias."""
+        if self.options.lora.full:
+            return product("tj,jo->to", x_TJ, self.kernel[...], self.options.dtype)
+        return frozen_product(x_TJ, self.weight, self.options.dtype)
 
-    def __call__(self, x: jax.Array, dropped: jax.Array | None) -> jax.Array:
-        """`dropped`: the result of `dropped`, which several maps of one `x` share."""
-        dtype, lora = self.options.dtype, self.options.lora
-        x_TJ = x.reshape(-1, x.shape[-1])
-        if lora.full:
-            y_TO: Any = product("tj,jo->to", x_TJ, self.kernel[...], dtype)
-        else:
-            y_TO = frozen_product(x_TJ, self.weight, dtype)
-        if self.adapted:
-            if dropped is not None:
-                x_TJ = dropped.reshape(x_TJ.shape)
-            y_TO += adapter_product(x_TJ, self.a[...], lora.scale * self.b[...], dtype)
-        if self.biased:
-            y_TO += self.bias[...].astype(y_TO.dtype)
-        return checkpoint_name(y_TO.reshape(*x.shape[:-1], -1), "product")
+    def __call__(self, x: jax.Array, dropout_keys_W: jax.Array | None) -> jax.Array:
+        return together((self,), x, dropout_keys_W)[0]
+
+
+def together(
+    maps: Sequence[Linear], x: jax.Array, dropout_keys_W: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """The results of maps that read the same `x`; their adapters share its dropout."""
+    options, adapted = maps[0].options, [m for m in maps if m.adapted]
+    x_TJ = x.reshape(-1, x.shape[-1])
+    added: Any = iter(())
+    if adapted:
+        rate = options.lora.dropout
+        if dropout_keys_W is not None and rate:
+            x = dropout(x, fold_in(dropout_keys_W, maps[0].index), rate)
+        pairs = tuple((m.a[...], options.lora.scale * m.b[...]) for m in adapted)
+        added = iter(adapter_products(x.reshape(x_TJ.shape), pairs, options.dtype))
+    found = []
+    for m in maps:
+        y_TO: Any = m.frozen(x_TJ)
+        if m.adapted:
+            y_TO += next(added)
+        if m.biased:
+            y_TO += m.bias[...].astype(y_TO.dtype)
+        found.append(checkpoint_name(y_TO.reshape(*x.shape[:-1], -1), "product"))
+    return tuple(found)

@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 
 
-def contract(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
-    """`einsum` with operands in `dtype`, float32 sums and a result in x's dtype.
+def contract(spec: str, x: jax.Array, y: jax.Array, dtype, out=None) -> jax.Array:
+    """`einsum` with operands in `dtype` and a result in `out`, by default x's dtype.
 
-    For functions with a vjp of their own; what JAX differentiates is a `product`.
+    Sums are float32: matrix units of accelerators add in float32 and round the result, and on CPUs
+    the result is float32. For functions with a vjp of their own; what JAX differentiates is a
+    `product`.
     """
-    sums = jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
-    return sums.astype(x.dtype)
+    out = out or x.dtype
+    found = jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=out)
+    return found.astype(out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -32,7 +35,7 @@ def _backward(spec, dtype, residuals, g):
     x, y = residuals
     (of_x, of_y), of_g = spec.split("->")[0].split(","), spec.split("->")[1]
     dx = contract(f"{of_g},{of_y}->{of_x}", g, y, dtype)
-    return dx, contract(f"{of_g},{of_x}->{of_y}", g, x, dtype).astype(y.dtype)
+    return dx, contract(f"{of_g},{of_x}->{of_y}", g, x, dtype, y.dtype)
 
 
 product.defvjp(_forward, _backward)

@@ -30,8 +30,9 @@ NF4 = np.array([
 )
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A kernel [J, O]. int8: codes [J, O], scale [1, O]. nf4: two codes per byte [J/2, O], the
-    first in the high half, and scale [J/64, O]. Scales are float32."""
+    """A kernel [J, O]. int8: codes [J, O], scale [1, O]. nf4: two codes per byte [J/2, O] and scale
+    [J/64, O]; the high halves of a block of 32 bytes are its first 32 inputs, so that unpacking is
+    a concatenation. Scales are float32."""
 
     codes: jax.Array
     scale: jax.Array
@@ -57,8 +58,9 @@ def quantize(kernel_JO: jax.Array, kind: str) -> Quantized:
     scale = jnp.abs(blocks).max(-2)
     unit = blocks / jnp.where(scale > 0, scale, 1)[..., None, :]
     middles = (NF4[1:] + NF4[:-1]) / 2
-    codes = jnp.searchsorted(middles, unit).astype(jnp.uint8).reshape(*stack, J // 2, 2, O)
-    return Quantized(codes[..., 0, :] << 4 | codes[..., 1, :], scale, kind)
+    codes = jnp.searchsorted(middles, unit).astype(jnp.uint8)
+    high, low = jnp.split(codes, 2, -2)
+    return Quantized((high << 4 | low).reshape(*stack, J // 2, O), scale, kind)
 
 
 def dense(kernel: jax.Array | Quantized, dtype) -> jax.Array:
@@ -69,5 +71,16 @@ def dense(kernel: jax.Array | Quantized, dtype) -> jax.Array:
     if kernel.kind == "int8":
         return (codes.astype(jnp.float32) * scale).astype(dtype)
     *stack, half, O = codes.shape  # noqa: E741 - shape letters
-    both = jnp.stack([codes >> 4, codes & 15], -2).reshape(*stack, -1, BLOCK, O)
-    return (jnp.asarray(NF4)[both] * scale[..., None, :]).reshape(*stack, 2 * half, O).astype(dtype)
+    halves = codes.reshape(*stack, -1, BLOCK // 2, O)
+    unit = _nf4_values(jnp.concatenate([halves >> 4, halves & 15], -2))
+    return (unit * scale[..., None, :]).reshape(*stack, 2 * half, O).astype(dtype)
+
+
+def _nf4_values(codes: jax.Array) -> jax.Array:
+    """`NF4[codes]` by selects, bit after bit: a TPU gathers single elements far too slowly."""
+    values = [jnp.float32(value) for value in NF4]
+    for bit in range(4):
+        is_set = (codes >> bit & 1) == 1
+        pairs = zip(values[::2], values[1::2], strict=True)
+        values = [jnp.where(is_set, if_set, if_not) for if_not, if_set in pairs]
+    return values[0]

@@ -60,6 +60,7 @@ def load_model(
     seed: int = 0,
     shardings: Placement | None = None,
     vectors_IE: np.ndarray | None = None,
+    platform: str | None = None,
 ) -> Model:
     """Reads what `python -m sdpo_jax.convert` wrote.
 
@@ -67,13 +68,12 @@ def load_model(
       path: the model folder.
       lora: rank, scale and targets of the adapter, which starts from `seed`: A uniform, B zeros.
       dtype: of products, and of the base unless `base_dtype` names another.
-      base_dtype: of `quantize.BASE_DTYPES`; the base is read in its stored dtype and cast or
-        quantized on its devices, one array after the other.
+      base_dtype: of `quantize.BASE_DTYPES`; the base is cast or quantized on its devices.
       remat: key of `decoder.REMAT`.
       seed: of the adapter.
-      shardings: abstract variable (its `.shape` and `.letters`; under `layers` the shape has L
-        before the letters) -> its sharding; None puts everything on this process's first device.
+      shardings: see `sharding.placement`; None puts everything on this process's first device.
       vectors_IE: item vectors that prompts may hold, see `models.item_vectors`.
+      platform: see `Decoder`; None: that of JAX's default devices.
 
     Raises:
       InputError: no model folder, a broken one, or one whose arrays do not fit its config.json.
@@ -82,16 +82,12 @@ def load_model(
     meta = read_meta(path)
     config = DecoderConfig.read(path)
 
+    settings = {"dtype": dtype, "base_dtype": base_dtype, "remat": remat}
+    settings["platform"] = platform or jax.default_backend()
+    settings["vectors"] = None if vectors_IE is None else vectors_IE.shape
+
     def make(key: jax.Array) -> Decoder:
-        return Decoder(
-            config,
-            lora,
-            dtype=dtype,
-            base_dtype=base_dtype,
-            remat=remat,
-            vectors=None if vectors_IE is None else vectors_IE.shape,
-            rngs=nnx.Rngs(key),
-        )
+        return Decoder(config, lora, **settings, rngs=nnx.Rngs(key))
 
     key = jax.random.key(seed)
     graphdef, abstract_lora, abstract_base = nnx.split(nnx.eval_shape(make, key), lora.trained, ...)

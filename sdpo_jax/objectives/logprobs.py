@@ -37,7 +37,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.models.attention import CAUSAL_BLOCK, attend, attend_causal, near
+from sdpo_jax.models.attention import attend, attend_causal, block_cuts, near
 from sdpo_jax.models.decoder import Decoder
 
 Batch = dict[str, Any]  # arrays of numpy or of JAX
@@ -118,14 +118,12 @@ class PackedAnswers:
     def attend(self, q_BSNH: jax.Array, prompt: KeyValues, answers: KeyValues, dtype) -> jax.Array:
         """Attention over keys and values of the prompt and of the own answer, [B, S, N*H].
 
-        Queries run in equal blocks. An answer has at most A - 1 tokens side by side, so a block
+        Queries run in blocks. An answer has at most A - 1 tokens side by side, so a block
         needs only the keys of its own places and of the A - 2 before it.
         """
-        S, (k_BSGH, v_BSGH) = q_BSNH.shape[1], answers
-        blocks = -(-S // CAUSAL_BLOCK)
-        cuts = [S * i // blocks for i in range(blocks + 1)] if blocks else []
+        k_BSGH, v_BSGH = answers
         out = [jnp.zeros((q_BSNH.shape[0], 0, q_BSNH.shape[2] * q_BSNH.shape[3]), q_BSNH.dtype)]
-        for a, b in itertools.pairwise(cuts):
+        for a, b in itertools.pairwise(block_cuts(q_BSNH.shape[1])):
             queries, keys = slice(a, b), slice(max(0, a - self.longest + 2), b)
             own = (k_BSGH[:, keys], v_BSGH[:, keys], self.own_mask(queries, keys))
             seen = [(*prompt, self.prompt_mask_BSP[:, queries]), own]
@@ -200,7 +198,9 @@ def shared_prefix_logp(decoder: Decoder, batch: Batch, dropout_keys_W=None) -> j
 
     def attention(q, k, v, _):  # rows -> grid -> rows; there is no cache
         q, k, v = rows.unpack(q), rows.unpack(k), rows.unpack(v)
-        prompt = attend_causal(q[:, :P], k[:, :P], v[:, :P], mask_BP, decoder.dtype, window)
+        prompt = attend_causal(
+            q[:, :P], k[:, :P], v[:, :P], mask_BP, decoder.dtype, window, decoder.fused
+        )
         answers = packed.attend(q[:, P:], (k[:, :P], v[:, :P]), (k[:, P:], v[:, P:]), decoder.dtype)
         return rows.pack(jnp.concatenate([prompt, answers], 1)), None
 

@@ -22,7 +22,7 @@ from sdpo_jax.data import thoughts
 from sdpo_jax.data.negatives import Negatives
 from sdpo_jax.data.rows import evenly_spaced
 from sdpo_jax.data.segments import units
-from sdpo_jax.data.tokens import Encoder, check_titles, new_tokens
+from sdpo_jax.data.tokens import Encoder, Example, check_titles, new_tokens
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.peft import read_adapter
 from sdpo_jax.models.store import Model
@@ -40,6 +40,7 @@ from sdpo_jax.system.processes import (
     join_processes,
     set_up_jax,
 )
+from sdpo_jax.system.topologies import EXPECTED, open_topology
 from sdpo_jax.training import step_memory
 from sdpo_jax.training.inference import Inference
 from sdpo_jax.training.order import Key, encode
@@ -92,12 +93,42 @@ def train(config: RunConfig, run: Path, stop: StopSignal, experiment: str = "") 
     )
 
 
-def explain(config: RunConfig, experiment: str = "") -> None:
-    """Prints the memory per device of a step, by microbatch, and whether it fits."""
+def explain(config: RunConfig, experiment: str = "", topology: str = "") -> None:
+    """Prints the memory per device of a step, by remat and microbatch, and which to use.
+
+    `topology`: devices to compile for that need not be here, see `open_topology`; "" for those
+    that are.
+    """
     check_folders(config, experiment)
+    devices = limit = None
+    if topology:
+        found = open_topology(topology)
+        devices, limit = found.devices, found.limit
     set_up_jax(config.dtype)
-    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    shards = sharding.data_shards(mesh)
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    limit = limit or step_memory.limit_of(jax.local_devices()[0])
+    longest, count = longest_examples(config)
+    print(
+        f"GiB per device, of which there are {limit / 2**30:.1f}; K={count}, the longest of "
+        f"{len(longest)} examples, dtype={config.dtype}; devices: {mesh.devices.size} of kind "
+        f"{mesh.devices.flat[0].device_kind}"
+    )
+    remat, microbatch = step_memory.fastest_fitting(
+        DecoderConfig.read(Path(config.model)),
+        adapter_config(config),
+        longest,
+        batch_size=config.batch_size,
+        limit=limit,
+        dtype=config.dtype,
+        base_dtype=config.base_dtype,
+        layout=config.batch_layout,
+        mesh=mesh,
+    )
+    print(f"probably fastest: --config.remat={remat} --config.microbatch={microbatch}")
+
+
+def longest_examples(config: RunConfig) -> tuple[list[Example], int]:
+    """The training examples of a run, or EXPLAINED of them, the longest first; and their K."""
     inputs = open_inputs(config)
     dataset = inputs.dataset
     check_dataset(config, dataset)
@@ -110,34 +141,7 @@ def explain(config: RunConfig, experiment: str = "") -> None:
     keys = [Key(unit, vectors) for unit in evenly_spaced(len(of_train), EXPLAINED)]
     negatives = Negatives(dataset, config.negatives, config.seed, config.popularity_power)
     made = encode(encoder, "train", of_train, keys, negatives, count)
-    longest = sorted(made.values(), key=lambda e: -e.tokens)
-    limit = step_memory.limit_of(jax.local_devices()[0])
-    print(
-        f"GiB per device, of which there are {limit / 2**30:.1f}; K={count}, the longest of "
-        f"{len(longest)} examples, dtype={config.dtype}, remat={config.remat}"
-    )
-    for microbatch in (1, 2, 4, 8, 16, 32):
-        if config.batch_size % (microbatch * shards) or microbatch * shards > len(longest):
-            continue
-        found = step_memory.step_memory(
-            decoder,
-            adapter_config(config),
-            longest[: microbatch * shards],
-            dtype=config.dtype,
-            base_dtype=config.base_dtype,
-            remat=config.remat,
-            layout=config.batch_layout,
-            mesh=mesh,
-        )
-        fits = found.total < limit
-        print(
-            f"--config.microbatch={microbatch:<3} base {found.base / 2**30:6.2f}  "
-            f"temporary {found.temporary / 2**30:6.2f}  in all {found.total / 2**30:6.2f}  "
-            f"{'fits' if fits else 'does not fit'}",
-            flush=True,
-        )
-        if not fits:
-            break
+    return sorted(made.values(), key=lambda e: -e.tokens), count
 
 
 def first_adapter(config: RunConfig, model: Model):
@@ -276,7 +280,7 @@ def main(argv: Sequence[str]) -> None:
         print(explained(config))
         return
     if args.explain:
-        explain(config, experiment)
+        explain(config, experiment, args.topology)
         return
     join_processes(
         args.coordinator, args.processes, args.process, **dataclasses.asdict(config.distributed)
@@ -295,6 +299,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("processes", None, "number of processes of the run", lower_bound=1)
     flags.DEFINE_integer("process", None, "number of this process, from 0", lower_bound=0)
     flags.DEFINE_bool("explain", False, "only print the memory of a step per device")
+    flags.DEFINE_string(
+        "topology", "", f"with --explain: compile for these devices instead, such as {EXPECTED}"
+    )
     flags.DEFINE_bool("help_config", False, "only print the keys, their values and meaning")
     flags.mark_flag_as_required("config")
     run_command(main)

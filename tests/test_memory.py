@@ -63,15 +63,14 @@ def test_a_mesh_divides_the_base():
     assert needed(8, mesh=sharding.make_mesh(1, 8, 1)).base < whole / 4
 
 
-def test_explain_says_which_microbatch_fits_and_writes_nothing(config, capsys, tmp_path):
+def test_explain_says_what_fits_and_what_is_probably_fastest(config, capsys, tmp_path):
     config.batch_size = 16
     explain(RunConfig.of(config.to_dict()))
-    lines = capsys.readouterr().out.strip().splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [
-        "--config.microbatch=1",
-        "--config.microbatch=2",
-    ]
-    assert all(line.endswith("fits") for line in lines[1:])
+    *lines, last = capsys.readouterr().out.strip().splitlines()[1:]
+    pairs = [line.split()[:2] for line in lines]
+    assert pairs[:2] == [["--config.remat=cheap", f"--config.microbatch={n}"] for n in (1, 2)]
+    assert all(line.endswith(" fits") for line in lines)
+    assert last == "probably fastest: --config.remat=cheap --config.microbatch=2"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -81,11 +80,13 @@ def test_explain_refuses_more_negatives_than_are_shown(config):
         explain(RunConfig.of(config.to_dict()))
 
 
-def test_explain_stops_at_the_first_microbatch_that_does_not_fit(config, capsys, monkeypatch):
+def test_explain_refuses_devices_on_which_nothing_fits(config, capsys, monkeypatch):
     monkeypatch.setattr("sdpo_jax.training.step_memory.limit_of", lambda device: 1000)
     config.batch_size = 16
-    explain(RunConfig.of(config.to_dict()))
-    assert capsys.readouterr().out.strip().splitlines()[-1].endswith("does not fit")
+    with pytest.raises(InputError, match=r"microbatch: found none that fits in .*mesh\.fsdp"):
+        explain(RunConfig.of(config.to_dict()))
+    lines = capsys.readouterr().out.strip().splitlines()[1:]
+    assert len(lines) == 3 and all(line.endswith("does not fit") for line in lines)
 
 
 def test_the_official_step_in_jax_has_our_log_probs_and_needs_more(model_folder):

@@ -44,6 +44,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     )
 
 
+def platform(mesh: Mesh) -> str:
+    """ "cpu", "gpu" or "tpu", also of an ahead-of-time topology."""
+    name = mesh.devices.flat[0].platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
 def data_shards(mesh: Mesh) -> int:
     """The number of shards that a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -15,6 +15,7 @@ from sdpo_jax.training.progress import progress_bar
 from sdpo_jax.training.step import make_logp
 
 SAVE_SECONDS = 300.0  # between two saves of a reference pass in progress
+WITHOUT_GRADIENT = 4  # training's microbatches at once off CPUs: nothing is stored for a gradient
 
 
 class Inference:
@@ -22,7 +23,8 @@ class Inference:
 
     def __init__(self, model, layout: str, mesh, microbatch: int):
         self.base, self.mesh = model.base, mesh
-        self.microbatch, self.rows = microbatch, sharding.data_shards(mesh)
+        at_once = 1 if sharding.platform(mesh) == "cpu" else WITHOUT_GRADIENT
+        self.microbatch, self.rows = microbatch * at_once, sharding.data_shards(mesh)
         self.batch_size = microbatch * self.rows
         self._logp = jax.jit(
             make_logp(model.graphdef, layout), out_shardings=sharding.replicated(mesh)
@@ -69,15 +71,24 @@ class Inference:
         if name:
             todo = progress_bar(todo, name, len(examples), first * self.batch_size, self.batch_size)
         placed, saved = sharding.batch_sharding(self.mesh), time.monotonic()
+        queued = None  # fetched when the next one runs, so that the device does not wait
+
+        def fetch() -> None:
+            if queued is not None:
+                part, logp_BMC = queued
+                for i, logp_MC in zip(part, jax.device_get(logp_BMC), strict=True):
+                    rows[i][:] = logp_MC[: len(rows[i])]
+
         for part, batch in todo:
             if stop.ask() or time.monotonic() - saved > SAVE_SECONDS:
+                fetch()
                 save(out)
                 saved = time.monotonic()
             stop.check()
-            batch = sharding.shard_local(batch, placed)
-            logp_BMC = jax.device_get(self._logp(lora, self.base, batch))
-            for i, logp_MC in zip(part, logp_BMC, strict=True):
-                rows[i][:] = logp_MC[: len(rows[i])]
+            running = self._logp(lora, self.base, sharding.shard_local(batch, placed))
+            fetch()
+            queued = part, running
+        fetch()
         return out
 
 

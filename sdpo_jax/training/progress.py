@@ -100,18 +100,32 @@ class Progress:
 
     def step(self, metrics: dict[str, jax.Array], tokens: int) -> None:
         """Adds a step, which may still be running: its metrics and its number of real tokens."""
+        if self._pending:
+            # One step stays queued while the line of those before it is written, so the device
+            # never waits and the bar is at most one ahead.
+            jax.block_until_ready(self._pending[-1])
+            self._log_if_due()
         self._done += 1
         self._tokens += tokens
         self._pending.append(metrics)
-        if len(self._pending) > 1:
-            # One step stays queued, so the device never waits and the bar is at most one ahead.
-            jax.block_until_ready(self._pending[-2])
         self._bar.update(self._batch_size)
-        if self._done % self._log_every == 0 or self._done == self._steps:
-            self._log()
+        if self._done == self._steps:
+            self.settle()
 
     def settle(self) -> None:
-        """Waits for the steps so far; raises NotANumber for the first with NaN or infinity."""
+        """Waits for the steps so far and writes their line if it is due.
+
+        Raises NotANumber for the first step with NaN or infinity.
+        """
+        self._check()
+        self._log_if_due()
+
+    def _log_if_due(self) -> None:
+        if self._pending and (self._done % self._log_every == 0 or self._done == self._steps):
+            self._check()
+            self._log()
+
+    def _check(self) -> None:
         self._pending = jax.device_get(self._pending)
         for step, values in enumerate(self._pending, self._done - len(self._pending) + 1):
             broken = {
@@ -121,7 +135,6 @@ class Progress:
                 raise NotANumber(step, broken)
 
     def _log(self) -> None:
-        self.settle()
         values = jax.tree.map(lambda *x: float(np.mean(x)), *self._pending)
         values["learning_rate"] = float(self._schedule(self._done - 1))
         values["examples_per_second"] = self._bar.format_dict["rate"] or 0.0

@@ -177,9 +177,10 @@ class Stage:
         found = None
         if references is not None:
             found = [[references[key] for key in part] for part in self.train_batches]
-        limit = most_shapes(self.steps, self.mesh.devices.flat[0].platform)
+        limit = most_shapes(self.steps, sharding.platform(self.mesh))
         examples = [[self.train_examples[key] for key in part] for part in self.train_batches]
-        count, shards = self.config.batch_size // self.inference.batch_size, self.inference.rows
+        shards = sharding.data_shards(self.mesh)
+        count = self.config.batch_size // (self.config.microbatch * shards)
         own = [i * shards + j for i in range(count) for j in sharding.local_shards(self.mesh)]
         for batch in loader.batches(examples, found, start, count * shards, limit, own):
             # Rows of all microbatches to [microbatches, rows of each, ...]

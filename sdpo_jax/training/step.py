@@ -23,6 +23,8 @@ from sdpo_jax.system import sharding
 
 # (logp_BMC, batch) -> (loss_BM, metrics of shape [B, M])
 Objective = Callable[[jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+# XLA:GPU would join `x W` and `x A` to one product, for which it copies every weight matrix.
+COMPILER_OPTIONS = {"gpu": {"xla_gpu_dot_merger_threshold_mb": 0}}
 Step = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
 
 
@@ -122,6 +124,7 @@ def build_step(
         _train_step(logp, objective, optimizer, dropout_key),
         donate_argnums=0,
         out_shardings=(placed, sharding.replicated(mesh)),
+        compiler_options=COMPILER_OPTIONS.get(sharding.platform(mesh)),
     )
     return step, state
 

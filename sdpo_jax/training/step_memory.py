@@ -21,6 +21,7 @@ from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.system import sharding
+from sdpo_jax.system.errors import InputError
 from sdpo_jax.training.device_stats import Device
 from sdpo_jax.training.optimizer import paper_optimizer
 from sdpo_jax.training.step import build_step, make_logp, make_objective
@@ -82,22 +83,22 @@ def lower_step(
       lora: of the adapter.
       examples: the microbatch of all devices; with one answer each it is a step of SFT.
       dtype: of the base and of products. XLA's CPU compiler would make a float32 copy of a
-        bfloat16 base, which no accelerator does. So there the step is compiled in float32, and
-        only the base is counted in `dtype`.
+        bfloat16 base. So on CPUs the step is compiled in float32, and only the base is counted in
+        `dtype`.
       base_dtype: of `quantize.BASE_DTYPES`.
       remat: key of `decoder.REMAT`.
       layout: key of `logprobs.LAYOUTS`.
       mesh: of real devices or of an ahead-of-time topology.
     """
-    place = sharding.placement(mesh)
-    graphdef, adapter, base = abstract_model(config, lora, dtype, remat, place, base_dtype)
+    graphdef, adapter, base = abstract_model(config, lora, dtype, remat, mesh, base_dtype)
     base_bytes = _bytes_per_device(base)
-    if jax.default_backend() == "cpu":
+    if sharding.platform(mesh) == "cpu":
         wide = "same" if base_dtype == "bf16" else base_dtype
-        graphdef, adapter, base = abstract_model(config, lora, jnp.float32, remat, place, wide)
+        graphdef, adapter, base = abstract_model(config, lora, jnp.float32, remat, mesh, wide)
     objective = make_objective("sft" if examples[0].C == 1 else "sdpo")
     logp = make_logp(graphdef, layout)
-    step, state = build_step(logp, objective, paper_optimizer(), adapter, mesh)
+    key = jax.random.key(0) if lora.dropout else None
+    step, state = build_step(logp, objective, paper_optimizer(), adapter, mesh, dropout_key=key)
     batch = abstract_batch(examples, mesh)
     lowered = step.lower(state, base, batch)
     return LoweredStep(lowered, base_bytes, _bytes_per_device(state), _bytes_per_device(batch))
@@ -116,13 +117,20 @@ def abstract_batch(examples: Sequence[Example], mesh: Mesh) -> dict[str, jax.Sha
 
 
 def abstract_model(
-    config: DecoderConfig, lora: LoraConfig, dtype, remat: str, place, base_dtype: str = "same"
+    config: DecoderConfig, lora: LoraConfig, dtype, remat: str, mesh: Mesh, base_dtype: str = "same"
 ):
     """Graph definition, adapter and base as shapes with their shardings."""
+    place = sharding.placement(mesh)
 
     def make(key: jax.Array) -> Decoder:
         return Decoder(
-            config, lora, dtype=dtype, base_dtype=base_dtype, remat=remat, rngs=nnx.Rngs(key)
+            config,
+            lora,
+            dtype=dtype,
+            base_dtype=base_dtype,
+            remat=remat,
+            platform=sharding.platform(mesh),
+            rngs=nnx.Rngs(key),
         )
 
     graphdef, adapter, base = nnx.split(nnx.eval_shape(make, jax.random.key(0)), lora.trained, ...)
@@ -142,6 +150,57 @@ def _abstract(state: nnx.State, place) -> nnx.State:
 def _bytes_per_device(tree) -> int:
     shapes = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
     return sum(int(np.prod(shape)) * jnp.dtype(dtype).itemsize for shape, dtype in shapes)
+
+
+# Fastest first; what each recomputes is said in `sdpo_jax.models.decoder`.
+REMATS = ("cheap", "full", "least")
+MICROBATCHES = (1, 2, 4, 8, 16, 32)
+ENOUGH = 8  # a microbatch from which on a cheaper remat gains more than a larger microbatch
+
+
+def fastest_fitting(
+    config: DecoderConfig,
+    lora: LoraConfig,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    limit: int,
+    mesh: Mesh,
+    **settings,
+) -> tuple[str, int]:
+    """Remat and microbatch that are probably fastest of those within `limit` bytes per device.
+
+    Prints a line per step that it compiles. `examples`: the longest first; `settings`: of
+    `lower_step`. Raises InputError where no step fits.
+    """
+    shards = sharding.data_shards(mesh)
+    possible = [
+        m for m in MICROBATCHES if batch_size % (m * shards) == 0 and m * shards <= len(examples)
+    ]
+    fitting = dict.fromkeys(REMATS, 0)
+    for remat in REMATS:
+        for microbatch in possible:
+            part = examples[: microbatch * shards]
+            found = step_memory(config, lora, part, remat=remat, mesh=mesh, **settings)
+            fits = found.total < limit
+            print(
+                f"--config.remat={remat:5} --config.microbatch={microbatch:<3} "
+                f"base {found.base / 2**30:6.2f}  temporary {found.temporary / 2**30:6.2f}  "
+                f"in all {found.total / 2**30:6.2f}  {'fits' if fits else 'does not fit'}",
+                flush=True,
+            )
+            if not fits:
+                break
+            fitting[remat] = microbatch
+        if fitting[remat] >= min(ENOUGH, max(possible, default=1)):
+            return remat, fitting[remat]
+    largest = max(fitting.values())
+    if not largest:
+        raise InputError(
+            f"microbatch: found none that fits in {limit / 2**30:.1f} GiB: shard the base with "
+            "--config.mesh.fsdp, or store it in fewer bits with --config.base_dtype"
+        )
+    return next(remat for remat in REMATS if fitting[remat] == largest), largest
 
 
 def limit_of(device: Device) -> int:

@@ -12,7 +12,7 @@ THIRD ?= --limit=169
 QUARTER ?= --limit=127
 OTHERS ?=
 
-.PHONY: setup quickstart long bench parity chat stress docs types test clean
+.PHONY: setup quickstart long bench parity chat stress aot gpu docs types test test-network clean
 
 setup: .venv/ready
 
@@ -56,6 +56,23 @@ bench: .venv-bench/ready
 	.venv-bench/bin/python -m benchmarks --model=$(QUICK)/model --dataset=$(QUICK)/data \
 	  --others=$(OTHERS)
 
+# Steps and decoders compiled for TPUs and GPUs that are not here; within an hour on two cores. The
+# compilers take 6 GB in a .venv of their own.
+aot: .venv-aot/ready
+	.venv-aot/bin/python -m benchmarks.aot --output=benchmarks/results/aot.json
+
+.venv-aot/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/pip install --quiet --disable-pip-version-check -e '.[gpu,tpu,test]'
+	@touch $@
+
+# All that only an accelerator shows, in nine minutes, on the machine that has one: with its own JAX.
+# OUT: folder of the results; MODEL: a converted model or a .gguf file.
+OUT ?= runs/gpu
+MODEL ?= $(QUICK)/model
+gpu:
+	$(PYTHON) -m benchmarks.gpu --output=$(OUT) --model=$(MODEL) --dataset=$(QUICK)/data
+
 # Every family against transformers and PEFT, every baseline against a twin in PyTorch, and their
 # tables; what the tests have as golden files.
 parity: .venv-bench/ready
@@ -94,5 +111,9 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
+# Two network namespaces whose cable is cut, and Slurm's own sbatch where it is installed: needs root.
+test-network: setup
+	$(BIN)/python -m pytest tests/network.py
+
 clean:
-	rm -rf runs site .venv .venv-bench .venv-chat
+	rm -rf runs site .venv .venv-aot .venv-bench .venv-chat

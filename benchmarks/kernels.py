@@ -2,7 +2,8 @@
 
     python -m benchmarks.kernels --size=7b --output=FILE.json
 
-`blocks` is `sdpo_jax.models.attention`; `xla` and `cudnn` are `jax.nn.dot_product_attention`.
+`blocks` and `fused` are `sdpo_jax.models.attention`, without and with cuDNN; `xla` and `cudnn` are
+`jax.nn.dot_product_attention` without padding.
 """
 
 import functools
@@ -21,14 +22,15 @@ from sdpo_jax.system.command import run_command
 SIZES = {"7b": (8, 300, 32, 128), "toy": (2, 12, 4, 8)}  # B, P, N, H
 
 
-def blocks(q_BPNH: jax.Array, k_BPNH: jax.Array, v_BPNH: jax.Array) -> jax.Array:
+def ours(q_BPNH: jax.Array, k_BPNH: jax.Array, v_BPNH: jax.Array, *, fused: bool) -> jax.Array:
     mask_BP = jnp.ones(q_BPNH.shape[:2], bool)
-    out = attend_causal(q_BPNH, k_BPNH, v_BPNH, mask_BP, q_BPNH.dtype)
+    out = attend_causal(q_BPNH, k_BPNH, v_BPNH, mask_BP, q_BPNH.dtype, fused=fused)
     return out.reshape(q_BPNH.shape)
 
 
 KERNELS: dict[str, Callable] = {
-    "blocks": blocks,
+    "blocks": functools.partial(ours, fused=False),
+    "fused": functools.partial(ours, fused=True),
     "xla": functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla"),
     "cudnn": functools.partial(
         jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"

@@ -25,7 +25,6 @@ from sdpo_jax.data import loader
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import REMAT
 from sdpo_jax.models.lora import LoraConfig
-from sdpo_jax.system import sharding
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.processes import set_up_jax
@@ -51,16 +50,20 @@ def random_state(abstract, seed: int):
     return jax.tree.unflatten(structure, made)
 
 
-def time_step(size: str, remat: str, k: int, batch: int, microbatch: int, repeats: int) -> dict:
+def time_step(
+    size: str, remat: str, k: int, batch: int, microbatch: int, repeats: int, dropout: float
+) -> dict:
     """Median seconds of a step, MFU where the device's peak is known, and peak memory."""
     config, prompt = SIZES[size]
     mesh = one_device()
     graphdef, lora, base = abstract_model(
-        config, LoraConfig(), jnp.bfloat16, remat, sharding.placement(mesh)
+        config, LoraConfig(dropout=dropout), jnp.bfloat16, remat, mesh
     )
     lora, base = random_state(lora, 0), random_state(base, 1)
     logp = make_logp(graphdef, "shared_prefix")
-    step, state = build_step(logp, make_objective("sdpo"), paper_optimizer(), lora, mesh)
+    key = jax.random.key(0) if dropout else None
+    objective = make_objective("sdpo")
+    step, state = build_step(logp, objective, paper_optimizer(), lora, mesh, dropout_key=key)
     examples = workload.equal_examples(batch, k, prompt)
     rows = batch // microbatch
     arrays = loader.collate(examples, loader.choose_shapes([examples], rows)[0], rows)
@@ -86,6 +89,7 @@ def time_step(size: str, remat: str, k: int, batch: int, microbatch: int, repeat
         "k": k,
         "batch": batch,
         "microbatch": microbatch,
+        "dropout": dropout,
         "seconds": median,
         "examples_per_second": batch / median,
         "tflops": flops / median / 1e12,
@@ -129,13 +133,14 @@ def benchmark(
     batch: int,
     microbatches: Sequence[int],
     repeats: int,
+    dropout: float = 0.1,
 ) -> dict:
     """Every combination; one that does not fit is reported and left out."""
     rows = []
     for remat, k, microbatch in itertools.product(remats, ks, microbatches):
         name = f"remat {remat:6} K={k:<3} microbatch {microbatch:<3}"
         try:
-            row = time_step(size, remat, k, batch, microbatch, repeats)
+            row = time_step(size, remat, k, batch, microbatch, repeats, dropout)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -175,7 +180,9 @@ def main(argv: Sequence[str]) -> None:
         steps = [time_official(args.size, k, args.batch, args.repeats) for k in ks]
         result = {**workload.environment(), "dtype": "bfloat16", "steps": steps}
     else:
-        result = benchmark(args.size, args.remat, ks, args.batch, microbatches, args.repeats)
+        result = benchmark(
+            args.size, args.remat, ks, args.batch, microbatches, args.repeats, args.dropout
+        )
     workload.write_result(result, args.output)
 
 
@@ -185,6 +192,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch", 128, "examples per step", lower_bound=1)
     flags.DEFINE_list("microbatch", ["8"], "examples at once, several with commas")
     flags.DEFINE_list("remat", ["full"], "recomputation in the backward pass")
+    flags.DEFINE_float("dropout", 0.1, "of the adapter's input; the config's own")
     flags.DEFINE_bool("official", False, "the official recipe's step in PyTorch, on a GPU")
     flags.DEFINE_integer("repeats", 3, "timed steps", lower_bound=1)
     flags.DEFINE_string("output", "", "JSON file; default: printed")

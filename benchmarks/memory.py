@@ -27,6 +27,7 @@ from sdpo_jax.objectives.losses import sdpo_loss
 from sdpo_jax.system import sharding
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.processes import set_up_jax
+from sdpo_jax.system.topologies import open_topology
 from sdpo_jax.training.step_memory import abstract_batch, abstract_model, step_memory
 
 LLAMA2_7B = DecoderConfig(V=32000, L=32, D=4096, N=32, G=32, H=128, F=11008)
@@ -62,9 +63,7 @@ def temporaries(config: DecoderConfig, examples: Sequence[Example], remat: str, 
     from the batch.
     """
     mesh = one_device()
-    graphdef, lora, base = abstract_model(
-        config, LoraConfig(), jnp.float32, remat, sharding.placement(mesh)
-    )
+    graphdef, lora, base = abstract_model(config, LoraConfig(), jnp.float32, remat, mesh)
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), abstract_batch(examples, mesh)
     )
@@ -96,9 +95,17 @@ def beside_official(config: DecoderConfig, examples: Sequence[Example]) -> dict:
     return found
 
 
-def llama_table(config: DecoderConfig, negatives: Sequence[int], microbatches: Sequence[int]):
-    """Rows of the memory table: one device, bfloat16 products."""
+def llama_table(
+    config: DecoderConfig,
+    negatives: Sequence[int],
+    microbatches: Sequence[int],
+    topology: str = "",
+):
+    """Rows of the memory table: one device, of `topology` if given, bfloat16 products."""
     rows = []
+    mesh = one_device()
+    if topology:
+        mesh = sharding.make_mesh(devices=open_topology(topology).devices[:1])
     for (base, remat), k, microbatch in itertools.product(KEPT, negatives, microbatches):
         examples = workload.equal_examples(microbatch, k)
         found = step_memory(
@@ -109,7 +116,7 @@ def llama_table(config: DecoderConfig, negatives: Sequence[int], microbatches: S
             base_dtype=base,
             remat=remat,
             layout="shared_prefix",
-            mesh=one_device(),
+            mesh=mesh,
         )
         row = {"base_dtype": base, "remat": remat, "k": k, "microbatch": microbatch}
         rows.append(row | {"total": found.total} | dataclasses.asdict(found))
@@ -122,7 +129,7 @@ def llama_table(config: DecoderConfig, negatives: Sequence[int], microbatches: S
     return rows
 
 
-def benchmark(model: Path, dataset: Path) -> dict:
+def benchmark(model: Path, dataset: Path, topology: str = "") -> dict:
     """Both tables as `main` writes them."""
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are reported
     examples = workload.read_workload(model, dataset).examples(4, 3)
@@ -130,19 +137,20 @@ def benchmark(model: Path, dataset: Path) -> dict:
     return {
         **workload.environment(),
         "beside_official": beside_official(config, examples),
-        "llama2_7b": llama_table(LLAMA2_7B, (3, 15), (1, 2, 4, 8, 16, 32)),
+        "llama2_7b": llama_table(LLAMA2_7B, (3, 15), (1, 2, 4, 8, 16, 32), topology),
     }
 
 
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     set_up_jax("float32")
-    result = benchmark(Path(args.model), Path(args.dataset))
+    result = benchmark(Path(args.model), Path(args.dataset), args.topology)
     workload.write_result(result, args.output)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", None, "folder written by sdpo_jax.convert", required=True)
     flags.DEFINE_string("dataset", None, "folder written by sdpo_jax.prepare", required=True)
+    flags.DEFINE_string("topology", "", "device of the second table, such as h100; default: a CPU")
     flags.DEFINE_string("output", "", "JSON file; default: printed")
     run_command(main)

@@ -7,20 +7,18 @@ counted once per iteration of the loops around it; its bytes are those of its re
 """
 
 import collections
-import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from absl import flags
 
-from benchmarks import workload
+from benchmarks import hlo, workload
 from benchmarks.memory import LLAMA2_7B
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import REMAT
@@ -42,59 +40,6 @@ SIZES = {
     "70b": (DecoderConfig(V=32000, L=80, D=8192, N=64, G=8, H=128, F=28672), workload.PROMPT),
     "toy": (DecoderConfig(V=96, L=3, D=64, N=8, G=8, H=8, F=96), 12),
 }
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
-_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-_CALL = re.compile(r"(?:to_apply|body|calls|true_computation|false_computation)=%?([\w.\-]+)")
-_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-
-
-def collectives(text: str) -> list[dict]:
-    """Kind, bytes, iterations, depth of loops and op name per collective of a compiled program."""
-    bodies = _computations(text)
-    return list(_walk(bodies, next(name for name in bodies if name.startswith("ENTRY ")), 1, 0))
-
-
-def _computations(text: str) -> dict[str, list[str]]:
-    bodies: dict[str, list[str]] = {}
-    name = ""
-    for line in text.splitlines():
-        if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-            name = (head[1] or "") + head[2]
-            bodies[name] = []
-        elif name and line.startswith(" "):
-            bodies[name].append(line)
-    return bodies
-
-
-def _walk(bodies: dict[str, list[str]], name: str, turns: int, depth: int) -> Iterator[dict]:
-    for line in bodies.get(name, ()):
-        kind = next((k for k in KINDS if f" {k}(" in line or f" {k}-start(" in line), None)
-        if kind:
-            result = line.partition(" = ")[2].partition(f" {kind}")[0]
-            yield {
-                "kind": kind,
-                "bytes": _bytes(result),
-                "turns": turns,
-                "depth": depth,
-                "of": _origin(line),
-            }
-        elif called := _CALL.search(line):
-            loop = " while(" in line
-            inner = turns * int(found[1]) if loop and (found := _TURNS.search(line)) else turns
-            yield from _walk(bodies, called[1], inner, depth + loop)
-
-
-def _bytes(result: str) -> int:
-    return sum(
-        math.prod(int(size) for size in sizes.split(",") if size) * _BYTES.get(dtype, 4)
-        for dtype, sizes in _SHAPE.findall(result)
-    )
-
-
-def _origin(line: str) -> str:
-    found = re.search(r'op_name="([^"]*)"', line)
-    return found[1] if found else ""
 
 
 def compile_mesh(shape: Sequence[int], size: str, microbatch: int, remat: str) -> dict:
@@ -115,7 +60,7 @@ def compile_mesh(shape: Sequence[int], size: str, microbatch: int, remat: str) -
     compiled = lowered.step.compile()
     seconds = time.perf_counter() - started
     found: dict[str, dict] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
-    for one in collectives(compiled.as_text()):
+    for one in hlo.collectives(hlo.parse(compiled.as_text())):
         key = f"{one['kind']} {'in the layers' if one['depth'] else 'once'}"
         found[key]["count"] += one["turns"]
         found[key]["bytes"] += one["turns"] * one["bytes"]

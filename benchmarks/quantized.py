@@ -1,14 +1,16 @@
-"""Errors of a base in fewer bits against float32: logits, and log-probs of the 20 candidates.
+"""Errors of fewer bits against float32: logits, and log-probs of the 20 candidates.
 
     python -m benchmarks.quantized --model=runs/quickstart/model --dataset=runs/quickstart/data \
         --windows=64 --output=FILE.json
 
-Every base is loaded as in training, without an adapter. Products are in float32, so the errors are
-those of the weights alone.
+Every base is loaded as in training, without an adapter. Products of the bases are in float32, so
+their errors are those of the weights alone. `products`: base and products in bfloat16, as on CPUs;
+`activations`: the activations as well, as on accelerators.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,11 +29,19 @@ from sdpo_jax.system.command import run_command
 from sdpo_jax.system.processes import set_up_jax
 
 BATCH = 4
+# Name -> how the model is loaded.
+KINDS: dict[str, dict[str, Any]] = {
+    **{kind: {"dtype": "float32", "base_dtype": kind} for kind in BASE_DTYPES[1:]},
+    "products": {"dtype": "bfloat16", "platform": "cpu"},
+    "activations": {"dtype": "bfloat16", "platform": "tpu"},
+}
 
 
-def outputs(model: Path, base_dtype: str, batches: Sequence[dict]) -> tuple[np.ndarray, ...]:
+def outputs(
+    model: Path, batches: Sequence[dict], dtype: str = "float32", **settings: Any
+) -> tuple[np.ndarray, ...]:
     """Logits [n, V] after each prompt, log-probs [n, 20] of its titles, bytes of the base."""
-    found = load_model(model, LoraConfig(targets=()), dtype="float32", base_dtype=base_dtype)
+    found = load_model(model, LoraConfig(targets=()), dtype=dtype, **settings)
 
     @jax.jit
     def both(base, batch):
@@ -52,15 +62,15 @@ def batches_of(examples: Sequence[Example]) -> list[dict]:
 
 
 def benchmark(
-    model: Path, dataset: Path, windows: int, kinds: Sequence[str] = BASE_DTYPES[1:]
+    model: Path, dataset: Path, windows: int, kinds: Sequence[str] = tuple(KINDS)
 ) -> dict:
-    """Per base dtype: bytes, root mean square errors, share of windows with the same best title."""
+    """Per kind: bytes, root mean square errors, share of windows with the same best title."""
     examples = workload.read_workload(model, dataset).examples(windows, CANDIDATES - 1)
     batches = batches_of(examples)
-    logits, logp, _ = outputs(model, "same", batches)
+    logits, logp, _ = outputs(model, batches)
     rows = {}
     for name in kinds:
-        other_logits, other_logp, size = outputs(model, name, batches)
+        other_logits, other_logp, size = outputs(model, batches, **KINDS[name])
         rows[name] = {
             "base_bytes": int(size),
             "logits_rms": float(np.sqrt(np.square(other_logits - logits).mean())),
@@ -69,7 +79,7 @@ def benchmark(
             "same_best": float((other_logp.argmax(1) == logp.argmax(1)).mean()),
         }
         print(
-            f"{name:5} base {size / 2**20:6.0f} MiB  logits {rows[name]['logits_rms']:.4f} of "
+            f"{name:11} base {size / 2**20:6.0f} MiB  logits {rows[name]['logits_rms']:.4f} of "
             f"{logits.std():.2f}  log-prob of a title {rows[name]['logp_rms']:.3f} nats  "
             f"same best candidate {rows[name]['same_best']:.2f}",
             flush=True,

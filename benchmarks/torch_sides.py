@@ -141,7 +141,7 @@ class OfficialSide:
         return (token_logp * (labels >= 0)).sum(-1).reshape(batch["shape"])
 
 
-def padded_rows(examples: Sequence[Example], device: torch.device) -> dict:
+def padded_rows(examples: Sequence[Example], device: torch.device | str = "cpu") -> dict:
     """K+1 rows per prompt, padded on the right; labels are -1 except on answers."""
     rows = [
         (e.prompt[: place + 1], answer)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import (
-    accelerator,
     kernels,
     large,
     load,
@@ -155,16 +154,6 @@ def test_all_kernels_of_this_device_compute_the_same():
     found = kernels.benchmark("toy", 1)["kernels"]
     assert {"blocks", "xla"} <= set(found)
     assert found["blocks"]["mean_square"] == pytest.approx(found["xla"]["mean_square"], rel=0.01)
-
-
-def test_one_call_trains_and_evaluates_and_times_on_an_accelerator(
-    model_folder, dataset_folder, monkeypatch
-):
-    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")  # of the processes that it starts
-    found = accelerator.benchmark(model_folder, [dataset_folder], "toy", 1)
-    (trained,) = found["training"]
-    assert set(trained["stages"]) == {"sft", "sdpo"} and len(trained["eval"]) == 6
-    assert found["large"]["steps"] and found["attention"]["kernels"]
 
 
 def test_a_mesh_sends_what_it_must_and_no_weights_where_each_device_has_all():

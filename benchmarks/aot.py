@@ -230,7 +230,7 @@ def read_program(case: Case, program: hlo.Program) -> dict:
     slices, wider = hlo.weight_copies(program, frozenset({config.D, config.F}))
     found = {
         "collective_bytes": sum(x["bytes"] * x["turns"] for x in moved),
-        "big_gathers": hlo.big_gathers(program),
+        "big_gathers": hlo.big_gathers(program, config.D * config.F // 2),
         "wide_float32": len(hlo.wide_float32_products(program, config.F)),
         "weight_slices": slices,
         "weight_copies": wider,

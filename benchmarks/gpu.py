@@ -82,7 +82,7 @@ def _histories(dataset: str, model: Path, work: Path, out: Path, toy: bool) -> P
     here = (f"--workdir={run}", "--split=test_all", f"--limit={windows}")
     return Part(
         "histories",
-        130,
+        220,
         (
             module(
                 "sdpo_jax.train",
@@ -113,7 +113,7 @@ def _large(out: Path, toy: bool) -> Part:
     microbatches = "2" if toy else "16,32"
     return Part(
         "large",
-        120,
+        110,
         (
             module(
                 "benchmarks.large",
@@ -130,7 +130,7 @@ def _large(out: Path, toy: bool) -> Part:
 def _resume(dataset: str, model: Path, work: Path, out: Path) -> Part:
     """Whether a run that was killed ends with the same bits as one that was not."""
     here = (f"--dataset={dataset}", f"--model={model}", f"--work={work}")
-    return Part("resume", 60, (module("benchmarks.resume", *here, f"--output={out}/resume.json"),))
+    return Part("resume", 50, (module("benchmarks.resume", *here, f"--output={out}/resume.json"),))
 
 
 def _candidates(dataset: str, model: Path, work: Path, toy: bool) -> Part:
@@ -140,7 +140,7 @@ def _candidates(dataset: str, model: Path, work: Path, toy: bool) -> Part:
     config = f"configs/movielens.py:{'smoke' if toy else 'medium'}"
     return Part(
         f"candidates-{name}",
-        70,
+        60,
         (
             module(
                 "sdpo_jax.train",

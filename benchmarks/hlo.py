@@ -315,7 +315,7 @@ def _written(one: Instruction, inner: Computation) -> int:
     return one.bytes
 
 
-def big_gathers(program: Program, elements: int = 1_000_000) -> int:
+def big_gathers(program: Program, elements: int) -> int:
     """How many gathers give more than `elements` elements by single ones, wherever they are."""
     return sum(
         one.op == "gather" and _single(one) and math.prod(one.shapes[0][1]) > elements

@@ -99,13 +99,11 @@ def llama_table(
     config: DecoderConfig,
     negatives: Sequence[int],
     microbatches: Sequence[int],
-    topology: str = "",
+    mesh: jax.sharding.Mesh | None = None,
 ):
-    """Rows of the memory table: one device, of `topology` if given, bfloat16 products."""
+    """Rows of the memory table: one device, that of `mesh` if given, bfloat16 products."""
     rows = []
-    mesh = one_device()
-    if topology:
-        mesh = sharding.make_mesh(devices=open_topology(topology).devices[:1])
+    mesh = mesh or one_device()
     for (base, remat), k, microbatch in itertools.product(KEPT, negatives, microbatches):
         examples = workload.equal_examples(microbatch, k)
         found = step_memory(
@@ -132,12 +130,15 @@ def llama_table(
 def benchmark(model: Path, dataset: Path, topology: str = "") -> dict:
     """Both tables as `main` writes them."""
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are reported
+    mesh = None
+    if topology:  # before JAX looks for devices
+        mesh = sharding.make_mesh(devices=open_topology(topology).devices[:1])
     examples = workload.read_workload(model, dataset).examples(4, 3)
     config = DecoderConfig.read(model)
     return {
         **workload.environment(),
         "beside_official": beside_official(config, examples),
-        "llama2_7b": llama_table(LLAMA2_7B, (3, 15), (1, 2, 4, 8, 16, 32), topology),
+        "llama2_7b": llama_table(LLAMA2_7B, (3, 15), (1, 2, 4, 8, 16, 32), mesh),
     }
 
 

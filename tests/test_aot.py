@@ -30,7 +30,8 @@ def test_every_base_compiles_without_big_gathers_or_copies_of_joined_weights(top
     if importlib.util.find_spec(COMPILERS[topology]) is None:
         pytest.skip(f"needs {COMPILERS[topology]}: make aot has it")
     for row in compile_toy(topology, tmp_path):
-        assert row["big_gathers"] == 0, row["name"]  # of nf4's table
+        if topology.startswith("v"):  # nf4's table, which a GPU reads from its cache
+            assert row["big_gathers"] == 0, row["name"]
         assert row["weight_copies"] == 0, row["name"]  # of XLA's dot merger
         assert row["wide_float32"] == 0, row["name"]  # of activations
         assert 0 < row["temporary"] < 2**28

@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY, random_batch, tiny_model
 from flax import nnx
 
-from sdpo_jax.models.quantize import BLOCK, NF4, Quantized, dense, quantize
+from sdpo_jax.models.quantize import BLOCK, NF4, Quantized, _by_selects, dense, quantize
 from sdpo_jax.objectives.logprobs import shared_prefix_logp
 from sdpo_jax.runs import presets
 from sdpo_jax.system import sharding
@@ -62,6 +62,11 @@ def test_int8_errs_by_half_a_step_at_most():
     error = np.abs(np.asarray(dense(made, jnp.float32)) - kernel)
     assert (error <= np.asarray(made.scale) * 0.5001).all()
     assert made.codes.dtype == jnp.int8 and made.scale.shape == (1, 6)
+
+
+def test_selects_find_the_values_of_the_table():
+    codes = jnp.arange(16, dtype=jnp.uint8)
+    np.testing.assert_array_equal(_by_selects(codes), NF4)
 
 
 def test_nf4_takes_half_a_byte_a_weight_and_four_bytes_a_block():

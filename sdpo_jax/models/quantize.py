@@ -77,7 +77,13 @@ def dense(kernel: jax.Array | Quantized, dtype) -> jax.Array:
 
 
 def _nf4_values(codes: jax.Array) -> jax.Array:
-    """`NF4[codes]` by selects, bit after bit: a TPU gathers single elements far too slowly."""
+    """`NF4[codes]`; on TPUs by selects, as they gather single elements far too slowly."""
+    return jax.lax.platform_dependent(
+        codes, tpu=_by_selects, default=lambda codes: jnp.asarray(NF4)[codes]
+    )
+
+
+def _by_selects(codes: jax.Array) -> jax.Array:
     values = [jnp.float32(value) for value in NF4]
     for bit in range(4):
         is_set = (codes >> bit & 1) == 1

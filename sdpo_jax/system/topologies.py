@@ -54,7 +54,8 @@ class Topology:
 def open_topology(name: str) -> Topology:
     """The devices of `name`: a TPU slice such as "v5e:4x4", or GPUs such as "8xh100".
 
-    Raises InputError for an unknown name, or where the compiler is not installed.
+    To be called before JAX is asked for its own devices. Raises InputError for an unknown name, or
+    where the compiler is not installed.
     """
     # Without it JAX would look for the device itself.
     jax.config.update("jax_platforms", "cpu")

@@ -33,6 +33,7 @@ from benchmarks.tables import GIB, markdown
 from sdpo_jax.data import loader
 from sdpo_jax.data.tokens import Example
 from sdpo_jax.evaluation import catalogue, decode, title_trie
+from sdpo_jax.evaluation.beam import beam_search
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.system import sharding
@@ -180,7 +181,7 @@ def _lower_decoder(case: Case, config: DecoderConfig, lora: LoraConfig, examples
         if case.program == "trie":
             return decode.trie(decoder, prefix, batch["answers_BMCA"][:, 0])
         if case.program == "beam":
-            return catalogue.beam(decoder, prefix, titles, batch["allowed_BY"], BEAMS)
+            return beam_search(decoder, prefix, titles, batch["allowed_BY"], BEAMS)
         return decode.score(decoder, prefix, batch)
 
     def bytes_of(compiled) -> dict:

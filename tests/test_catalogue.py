@@ -10,6 +10,7 @@ from conftest import TINY, collate_padded, tiny_model
 
 from sdpo_jax.data.tokens import Example
 from sdpo_jax.evaluation import catalogue, decode, title_trie
+from sdpo_jax.evaluation.beam import beam_search, beams_at_once
 
 END = 2
 
@@ -31,8 +32,17 @@ def case(count: int = 60, B: int = 3, seed: int = 0):
     return titles, examples
 
 
-def ranked(model, titles, examples, width: int = 0, allowed=None, block: int = 8, size: int = 16):
-    """Exact log-probs of all titles, or a beam's titles and log-probs."""
+def ranked(
+    model,
+    titles,
+    examples,
+    width: int = 0,
+    allowed=None,
+    block: int = 8,
+    size: int = 16,
+    **settings,
+):
+    """Exact log-probs of all titles, or a beam's titles and log-probs; `settings`: of the beam."""
     trie = title_trie.build(titles)
     found = catalogue.to_devices(trie, title_trie.pieces(trie, block, size), jax.devices()[0])
     batch = collate_padded([Example.single(e.prompt, e.answers_MC[0][:1]) for e in examples])
@@ -41,8 +51,9 @@ def ranked(model, titles, examples, width: int = 0, allowed=None, block: int = 8
         return np.asarray(jax.jit(catalogue.score_catalogue)(model.decoder, prefix, found))
     if allowed is None:
         allowed = np.ones((len(examples), len(titles)), bool)
-    beam = jax.jit(catalogue.beam, static_argnames="width")
-    return [np.asarray(x) for x in beam(model.decoder, prefix, found, allowed, width=width)]
+    search = jax.jit(beam_search, static_argnames=("width", "at_once", "needed"))
+    out = search(model.decoder, prefix, found, allowed, width=width, **settings)
+    return [np.asarray(x) for x in out]
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +132,29 @@ def test_a_narrow_beam_gives_titles_with_the_log_probs_they_have(alone):
     title_BC, logp_BC = ranked(tiny_model(), titles, examples, width=5)
     assert (title_BC >= 0).all()
     np.testing.assert_allclose(np.take_along_axis(expected_BY, title_BC, 1), logp_BC, atol=1e-4)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4, 5])
+def test_a_beam_in_parts_finds_what_it_finds_as_a_whole(alone, at_once):
+    titles, examples, _ = alone
+    expected = ranked(tiny_model(), titles, examples, width=5)
+    title_BC, logp_BC = ranked(tiny_model(), titles, examples, width=5, at_once=at_once)
+    np.testing.assert_array_equal(title_BC, expected[0])
+    np.testing.assert_allclose(logp_BC, expected[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("needed", [1, 3])
+def test_a_beam_that_ends_early_has_the_same_best_titles(alone, needed):
+    titles, examples, _ = alone
+    expected = ranked(tiny_model(), titles, examples, width=8)
+    found = ranked(tiny_model(), titles, examples, width=8, needed=needed, at_once=3)
+    np.testing.assert_array_equal(found[0][:, :needed], expected[0][:, :needed])
+    np.testing.assert_allclose(found[1][:, :needed], expected[1][:, :needed], atol=1e-5)
+
+
+def test_cpus_compute_beams_in_parts_and_other_devices_all_at_once():
+    assert [beams_at_once(b, 20, "cpu") for b in (1, 2, 8, 64)] == [20, 16, 4, 1]
+    assert beams_at_once(8, 20, "gpu") == 20
 
 
 def test_a_beam_finds_only_what_is_allowed_however_little_it_is(alone):

@@ -129,7 +129,7 @@ def test_items_of_one_title_stand_together_and_the_target_after_the_others():
     ranked = RankedItems.__new__(RankedItems)
     ranked.dataset, ranked._repeats = tiny_run.dataset(), False
     ranked.items = np.arange(4)
-    ranked._place = {item: item for item in range(4)}
+    ranked.place = {item: item for item in range(4)}
     ranked.title_I = np.array([0, 1, 1, 2])
     window = ranked.dataset.splits["test"][0]
     for item, rank in ((0, 2), (1, 4), (2, 4), (3, 1)):

@@ -20,6 +20,7 @@ from trainers import ROOT
 
 from sdpo_jax.data.tokens import Example
 from sdpo_jax.evaluation import catalogue, decode, title_trie
+from sdpo_jax.evaluation.beam import beam_search
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.system import sharding
 from sdpo_jax.training.optimizer import paper_optimizer
@@ -107,7 +108,7 @@ def test_every_array_of_a_decoder_has_the_axes_that_its_name_says():
                 decode.greedy(model.decoder, prefix, (2,), 4),
                 decode.trie(model.decoder, prefix, batch["answers_BMCA"][:, 0]),
                 catalogue.score_catalogue(model.decoder, prefix, found),
-                catalogue.beam(model.decoder, prefix, found, allowed, 5),
+                beam_search(model.decoder, prefix, found, allowed, 5),
             )
 
         jax.eval_shape(everything, batch)

@@ -13,6 +13,7 @@ from sdpo_jax.data.tokens import Example
 MAX_SHAPES = 4  # compiled shapes per stage
 GROUP = 16  # batches per run of examples that is sorted by length
 ROUND = 8  # padded sizes are multiples of it
+COARSE = 64  # those of `coarse_shape`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +136,17 @@ def choose_shapes(
     return shapes
 
 
+def coarse_shape(examples: Sequence[Example], rows: int = 1) -> Shape:
+    """A shape that depends on these examples alone, of the few that occur for prompts of one kind.
+
+    Evaluation over a catalogue and recommending use it, so their log-probs are equal bit for bit.
+    """
+    T, P, S, Q, M = _needs(examples, rows)
+    A = max(len(a) for e in examples for a in e.answers)
+    sizes = [round_up(size, COARSE) for size in (P, S, T)]
+    return Shape(sizes[0], sizes[1], Q if Q == 1 else round_up(Q), M, round_up(A), sizes[2])
+
+
 def _best_cut(sizes: np.ndarray) -> tuple[int, int]:
     """Tokens saved by the best cut of ascending sizes, padded to their run's largest; its index."""
     count = np.arange(len(sizes))
@@ -183,6 +195,7 @@ def batches(
     rows: int = 1,
     limit: int = MAX_SHAPES,
     own: Sequence[int] | None = None,
+    shapes: Sequence[Shape] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Collated batches from number `start` on, made ahead of time by grain's threads.
 
@@ -193,8 +206,9 @@ def batches(
       rows: rows of tokens per batch.
       limit: maximum number of distinct shapes.
       own: the rows that this process makes; None: all. Shapes depend on the whole batch.
+      shapes: of the batches; None: chosen here.
     """
-    shapes = choose_shapes(examples, rows, limit)
+    shapes = shapes or choose_shapes(examples, rows, limit)
     chosen = range(rows) if own is None else own
 
     def make(i: int) -> dict[str, np.ndarray]:

@@ -113,7 +113,7 @@ def read_dataset(path: str | Path, splits: Sequence[str] | None = None) -> Datas
     """
     path = Path(path)
     meta = read_meta(path)
-    titles, attributes = _read_items(path / "items.jsonl")
+    titles, attributes = read_items(path / "items.jsonl")
     available = [s for s in SPLITS if s in SPLITS[:3] or os.path.lexists(path / f"{s}.jsonl")]
     if _is_own(path):
         sequences, rows, meta["history"] = _read_own(path, available, titles)
@@ -237,7 +237,7 @@ def _bad(where: str, found: str, expected: str) -> InputError:
     return InputError(f"{where}: found {found}, expected {expected}: correct this line")
 
 
-def _read_items(path: Path) -> tuple[dict[int, str], dict[int, dict]]:
+def read_items(path: Path) -> tuple[dict[int, str], dict[int, dict]]:
     """Item -> title, and item -> attributes: all further keys of its line."""
     titles: dict[int, str] = {}
     attributes: dict[int, dict] = {}

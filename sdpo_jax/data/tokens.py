@@ -222,11 +222,14 @@ class Encoder:
 
     def head(self, split: str, row: int) -> list[int]:
         """Token ids of a history prompt before its titles."""
-        index = prompts.template_index(self.seed, split, row, len(self.templates))
-        if index not in self._heads:
-            text = prompts.head(self.templates[index])
-            self._heads[index] = self.bos + self.tokenizer(text, add_special_tokens=False).input_ids
-        return self._heads[index]
+        return self._head(prompts.template_index(self.seed, split, row, len(self.templates)))
+
+    def _head(self, template: int) -> list[int]:
+        if template not in self._heads:
+            text = prompts.head(self.templates[template])
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            self._heads[template] = self.bos + ids
+        return self._heads[template]
 
     @functools.cached_property
     def room(self) -> int:
@@ -240,11 +243,26 @@ class Encoder:
         return self._fitting(self.before(self.window(split, row)), self.room // 2)
 
     def _history(self, split: str, row: int, answers: list[np.ndarray]) -> Example:
-        shown, head = self.before(self.window(split, row)), self.head(split, row)
-        fitting = self._fitting(shown, self.max_length - len(head) - max(map(len, answers)))
+        index = prompts.template_index(self.seed, split, row, len(self.templates))
+        return self.continuing(self.before(self.window(split, row)), answers, index)
+
+    def continuing(
+        self, items: Sequence[int], answers: Sequence[np.ndarray], template: int
+    ) -> Example:
+        """A history prompt of `items`, oldest first, with the given answers."""
+        head = self._head(template)
+        fitting = self._fitting(items, self.max_length - len(head) - max(map(len, answers)))
         self.encoded += 1
-        self.truncated += len(fitting) < len(shown)
+        self.truncated += len(fitting) < len(items)
         return Example.single(np.array(head + self._lines(fitting), np.int32), answers)
+
+    def among(
+        self, history: Sequence[int], candidates: Sequence[int], answers: Sequence[np.ndarray]
+    ) -> Example:
+        """A prompt that shows candidates, in the first wording, with the given answers."""
+        shown, listed = ([self.dataset.titles[i] for i in part] for part in (history, candidates))
+        text = prompts.render(self.templates[0], shown, listed)
+        return self._example(self._ids([text])[0], [*answers])
 
     def _lines(self, items: Sequence[int]) -> list[int]:
         return [int(token) for item in items for token in self.answer(item)]

@@ -18,6 +18,7 @@ from sdpo_jax.data.prepared import read_split
 from sdpo_jax.data.rows import evenly_spaced
 from sdpo_jax.data.tokens import new_tokens
 from sdpo_jax.evaluation import catalogue, decode, metrics, predictions, title_trie
+from sdpo_jax.evaluation.beam import beam_search, beams_at_once
 from sdpo_jax.evaluation.predictions import Prediction
 from sdpo_jax.evaluation.ranked_items import RankedItems
 from sdpo_jax.evaluation.results import exposure_of
@@ -30,6 +31,11 @@ from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.processes import set_up_jax
 
 BATCHES_PER_SHAPE = 8  # fewer batches do not repay the compilation of a closer shape
+
+
+def at_once(mesh: jax.sharding.Mesh) -> int:
+    """Windows or people that are decoded together by default."""
+    return 8 if sharding.platform(mesh) == "cpu" else 32
 
 
 class Evaluator:
@@ -81,17 +87,15 @@ class Evaluator:
         self.encoder = inputs.encoder(self.model.tokenizer, self.model.config.V)
         self.ends = (self.encoder.end, *self.model.ends)
         answers = [self.windows[row].candidates for row in self.rows]
+        self._ranked = None
         if rank == "catalogue":  # the longest title, so that no prompt's room depends on its target
-            longest = max(self.dataset.titles, key=lambda item: len(self.encoder.answer(item)))
-            answers = [(longest,)] * len(self.rows)
+            self._ranked = RankedItems(self.dataset, split, self.encoder)
+            answers = [(self._ranked.longest,)] * len(self.rows)
         self.examples = self.encoder.examples(split, self.rows, answers)
-        batch_size = batch_size or (8 if jax.default_backend() == "cpu" else 32)
+        batch_size = batch_size or at_once(mesh)
         self._rows = sharding.data_shards(mesh)
         self._batches = self._cut(loader.round_up(batch_size, self._rows))
         self._placed = sharding.batch_sharding(mesh)
-        self._ranked = None
-        if rank == "catalogue":
-            self._ranked = RankedItems(self.dataset, split, self.encoder)
         self._prefill, self._decoders = self._compile(sharding.replicated(mesh))
 
     @functools.cached_property
@@ -129,6 +133,8 @@ class Evaluator:
         }
         if self._ranked is not None:
             trie = self._ranked.trie
+            size = len(self._batches[0])
+            at_once = beams_at_once(size, self.beams, jax.default_backend())
             titles = catalogue.to_devices(trie, title_trie.pieces(trie), whole)
             score = jitted(
                 lambda decoder, prefix, batch, titles: catalogue.score_catalogue(
@@ -136,8 +142,8 @@ class Evaluator:
                 )
             )
             beam = jitted(
-                lambda decoder, prefix, batch, titles: catalogue.beam(
-                    decoder, prefix, titles, batch["allowed_BY"], self.beams
+                lambda decoder, prefix, batch, titles: beam_search(
+                    decoder, prefix, titles, batch["allowed_BY"], self.beams, at_once
                 )
             )
             decoders = {
@@ -157,8 +163,11 @@ class Evaluator:
         found: dict[str, dict[int, Prediction]] = {name: {} for name in decoders}
         seconds: dict[str, float] = collections.defaultdict(float)
         examples = [[self.examples[i] for i in part] for part in self._batches]
-        shapes = max(1, min(loader.MAX_SHAPES, len(examples) // BATCHES_PER_SHAPE))
-        batches = loader.batches(examples, rows=self._rows, limit=shapes)
+        limit = max(1, min(loader.MAX_SHAPES, len(examples) // BATCHES_PER_SHAPE))
+        shapes = None
+        if self._ranked is not None:
+            shapes = [loader.coarse_shape(part, self._rows) for part in examples]
+        batches = loader.batches(examples, rows=self._rows, limit=limit, shapes=shapes)
         for part, batch in zip(self._batches, batches, strict=True):
             if self._ranked is not None:
                 windows = [self.windows[self.rows[i]] for i in part]

@@ -10,18 +10,20 @@ from sdpo_jax.evaluation import metrics, predictions, title_trie
 from sdpo_jax.evaluation.predictions import Prediction
 
 
-class RankedItems:
+class CatalogueTitles:
     """The I items of a data set and their Y distinct titles.
 
-    A window's own history is not recommended, unless users of the split have items repeatedly. Then
-    every item is ranked, as leaving out a history but its target would reveal the target. The same
-    items are ranked for every system. Items of one title share the title's rank, the target last.
+    Attributes:
+      items: [I], item ids in the order of items.jsonl.
+      place: item -> its index in `items`.
+      title_I: the title of each item, an index into the trie's titles.
+      trie: of the titles' tokens.
+      longest: an item with the longest title, for which a prompt must leave room.
     """
 
-    def __init__(self, dataset: Dataset, split: str, encoder: Encoder):
-        self.dataset, self._repeats = dataset, dataset.repeats(split)
+    def __init__(self, dataset: Dataset, encoder: Encoder):
         self.items = np.array(list(dataset.titles))
-        self._place = {item: place for place, item in enumerate(dataset.titles)}
+        self.place = {item: place for place, item in enumerate(dataset.titles)}
         by_ids: dict[tuple[int, ...], int] = {}
         self.title_I = np.array(
             [
@@ -30,26 +32,56 @@ class RankedItems:
             ]
         )
         self.trie = title_trie.build(list(by_ids))
+        self.longest = max(dataset.titles, key=lambda item: len(encoder.answer(item)))
+
+    def titles_of(self, allowed_BI: np.ndarray) -> np.ndarray:
+        """[B, Y]: the titles that allowed items have."""
+        out_BY = np.zeros((len(allowed_BI), self.trie.path_YA.shape[0]), bool)
+        for allowed_I, out_Y in zip(allowed_BI, out_BY, strict=True):
+            out_Y[self.title_I[allowed_I]] = True
+        return out_BY
+
+    def with_titles(
+        self, title_C: np.ndarray, logp_C: np.ndarray, allowed_I: np.ndarray
+    ) -> tuple[list[int], list[float]]:
+        """Places and log-probs of the allowed items with these titles; a title of -1 is none."""
+        places: list[int] = []
+        logp: list[float] = []
+        for title, value in zip(title_C.tolist(), logp_C.tolist(), strict=True):
+            of_title = np.flatnonzero((self.title_I == title) & allowed_I).tolist()
+            places += of_title
+            logp += [value] * len(of_title)
+        return places, logp
+
+
+class RankedItems(CatalogueTitles):
+    """Predictions among the items of a data set.
+
+    A window's own history is not recommended, unless users of the split have items repeatedly. Then
+    every item is ranked, as leaving out a history but its target would reveal the target. The same
+    items are ranked for every system. Items of one title share the title's rank, the target last.
+    """
+
+    def __init__(self, dataset: Dataset, split: str, encoder: Encoder):
+        super().__init__(dataset, encoder)
+        self.dataset, self._repeats = dataset, dataset.repeats(split)
 
     def allowed_items(self, window: Window) -> np.ndarray:
         """[I]: what may be recommended in this window."""
         allowed_I = np.ones(len(self.items), bool)
         if not self._repeats:
-            allowed_I[[self._place[item] for item in window.history]] = False
+            allowed_I[[self.place[item] for item in window.history]] = False
         return allowed_I
 
     def allowed_titles(self, windows: Sequence[Window]) -> np.ndarray:
         """[B, Y]: the titles of those items."""
-        out_BY = np.zeros((len(windows), self.trie.path_YA.shape[0]), bool)
-        for b, window in enumerate(windows):
-            out_BY[b, self.title_I[self.allowed_items(window)]] = True
-        return out_BY
+        return self.titles_of(np.array([self.allowed_items(window) for window in windows]))
 
     def by_score(self, window: Window, logp_Y: np.ndarray) -> Prediction:
         """A prediction from the log-probs of all titles."""
         among = np.flatnonzero(self.allowed_items(window))
         logp = logp_Y[self.title_I[among]]
-        target = int(np.flatnonzero(among == self._place[window.target])[0])
+        target = int(np.flatnonzero(among == self.place[window.target])[0])
         rank = metrics.target_rank(logp.tolist(), target)
         first = np.argsort(-logp, kind="stable")[: predictions.LISTED]
         return self._prediction(among[first].tolist(), logp[first].tolist(), rank)
@@ -59,16 +91,10 @@ class RankedItems:
 
         The rank is None where the target is not among them.
         """
-        allowed_I = self.allowed_items(window)
-        places: list[int] = []
-        logp: list[float] = []
-        rank = None
-        for title, value in zip(title_C.tolist(), logp_C.tolist(), strict=True):
-            of_title = np.flatnonzero((self.title_I == title) & allowed_I).tolist()
-            places += of_title
-            logp += [value] * len(of_title)
-            if self._place[window.target] in of_title:
-                rank = len(places)
+        places, logp = self.with_titles(title_C, logp_C, self.allowed_items(window))
+        rank, target = None, self.place[window.target]
+        if target in places:  # below all items of its title
+            rank = int(np.flatnonzero(self.title_I[places] == self.title_I[target])[-1]) + 1
         listed = predictions.LISTED
         return self._prediction(places[:listed], logp[:listed], rank)
 

@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdpo_jax.objectives.losses import sdpo_loss as sdpo_loss
+    from sdpo_jax.serving.recommender import Recommender as Recommender
 
     __version__: str
 
-__all__ = ["__version__", "sdpo_loss"]
+__all__ = ["Recommender", "__version__", "sdpo_loss"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from sdpo_jax.objectives.losses import sdpo_loss
 
         return sdpo_loss
+    if name == "Recommender":
+        from sdpo_jax.serving.recommender import Recommender
+
+        return Recommender
     raise AttributeError(f"module 'sdpo_jax' has no attribute {name!r}")

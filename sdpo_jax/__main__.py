@@ -14,6 +14,8 @@ COMMANDS = (
     "convert",
     "train",
     "evaluate",
+    "recommend",
+    "serve",
     "report",
     "export",
     "baselines",

@@ -8,7 +8,6 @@ SmolLM2-135M-Instruct. DIR holds config.json, the tokenizer's files, `weights/` 
 model.json. The same command again changes nothing.
 """
 
-import hashlib
 import json
 import os
 import shlex
@@ -17,14 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
-from flax.traverse_util import flatten_dict
 
-from sdpo_jax.models.base_weights import write_weights
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.gguf import open_gguf
-from sdpo_jax.models.store import file_sizes, read_meta
+from sdpo_jax.models.store import read_meta, write_model
 from sdpo_jax.models.tokenizer import check_vocabulary, load_tokenizer
 from sdpo_jax.models.weights import Source, open_hf, read_base, source_digest
 from sdpo_jax.system.command import run_command
@@ -69,12 +65,10 @@ def _write(source: Source, output: Path, digest: str, name: str) -> None:
     """
     config = DecoderConfig.from_hf(source.config, source.where)
     tree, dtype = read_base(source, config)
-    arrays: dict[str, Any] = flatten_dict(tree, sep="/")
     meta = {
         "source": name,
         "source_sha256": digest,
         "family": config.family,
-        "parameters": sum(array.size for array in arrays.values()),
         "dtype": dtype,
     }
     partial = output.with_name(f".{output.name}.partial")
@@ -85,10 +79,7 @@ def _write(source: Source, output: Path, digest: str, name: str) -> None:
         (partial / "config.json").write_text(json.dumps(source.config, indent=2), encoding="utf-8")
         source.write_tokenizer(partial)
         _check_tokenizer(source, partial, config)
-        meta["sha256"] = model_digest(partial, arrays)
-        write_weights(partial / "weights", tree)
-        meta["files"] = file_sizes(partial / "weights")
-        (partial / "model.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+        write_model(partial, tree, meta)
         os.replace(partial, output)
     except OSError as error:
         raise InputError(
@@ -97,18 +88,6 @@ def _write(source: Source, output: Path, digest: str, name: str) -> None:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def model_digest(folder: Path, arrays: dict[str, np.ndarray]) -> str:
-    """SHA-256 over the folder's config, tokenizer and arrays: all that log-probs depend on."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        digest.update(path.name.encode() + path.read_bytes())
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def already_converted(output: Path, digest: str) -> bool:

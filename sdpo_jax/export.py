@@ -1,10 +1,12 @@
-"""Writes a trained model for other tools: its adapter in PEFT's format, or merged weights.
+"""Writes a trained model: for other tools, or as a bundle that recommends on its own.
 
     python -m sdpo_jax.export --workdir=runs/lastfm/run --stage=sdpo --format=peft --output=DIR
     python -m sdpo_jax.export --workdir=runs/lastfm/run --stage=sdpo --format=merged --output=DIR
 
-`peft` loads in peft and transformers on top of the base model; `merged` is a whole model in
-bfloat16, which also `--stage=base` can be. Both get the tokenizer and a model card.
+`peft`, the adapter, loads in peft and transformers on top of the base model; `merged` is a whole
+model in bfloat16, which also `--stage=base` can be. Both get the tokenizer and a model card.
+`bundle` has the weights, the catalogue and the prompts: all that `sdpo recommend` and `sdpo serve`
+need. With `--weights=adapter` it has the adapter alone and needs the converted base beside it.
 """
 
 import json
@@ -23,30 +25,38 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from sdpo_jax.data import prompts
+from sdpo_jax.data.prepared import Dataset
 from sdpo_jax.data.tokens import new_tokens
 from sdpo_jax.models.base_weights import read_weights
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.peft import write_adapter
-from sdpo_jax.models.store import read_meta
+from sdpo_jax.models.store import read_meta, write_model
 from sdpo_jax.models.tokenizer import ends_of, load_tokenizer
 from sdpo_jax.models.weights import TOKENIZER_FILES, WHOLE, abstract_base, slots
 from sdpo_jax.reports.model_card import model_card
 from sdpo_jax.runs.checkpoints import CheckpointGone
 from sdpo_jax.runs.inputs import adapter_config, inputs_of
 from sdpo_jax.runs.steps import choose_step, raw_adapter
-from sdpo_jax.runs.workdir import read_run
+from sdpo_jax.runs.workdir import Run, read_run
+from sdpo_jax.serving.sources import Settings, write_bundle
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.files import check_room, is_free, read_object, whole_folder
 from sdpo_jax.system.hub import name_and_revision
 
-FORMATS = ("peft", "merged")
+FORMATS = ("peft", "merged", "bundle")
+WEIGHTS = ("merged", "adapter")  # of a bundle
 SHARD = "5GB"
 
 
 def export(
-    workdir: str | Path, stage: str, form: str, output: str | Path, step: int | None = None
+    workdir: str | Path,
+    stage: str,
+    form: str,
+    output: str | Path,
+    step: int | None = None,
+    weights: str = "merged",
 ) -> Path:
     """Writes the folder `output` atomically, and returns it.
 
@@ -54,21 +64,8 @@ def export(
     or the model is not there, and if `output` is not empty.
     """
     run, output = read_run(Path(workdir)), Path(output).absolute()
-    known = (*run.config.stages, *(["base"] if form == "merged" else []))
-    if stage not in known:
-        raise InputError(f"--stage: found {stage!r}, expected {', '.join(known)}")
-    if form == "peft" and run.config.tune == "full":
-        raise InputError(
-            f"{workdir}: found a run that trained all weights (config.tune=full), expected one "
-            "with an adapter: export it with --format=merged"
-        )
-    if run.config.item_vectors:
-        raise InputError(
-            f"{workdir}: found a run whose prompts hold item vectors (config.item_vectors), "
-            "expected one whose prompts are text: other tools cannot feed them"
-        )
-    if not is_free(output):
-        raise InputError(f"--output: found something in {output}, expected a new folder")
+    alone = form == "peft" or (form == "bundle" and weights == "adapter")
+    check_export(run, stage, output, alone)
     step = choose_step(run, stage, step)
     inputs = inputs_of(run, run.config.validation_split)
     card = model_card(run, inputs.dataset.meta, stage, step, form)
@@ -77,22 +74,74 @@ def export(
     try:
         tree = {"layers": {}} if stage == "base" else raw_adapter(run, stage, step)
         with whole_folder(output) as partial:
-            for name in TOKENIZER_FILES:
-                if (model / name).exists():
-                    shutil.copy(model / name, partial)
-            lora = adapter_config(run.config)
-            if form == "peft":
-                source = name_and_revision(read_meta(model)["source"])
-                write_adapter(partial, tree, lora, config, *source)
-            else:
-                write_merged(partial, model, tree, lora, config)
-            write_ends(partial, model, run.config.prompt, inputs.dataset.titles.values())
             (partial / "README.md").write_text(card, encoding="utf-8")
+            lora = adapter_config(run.config)
+            part = partial
+            if form == "bundle":
+                part = partial / ("adapter" if alone else "model")
+                part.mkdir()
+            if alone:
+                source = name_and_revision(read_meta(model)["source"])
+                write_adapter(part, tree, lora, config, *source)
+            elif form == "merged":
+                write_merged(part, model, tree, lora, config)
+            else:
+                write_converted(part, model, tree, lora, config)
+            if form == "bundle":
+                write_bundle_of(partial, run, inputs.dataset, stage, model if alone else part)
+            else:
+                copy_tokenizer(model, partial)
+                write_ends(partial, model, run.config.prompt, inputs.dataset.titles.values())
     except CheckpointGone as error:
         raise InputError(f"{error}: found no readable checkpoint: give another --step") from error
     except (OSError, SafetensorError) as error:
         raise InputError(f"{output}: {error}: free space or give another --output") from error
     return output
+
+
+def check_export(run: Run, stage: str, output: Path, alone: bool) -> None:
+    """Raises InputError for a run or stage that cannot be exported; `alone`: as an adapter."""
+    known = (*run.config.stages, *([] if alone else ["base"]))
+    if stage not in known:
+        raise InputError(f"--stage: found {stage!r}, expected {', '.join(known)}")
+    if alone and run.config.tune == "full":
+        raise InputError(
+            f"{run.path}: found a run that trained all weights (config.tune=full), expected one "
+            "with an adapter: export it with --format=merged"
+        )
+    if run.config.item_vectors:
+        raise InputError(
+            f"{run.path}: found a run whose prompts hold item vectors (config.item_vectors), "
+            "expected one whose prompts are text: other tools cannot feed them"
+        )
+    if not is_free(output):
+        raise InputError(f"--output: found something in {output}, expected a new folder")
+
+
+def copy_tokenizer(model: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (model / name).exists():
+            shutil.copy(model / name, folder)
+
+
+def write_converted(
+    folder: Path, model: Path, tree: dict, lora: LoraConfig, config: DecoderConfig
+) -> None:
+    """Base plus adapter as a converted model, in bfloat16; arguments as `write_merged`."""
+    copy_tokenizer(model, folder)
+    shutil.copy(model / "config.json", folder)
+    merged = unflatten_dict(dict(merged_stacks(model, tree, lora, config)), sep="/")
+    base = read_meta(model)
+    meta = {"source": base["source"], "family": base["family"], "dtype": "bfloat16"}
+    write_model(folder, merged, meta)
+
+
+def write_bundle_of(folder: Path, run: Run, dataset: Dataset, stage: str, model: Path) -> None:
+    """The catalogue and the prompts of a run; `model`: the converted weights."""
+    c = run.config
+    settings = Settings(run.templates, c.prompt, c.history, c.max_length, c.seed)
+    digest = read_meta(model)["sha256"]
+    write_bundle(folder, dataset, settings, stage, digest, dtype=c.dtype, base_dtype=c.base_dtype)
 
 
 def write_merged(
@@ -163,17 +212,24 @@ def shard_plan(config: DecoderConfig):
 
 
 def merged_tensors(model: Path, tree: dict, lora: LoraConfig, config: DecoderConfig):
-    """Yields (Hugging Face's name, tensor in bfloat16) of `W + alpha/R A B`, array by array."""
+    """Yields (Hugging Face's name, tensor in bfloat16), array by array."""
+    by_path: dict[str, list] = {}
+    for name, slot in slots(config).items():
+        by_path.setdefault(slot.path, []).append((name, slot))
+    for path, stack in merged_stacks(model, tree, lora, config):
+        for name, slot in by_path[path]:
+            tensor = stack if slot.layer is None else stack[slot.layer]
+            yield name, np.ascontiguousarray(tensor.T if slot.transposed else tensor)
+
+
+def merged_stacks(model: Path, tree: dict, lora: LoraConfig, config: DecoderConfig):
+    """Yields (path, array of all layers) of `W + alpha/R A B` in bfloat16."""
     stored, device = read_meta(model)["dtype"], jax.local_devices(backend="cpu")[0]
     place = jax.sharding.SingleDeviceSharding(device)
     shapes = {
         path: jax.ShapeDtypeStruct(leaf.shape, stored, sharding=place)
         for path, leaf in abstract_base(config).items()
     }
-    by_path: dict[str, list] = {}
-    for name, slot in slots(config).items():
-        by_path.setdefault(slot.path, []).append((name, slot))
-
     weights = read_weights(model / "weights", unflatten_dict(shapes, sep="/"))
     if lora.full and tree["layers"]:
         weights = flatten_dict(tree, sep="/").items()
@@ -181,14 +237,14 @@ def merged_tensors(model: Path, tree: dict, lora: LoraConfig, config: DecoderCon
         host, adapter = np.asarray(stack), {}
         if path.endswith("/kernel"):
             adapter = tree["layers"].get(path.split("/")[1], {})
-        for name, slot in by_path[path]:
-            tensor = host if slot.layer is None else host[slot.layer]
-            tensor = tensor.astype(np.float32)
-            if adapter and not lora.full:
-                a, b = adapter["a"][slot.layer], adapter["b"][slot.layer]
-                tensor = tensor + lora.scale * (np.asarray(a) @ np.asarray(b))
-            tensor = tensor.T if slot.transposed else tensor
-            yield name, np.ascontiguousarray(tensor.astype(ml_dtypes.bfloat16))
+        merged = np.empty(host.shape, ml_dtypes.bfloat16)
+        if adapter and not lora.full:
+            for layer, (a, b) in enumerate(zip(adapter["a"], adapter["b"], strict=True)):
+                change = lora.scale * (np.asarray(a) @ np.asarray(b))
+                merged[layer] = host[layer].astype(np.float32) + change
+        else:
+            merged[...] = host
+        yield path, merged
         del stack, host  # before the next is read
 
 
@@ -196,6 +252,8 @@ def report(output: Path, form: str) -> str:
     """A line about the folder, and how to load it."""
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     written = f"{output}: {form}, {size / 1e6:,.1f} MB, with a model card that has the prompt"
+    if form == "bundle":
+        return f"{written}\nnext: python -m sdpo_jax.recommend --bundle={output} --history=…"
     if form == "merged":
         return f"{written}\nnext: vllm serve {output}"
     adapter = read_object(output / "adapter_config.json", "expected what export wrote")
@@ -209,14 +267,15 @@ def report(output: Path, form: str) -> str:
 
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
-    output = export(args.workdir, args.stage, args.format, args.output, args.step)
+    output = export(args.workdir, args.stage, args.format, args.output, args.step, args.weights)
     print(report(output, args.format))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder of the run", required=True)
     flags.DEFINE_string("stage", "sdpo", "sft or sdpo")
-    flags.DEFINE_enum("format", "peft", FORMATS, "adapter alone, or the whole model")
+    flags.DEFINE_enum("format", "peft", FORMATS, "adapter alone, whole model, or bundle")
+    flags.DEFINE_enum("weights", "merged", WEIGHTS, "of a bundle")
     flags.DEFINE_string("output", None, "folder to write", required=True)
     flags.DEFINE_integer("step", None, "checkpoint of the stage; default: the best", lower_bound=0)
     run_command(main)

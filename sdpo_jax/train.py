@@ -15,7 +15,6 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from flax.nnx import replace_by_pure_dict, to_pure_dict
 from ml_collections import config_flags
 
 from sdpo_jax.data import thoughts
@@ -25,7 +24,7 @@ from sdpo_jax.data.segments import units
 from sdpo_jax.data.tokens import Encoder, Example, check_titles, new_tokens
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.peft import read_adapter
-from sdpo_jax.models.store import Model
+from sdpo_jax.models.store import Model, with_adapter
 from sdpo_jax.models.tokenizer import load_tokenizer
 from sdpo_jax.runs import workdir
 from sdpo_jax.runs.config import RunConfig, explained, keys
@@ -149,15 +148,7 @@ def first_adapter(config: RunConfig, model: Model):
     if not config.lora.init_from:
         return model.lora
     folder = Path(config.lora.init_from)
-    tree = read_adapter(folder, adapter_config(config), model.config)
-    placed = jax.tree.map(
-        lambda found, fresh: sharding.shard_whole(found, fresh.sharding),
-        tree,
-        {"layers": to_pure_dict(model.lora)["layers"]},
-    )
-    lora = jax.tree.map(lambda leaf: leaf, model.lora)
-    replace_by_pure_dict(lora, placed)
-    return lora
+    return with_adapter(model, read_adapter(folder, adapter_config(config), model.config))
 
 
 def check_folders(config: RunConfig, experiment: str) -> None:

@@ -1,6 +1,7 @@
 """README and docs: their links, their commands, their code."""
 
 import ast
+import dataclasses
 import functools
 import importlib
 import re
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_run
 from trainers import ROOT
 
 from sdpo_jax.__main__ import COMMANDS
@@ -87,9 +89,16 @@ def test_the_readme_is_short():
 
 
 def test_the_code_of_every_page_runs(model_folder, tmp_path, monkeypatch):
-    """With a tiny model where a page has the quickstart's."""
-    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
-    (tmp_path / "runs" / "quickstart" / "model").symlink_to(model_folder)
+    """With a tiny model and run where a page has the quickstart's."""
+    quick = tmp_path / "runs" / "quickstart"
+    quick.mkdir(parents=True)
+    (quick / "model").symlink_to(model_folder)
+    data, names = tiny_run.dataset(), ["toy story", "aladdin", "the lion king"]
+    titles = dict(enumerate([*names, *list(data.titles.values())[len(names) :]]))
+    run = tiny_run.make_run(tmp_path / "tiny", "history", dataclasses.replace(data, titles=titles))
+    tiny_run.save(run, "sdpo", 2, tiny_run.adapters(tiny_run.model_of(run), 2), 0.5)
+    tiny_run.finish(run, "sdpo", 2)
+    (quick / "run").symlink_to(run)
     monkeypatch.chdir(tmp_path)
     blocks = [b for p in PAGES for b in re.findall(r"```python\n(.*?)```", p.read_text(), re.S)]
     assert len(blocks) >= 3

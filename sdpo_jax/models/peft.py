@@ -102,6 +102,25 @@ def write_adapter(
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def lora_of(folder: Path, config: DecoderConfig) -> LoraConfig:
+    """Rank, alpha and targets that an adapter's own config names. Raises InputError."""
+    if not os.path.isfile(folder / CONFIG):
+        raise InputError(f"{folder}: found no {CONFIG}, expected the folder of a PEFT adapter")
+    content = read_object(folder / CONFIG, "expected that of a PEFT adapter")
+    names = {m.rsplit(".", 1)[1]: name for name, m in adapted_modules(config).items()}
+    modules: Any = content.get("target_modules")
+    rank: Any = content.get("r")
+    alpha: Any = content.get("lora_alpha")
+    numbers = type(rank) is int and isinstance(alpha, (int, float))
+    if not numbers or type(modules) is not list or not all(m in names for m in modules):
+        found = f"target_modules {brief(modules)}, r {brief(rank)}, lora_alpha {brief(alpha)}"
+        raise InputError(
+            f"{folder}/{CONFIG}: found {found}, expected two numbers and some of "
+            f"{', '.join(names)}: is it the adapter of another model?"
+        )
+    return LoraConfig(rank, alpha, targets=tuple(names[m] for m in modules))
+
+
 def read_adapter(folder: Path, lora: LoraConfig, config: DecoderConfig) -> dict[str, Any]:
     """The adapter of a PEFT folder as {"layers": {"q": {"a", "b"}, …}} of float32 host arrays.
 

@@ -1,6 +1,8 @@
 """A converted model folder read back: decoder, fresh adapter, tokenizer."""
 
 import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +15,13 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sdpo_jax.models import item_vectors, weights
-from sdpo_jax.models.base_weights import read_weights
+from sdpo_jax.models.base_weights import read_weights, write_weights
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.quantize import quantize
 from sdpo_jax.models.tokenizer import ends_of, load_tokenizer
+from sdpo_jax.system import sharding
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.files import COUNT, OBJECT, TEXT, check_keys, one_of, read_object
 
@@ -129,6 +132,45 @@ def read_meta(path: Path) -> dict[str, Any]:
                 f"{size} bytes: convert the model again into a new folder"
             )
     return meta
+
+
+def with_adapter(model: Model, tree: dict[str, Any] | None) -> nnx.State:
+    """An adapter of host arrays, {"layers": …}, on the model's devices; None: the fresh one."""
+    if tree is None:
+        return model.lora
+    placed = jax.tree.map(
+        lambda found, fresh: sharding.shard_whole(found, fresh.sharding),
+        tree,
+        {"layers": nnx.to_pure_dict(model.lora)["layers"]},
+    )
+    lora = jax.tree.map(lambda leaf: leaf, model.lora)
+    nnx.replace_by_pure_dict(lora, placed)
+    return lora
+
+
+def write_model(folder: Path, tree: Any, meta: dict[str, Any]) -> None:
+    """Writes weights and model.json into a folder that has config.json and the tokenizer's files.
+
+    `meta`: source, family and dtype; the rest is added.
+    """
+    arrays: dict[str, Any] = flatten_dict(tree, sep="/")
+    meta["parameters"] = sum(array.size for array in arrays.values())
+    meta["sha256"] = model_digest(folder, arrays)
+    write_weights(folder / "weights", tree)
+    meta["files"] = file_sizes(folder / "weights")
+    (folder / "model.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+
+
+def model_digest(folder: Path, arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 over the folder's config, tokenizer and arrays: all that log-probs depend on."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

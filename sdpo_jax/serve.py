@@ -1,0 +1,74 @@
+"""Serves recommendations over HTTP, with a page to try them.
+
+    python -m sdpo_jax.serve --workdir=runs/quickstart/run --port=8000
+
+The page is at /, the interface at /docs. Only this machine can connect unless --host says
+otherwise. Then the environment variable SDPO_API_KEY must hold a key, which requests give as the
+header X-API-Key. SIGTERM ends the server after the requests that it has accepted. Needs the extra
+`serve`.
+"""
+
+import ipaddress
+import os
+from collections.abc import Sequence
+
+from absl import flags
+
+from sdpo_jax.serving.recommender import BEAMS, Recommender
+from sdpo_jax.serving.sources import of_bundle, of_workdir
+from sdpo_jax.system.command import run_command
+from sdpo_jax.system.errors import InputError
+
+KEY = "SDPO_API_KEY"
+CONNECTIONS = 500
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.FLAGS
+    key = os.environ.get(KEY, "")
+    if not is_loopback(args.host) and not key:
+        raise InputError(
+            f"--host: found {args.host}, which others can reach, expected a key in the "
+            f"environment variable {KEY}: set it, or leave the flag out"
+        )
+    if bool(args.workdir) == bool(args.bundle):
+        raise InputError("found neither or both of --workdir and --bundle, expected one of them")
+    try:
+        import uvicorn
+
+        from sdpo_jax.serving.server import make_app
+    except ImportError as error:
+        raise InputError(f"{error}: pip install -e '.[serve]'") from error
+    source = of_bundle(args.bundle, args.model) if args.bundle else of_workdir(args.workdir, ())
+    app = make_app(Recommender(source, beams=args.beams), key)
+    print("warming up", flush=True)
+    app.state.service.warm()
+    print(f"open http://{args.host}:{args.port}/", flush=True)
+    uvicorn.run(
+        app,
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=60,
+        server_header=False,
+    )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", "", "folder of the run; all its stages are served")
+    flags.DEFINE_string("bundle", "", "folder of export --format=bundle, instead of a run")
+    flags.DEFINE_string("model", None, "converted base of a bundle that has an adapter alone")
+    flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
+    flags.DEFINE_integer("port", 8000, "port to listen on", lower_bound=1, upper_bound=65535)
+    flags.DEFINE_integer("beams", BEAMS, "width of the beam", lower_bound=1)
+    run_command(main)

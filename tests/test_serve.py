@@ -1,0 +1,196 @@
+"""The server: answers, refusals, the queue, and the page."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+import tiny_run
+from fastapi.testclient import TestClient
+from trainers import ROOT, environment
+
+from sdpo_jax.serve import is_loopback
+from sdpo_jax.serving import server
+from sdpo_jax.serving.batcher import Batcher, Busy
+from sdpo_jax.serving.recommender import Recommender
+from sdpo_jax.serving.sources import of_workdir
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = tiny_run.make_run(tmp_path_factory.mktemp("run"), "history")
+    tiny_run.save(run, "sft", 2, tiny_run.adapters(tiny_run.model_of(run), 2), 0.5)
+    tiny_run.finish(run, "sft", 2)
+    return run
+
+
+@pytest.fixture(scope="module")
+def recommender(run):
+    return Recommender(of_workdir(run, ()))
+
+
+@pytest.fixture(scope="module")
+def client(recommender):
+    with TestClient(server.make_app(recommender)) as client:
+        yield client
+
+
+def test_recommendations_are_those_of_python_at_every_stage(client, recommender):
+    health = client.get("/healthz").json()
+    assert health == {"status": "ok", "stages": ["base", "sft"], "stage": "sft", "items": 10}
+    for stage in health["stages"]:
+        asked = {"history": ["heat", 1], "k": 3, "stage": stage}
+        found = client.post("/recommend", json=asked).json()["items"]
+        expected = recommender.at_stage(stage).recommend(["heat", 1], k=3)
+        assert [(one["title"], one["score"]) for one in found] == expected
+    default = client.post("/recommend", json={"history": ["heat"], "k": 2, "items": [4, 5, 0]})
+    assert {one["id"] for one in default.json()["items"]} == {4, 5}
+
+
+def test_other_paths_answer_what_they_say(client, recommender):
+    found = client.get("/items", params={"q": "ALIEN", "limit": 5}).json()["items"]
+    assert [item["title"] for item in found] == ["alien", "aliens"]
+    scores = client.post("/score", json={"prompt": "heat\n", "answers": ["up"]}).json()["scores"]
+    assert scores == pytest.approx(recommender.score("heat\n", ["up"]))
+    why = client.post("/why", json={"history": ["heat", "up"], "item": "jaws"}).json()["titles"]
+    assert {title for title, _ in why} == {"heat", "up"}
+    assert why == [list(pair) for pair in recommender.why(["heat", "up"], "jaws")]
+    assert why[0][1] >= why[1][1]
+    assert "/recommend" in client.get("/openapi.json").json()["paths"]
+    meters = client.get("/metrics").text
+    assert 'sdpo_requests_total{path="/items",status="200"} 1.0' in meters
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/recommend", {}, 422, "history"),
+        ("/recommend", {"history": []}, 422, "at least 1"),
+        ("/recommend", {"history": "heat"}, 422, "list"),
+        ("/recommend", {"history": ["haet"]}, 422, "did you mean 'heat'"),
+        ("/recommend", {"history": [99]}, 422, "found id 99"),
+        ("/recommend", {"history": [True]}, 422, "history"),
+        ("/recommend", {"history": [1e300]}, 422, "history"),
+        ("/recommend", {"history": ["heat"] * 1001}, 422, "at most 1000"),
+        ("/recommend", {"history": ["x" * 501]}, 422, "500"),
+        ("/recommend", {"history": ["heat"], "k": 0}, 422, "greater than or equal to 1"),
+        ("/recommend", {"history": ["heat"], "k": 101}, 422, "less than or equal to 100"),
+        ("/recommend", {"history": ["heat"], "K": 3}, 422, "Extra inputs"),
+        ("/recommend", {"history": ["heat"], "stage": "best"}, 422, "expected one of base, sft"),
+        ("/recommend", {"history": ["heat"], "where": {"genre": "x"}}, 422, "attribute"),
+        ("/recommend", {"history": ["heat"], "items": [77]}, 422, "found 77"),
+        ("/why", {"history": ["heat"], "item": 1}, 422, "two or more"),
+        ("/score", {"prompt": "x", "answers": []}, 422, "at least 1"),
+        ("/nothing", {}, 404, "Not Found"),
+        ("/recommend", {"history": ["x" * 400] * 700}, 413, "bytes"),
+    ],
+)
+def test_a_bad_request_is_refused_with_its_reason(client, path, body, status, words):
+    answer = client.post(path, json=body)
+    assert answer.status_code == status
+    assert words in json.dumps(answer.json())
+
+
+def test_bodies_without_a_length_or_json_are_refused(client):
+    assert client.post("/recommend", content=b"{").status_code == 422
+    assert client.post("/recommend", content=iter([b"{}"])).status_code == 411
+    assert client.get("/recommend").status_code == 405
+
+
+def test_a_key_is_asked_for_where_one_is_set(recommender):
+    with TestClient(server.make_app(recommender, "secret")) as client:
+        asked = {"json": {"history": ["heat"], "k": 1}}
+        assert client.post("/recommend", **asked).status_code == 401
+        assert client.get("/items", headers={"X-API-Key": b"s\xe9cret"}).status_code == 401
+        assert client.post("/recommend", **asked, headers={"X-API-Key": "secret"}).is_success
+        assert client.get("/healthz").is_success
+    assert [is_loopback(h) for h in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "x")] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_queries_that_wait_are_answered_together_and_a_full_queue_refuses():
+    calls: list[list[int]] = []
+
+    def slow(key: str, queries: list[int]) -> list[int]:
+        calls.append(queries)
+        time.sleep(0.05)
+        if key == "wrong":
+            raise ValueError(key)
+        return [query + 1 for query in queries]
+
+    async def ask() -> list:
+        batcher = Batcher(slow, at_once=4, places=8)
+        batcher.start()
+        first = [asyncio.create_task(batcher.ask("a", n)) for n in range(6)]
+        wrong = asyncio.create_task(batcher.ask("wrong", 0))
+        await asyncio.sleep(0.001)
+        more = await asyncio.gather(
+            *(batcher.ask("a", n) for n in range(9)), return_exceptions=True
+        )
+        found = await asyncio.gather(*first, wrong, return_exceptions=True)
+        await batcher.stop()
+        return [found, more]
+
+    found, more = asyncio.run(ask())
+    assert found[:6] == [1, 2, 3, 4, 5, 6] and isinstance(found[6], ValueError)
+    assert len(calls[0]) == 4 and max(map(len, calls)) == 4
+    assert [type(x) for x in more].count(Busy) > 0
+
+
+def test_a_stopped_server_answers_what_it_has_accepted(run):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "sdpo_jax.serve", f"--workdir={run}", f"--port={port}"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE
+    )
+    try:
+        lines = iter(process.stdout.readline, "")
+        assert any(f"http://127.0.0.1:{port}/" in line for line in lines)
+
+        async def ask() -> list[httpx.Response]:
+            base = f"http://127.0.0.1:{port}"
+            async with httpx.AsyncClient(base_url=base, timeout=60) as client:
+                for _ in range(100):
+                    with contextlib.suppress(httpx.ConnectError):
+                        await client.get("/healthz")
+                        break
+                    await asyncio.sleep(0.1)
+                body = {"history": ["heat", "alien"], "k": 5}
+                tasks = [
+                    asyncio.create_task(client.post("/recommend", json=body)) for _ in range(20)
+                ]
+                await asyncio.sleep(0.05)
+                os.kill(process.pid, signal.SIGTERM)
+                return await asyncio.gather(*tasks)
+
+        answers = asyncio.run(ask())
+        assert {answer.status_code for answer in answers} == {200}
+        assert len({answer.text for answer in answers}) <= 2  # alone or together: rounding
+        assert process.wait(60) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_the_page_needs_nothing_from_elsewhere(client):
+    answer = client.get("/")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    text = answer.text
+    assert "http://" not in text and "https://" not in text and "@import" not in text
+    assert "innerHTML" not in text  # titles are text, whatever they contain

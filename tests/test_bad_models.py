@@ -23,8 +23,8 @@ from safetensors.numpy import load_file, save_file
 from test_convert import write_gguf
 from tiny import hf_folder
 
-from sdpo_jax import convert as converting
 from sdpo_jax.convert import convert
+from sdpo_jax.models import store
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.gguf import open_gguf
 from sdpo_jax.models.lora import LoraConfig
@@ -58,7 +58,7 @@ def sources(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture
 def unwritten(monkeypatch):
     """Conversion without Orbax's files: all that reads and checks runs."""
-    monkeypatch.setattr(converting, "write_weights", lambda path, tree: path.mkdir())
+    monkeypatch.setattr(store, "write_weights", lambda path, tree: path.mkdir())
 
 
 @cases(48)

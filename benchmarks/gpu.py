@@ -43,6 +43,11 @@ def module(name: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", name, *arguments)
 
 
+def training(config: str, run: Path, dataset: str, model: Path, *more: str) -> tuple[str, ...]:
+    paths = (f"--workdir={run}", f"--config.dataset={dataset}", f"--config.model={model}")
+    return module("sdpo_jax.train", f"--config={config}", *paths, *more)
+
+
 def parts(args, out: Path) -> list[Part]:
     """The parts in their order; those without their inputs are left out."""
     toy = args.size == "toy"
@@ -84,14 +89,7 @@ def _histories(dataset: str, model: Path, work: Path, out: Path, toy: bool) -> P
         "histories",
         220,
         (
-            module(
-                "sdpo_jax.train",
-                f"--config={config}",
-                f"--workdir={run}",
-                f"--config.dataset={dataset}",
-                f"--config.model={model}",
-                *short,
-            ),
+            training(config, run, dataset, model, *short),
             module("sdpo_jax.evaluate", *here, "--stage=base,sft,sdpo", "--decoder=score"),
             module(
                 "sdpo_jax.evaluate", *here, "--stage=sdpo", "--rank=catalogue", "--decoder=beam"
@@ -142,13 +140,7 @@ def _candidates(dataset: str, model: Path, work: Path, toy: bool) -> Part:
         f"candidates-{name}",
         60,
         (
-            module(
-                "sdpo_jax.train",
-                f"--config={config}",
-                f"--workdir={run}",
-                f"--config.dataset={dataset}",
-                f"--config.model={model}",
-            ),
+            training(config, run, dataset, model),
             module(
                 "sdpo_jax.evaluate",
                 f"--workdir={run}",

@@ -17,10 +17,7 @@ HISTORY = ["heat", "alien", "up"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    run = tiny_run.make_run(tmp_path_factory.mktemp("run"), "history")
-    tiny_run.save(run, "sft", 2, tiny_run.adapters(tiny_run.model_of(run), 2), 0.5)
-    tiny_run.finish(run, "sft", 2)
-    return run
+    return tiny_run.history_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")

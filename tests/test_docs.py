@@ -95,9 +95,8 @@ def test_the_code_of_every_page_runs(model_folder, tmp_path, monkeypatch):
     (quick / "model").symlink_to(model_folder)
     data, names = tiny_run.dataset(), ["toy story", "aladdin", "the lion king"]
     titles = dict(enumerate([*names, *list(data.titles.values())[len(names) :]]))
-    run = tiny_run.make_run(tmp_path / "tiny", "history", dataclasses.replace(data, titles=titles))
-    tiny_run.save(run, "sdpo", 2, tiny_run.adapters(tiny_run.model_of(run), 2), 0.5)
-    tiny_run.finish(run, "sdpo", 2)
+    data = dataclasses.replace(data, titles=titles)
+    run = tiny_run.history_run(tmp_path / "tiny", "sdpo", data)
     (quick / "run").symlink_to(run)
     monkeypatch.chdir(tmp_path)
     blocks = [b for p in PAGES for b in re.findall(r"```python\n(.*?)```", p.read_text(), re.S)]

@@ -31,9 +31,7 @@ KEYS = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of histories with one adapter, evaluated with both decoders."""
-    run = tiny_run.make_run(tmp_path_factory.mktemp("tiny"), "history")
-    tiny_run.save(run, "sft", 2, tiny_run.adapters(tiny_run.model_of(run), 2), 0.5)
-    tiny_run.finish(run, "sft", 2)
+    run = tiny_run.history_run(tmp_path_factory.mktemp("tiny"))
     evaluate(run, ["base", "sft"], decoders=["score", "beam"], rank="catalogue", beams=10)
     return run
 

@@ -25,10 +25,7 @@ from sdpo_jax.serving.sources import of_workdir
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    run = tiny_run.make_run(tmp_path_factory.mktemp("run"), "history")
-    tiny_run.save(run, "sft", 2, tiny_run.adapters(tiny_run.model_of(run), 2), 0.5)
-    tiny_run.finish(run, "sft", 2)
-    return run
+    return tiny_run.history_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")

@@ -91,5 +91,13 @@ def make_run(folder: Path, prompt: str = "candidates", data: Dataset | None = No
     return folder / "run"
 
 
+def history_run(folder: Path, stage: str = "sft", data: Dataset | None = None) -> Path:
+    """A run of histories that has finished `stage` with an adapter that changes the answers."""
+    run = make_run(folder, "history", data)
+    save(run, stage, 2, adapters(model_of(run), 2), 0.5)
+    finish(run, stage, 2)
+    return run
+
+
 def model_of(run: Path):
     return load_model(run.parent / "model", LORA, dtype="float32")

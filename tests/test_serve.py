@@ -166,11 +166,12 @@ def test_a_stopped_server_answers_what_it_has_accepted(run):
                         await client.get("/healthz")
                         break
                     await asyncio.sleep(0.1)
-                body = {"history": ["heat", "alien"], "k": 5}
+                # More items than before, so that a wider beam is compiled while all others wait.
+                body = {"history": ["heat", "alien"], "k": 90}
                 tasks = [
                     asyncio.create_task(client.post("/recommend", json=body)) for _ in range(20)
                 ]
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.7)
                 os.kill(process.pid, signal.SIGTERM)
                 return await asyncio.gather(*tasks)
 

@@ -36,7 +36,7 @@ def beam_search(
     allowed_BY: jax.Array,
     width: int,
     at_once: int = 0,
-    needed: int = 0,
+    needed: jax.Array | int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The `width` titles that beam search finds among those allowed: places and log-probs, [B, C].
 
@@ -50,8 +50,8 @@ def beam_search(
       allowed_BY: which of them may be found.
       width: C.
       at_once: Q, see `beams_at_once`; 0: all.
-      needed: the search ends when the best `needed` are titles, which then cannot change; 0: all.
-        What comes after them may be no title and is -1.
+      needed: the search ends when the best `needed` are titles, which then cannot change; None:
+        all. What comes after them may be no title and is -1.
     """
     C, A, B = width, catalogue.path_YA.shape[1], len(prefix.mask_BP)
     L, G, H = (prefix.keys_LBPGH.shape[axis] for axis in (0, 3, 4))
@@ -61,7 +61,8 @@ def beam_search(
     def goes_on(carry):
         t, logp_BC, node_BC, _, _ = carry
         inner_BC = (catalogue.leaf_X[node_BC] < 0) & (logp_BC > NEVER / 2)
-        return (t < A) & inner_BC[:, : needed or C].any()
+        asked_C = jnp.arange(C) < (C if needed is None else needed)
+        return (t < A) & (inner_BC & asked_C).any()
 
     logp_BC, node_BC = _roots(decoder.logits(prefix.last_BD[:, None])[:, 0], catalogue, open_BX, C)
     slot_BCA = jnp.zeros((B, C, A), jnp.int32).at[:, :, 0].set(jnp.arange(C))

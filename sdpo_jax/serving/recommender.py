@@ -84,7 +84,7 @@ class Recommender:
             return jax.jit(run, **settings)
 
         self._prefill, self._score = jitted(decode.prefill), jitted(decode.score)
-        self._beam = jitted(beam_search, static_argnames=("width", "at_once", "needed"))
+        self._beam = jitted(beam_search, static_argnames=("width", "at_once"))
         self._exact = jitted(catalogue.score_catalogue)
 
     @classmethod

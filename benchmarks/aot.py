@@ -40,7 +40,7 @@ from sdpo_jax.system import sharding
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.files import read_object, write_json
-from sdpo_jax.system.topologies import open_topology
+from sdpo_jax.system.topologies import GPUS, open_topology
 from sdpo_jax.training import device_stats
 from sdpo_jax.training.step_memory import abstract_model, lower_step, memory_of
 
@@ -56,7 +56,6 @@ CUBLAS = "--xla_gpu_enable_triton_gemm=false"
 TPU_CLOCK = {"TPU v5 lite": 1.5e9, "TPU v5": 1.75e9, "TPU v6 lite": 1.75e9}
 # Shares of the peaks that kernels usually reach.
 BANDWIDTH_SHARE, FLOPS_SHARE = 0.8, 0.65
-GPU_BANDWIDTH = {"NVIDIA H100": 3.35e12, "NVIDIA H200": 4.8e12, "NVIDIA A100": 2.039e12}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +239,7 @@ def read_program(case: Case, program: hlo.Program) -> dict:
     if cycles := hlo.estimated_cycles(program):
         clock = next(hz for name, hz in TPU_CLOCK.items() if kind.startswith(name))
         return found | {"cycles": cycles, "seconds": cycles / clock}
-    bandwidth = next((b for name, b in GPU_BANDWIDTH.items() if kind.startswith(name)), None)
+    bandwidth = next((gpu.bandwidth for gpu in GPUS.values() if gpu.name == kind), None)
     peak = device_stats.peak_flops(device, "bfloat16")
     if bandwidth is None or peak is None:
         return found

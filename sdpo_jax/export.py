@@ -253,7 +253,8 @@ def report(output: Path, form: str) -> str:
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     written = f"{output}: {form}, {size / 1e6:,.1f} MB, with a model card that has the prompt"
     if form == "bundle":
-        return f"{written}\nnext: python -m sdpo_jax.recommend --bundle={output} --history=…"
+        base = "" if (output / "model").is_dir() else " --model=CONVERTED_BASE"
+        return f"{written}\nnext: python -m sdpo_jax.recommend --bundle={output}{base} --history=…"
     if form == "merged":
         return f"{written}\nnext: vllm serve {output}"
     adapter = read_object(output / "adapter_config.json", "expected what export wrote")

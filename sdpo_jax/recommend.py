@@ -20,6 +20,7 @@ from absl import flags
 from sdpo_jax.reports.tables import markdown
 from sdpo_jax.serving.recommender import BEAMS, METHODS, Recommender
 from sdpo_jax.serving.scoring import as_records, score_file
+from sdpo_jax.serving.sources import of_workdir_or_bundle
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
 
@@ -66,22 +67,19 @@ def options_of(args: Any) -> dict[str, Any]:
     }
 
 
-def open_recommender(args: Any) -> Recommender:
-    """That of --workdir and --stage, or of --bundle and --model. Raises InputError."""
-    if bool(args.workdir) == bool(args.bundle):
-        raise InputError("found neither or both of --workdir and --bundle, expected one of them")
-    if args.bundle:
-        return Recommender.from_bundle(args.bundle, args.model or None)
-    return Recommender.from_workdir(args.workdir, args.stage, beams=args.beams)
-
-
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     if bool(args.history) == bool(args.input):
         raise InputError("found neither or both of --history and --input, expected one of them")
     if bool(args.input) != bool(args.output):
         raise InputError("--output: expected it with --input and only with it")
-    recommender = open_recommender(args)
+    if args.input and (args.candidates or args.json):
+        raise InputError("--candidates, --json: found one beside --input, expected --history")
+    stages = (args.stage,) if args.stage else None
+    if args.workdir and not stages:
+        stages = ("sdpo",)
+    source = of_workdir_or_bundle(args.workdir, args.bundle, args.model, stages)
+    recommender = Recommender(source, beams=args.beams)
     if args.input:
         count = score_file(recommender, Path(args.input), Path(args.output), **options_of(args))
         print(f"{args.output}: recommendations for {count} people")
@@ -100,7 +98,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", "", "folder of the run")
     flags.DEFINE_string("bundle", "", "folder of export --format=bundle, instead of a run")
     flags.DEFINE_string("model", "", "converted base of a bundle that has an adapter alone")
-    flags.DEFINE_string("stage", "sdpo", "base, sft or sdpo")
+    flags.DEFINE_string("stage", "", "of the run: base, sft or sdpo (the default)")
     flags.DEFINE_string("history", "", "titles or ids, oldest first, separated by semicolons")
     flags.DEFINE_string("candidates", "", "rank these titles instead of the catalogue")
     flags.DEFINE_integer("k", 10, "number of items", lower_bound=1)

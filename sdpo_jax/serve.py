@@ -10,12 +10,13 @@ header X-API-Key. SIGTERM ends the server after the requests that it has accepte
 
 import ipaddress
 import os
+import socket
 from collections.abc import Sequence
 
 from absl import flags
 
 from sdpo_jax.serving.recommender import BEAMS, Recommender
-from sdpo_jax.serving.sources import of_bundle, of_workdir
+from sdpo_jax.serving.sources import of_workdir_or_bundle
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
 
@@ -30,6 +31,22 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def check_free(host: str, port: int) -> None:
+    """Raises InputError where the server could not listen, before the model is loaded."""
+    try:
+        with socket.create_server((host, port), family=_family(host)):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--host={host} --port={port}: found {error.strerror or error}, expected an address of "
+            "this machine and a free port: give others"
+        ) from error
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     key = os.environ.get(KEY, "")
@@ -38,15 +55,14 @@ def main(argv: Sequence[str]) -> None:
             f"--host: found {args.host}, which others can reach, expected a key in the "
             f"environment variable {KEY}: set it, or leave the flag out"
         )
-    if bool(args.workdir) == bool(args.bundle):
-        raise InputError("found neither or both of --workdir and --bundle, expected one of them")
     try:
         import uvicorn
 
         from sdpo_jax.serving.server import make_app
     except ImportError as error:
         raise InputError(f"{error}: pip install -e '.[serve]'") from error
-    source = of_bundle(args.bundle, args.model) if args.bundle else of_workdir(args.workdir, ())
+    check_free(args.host, args.port)
+    source = of_workdir_or_bundle(args.workdir, args.bundle, args.model, None)
     app = make_app(Recommender(source, beams=args.beams), key)
     print("warming up", flush=True)
     app.state.service.warm()
@@ -67,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "", "folder of the run; all its stages are served")
     flags.DEFINE_string("bundle", "", "folder of export --format=bundle, instead of a run")
-    flags.DEFINE_string("model", None, "converted base of a bundle that has an adapter alone")
+    flags.DEFINE_string("model", "", "converted base of a bundle that has an adapter alone")
     flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
     flags.DEFINE_integer("port", 8000, "port to listen on", lower_bound=1, upper_bound=65535)
     flags.DEFINE_integer("beams", BEAMS, "width of the beam", lower_bound=1)

@@ -270,6 +270,10 @@ def main(argv: Sequence[str]) -> None:
     if args.help_config:
         print(explained(config))
         return
+    if args.topology and not args.explain:
+        raise InputError(
+            "--topology: found it without --explain, expected both: nothing trains there"
+        )
     if args.explain:
         explain(config, experiment, args.topology)
         return

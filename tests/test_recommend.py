@@ -86,6 +86,7 @@ def test_unknown_titles_are_answered_with_the_nearest_ones(recommender):
     for history, words in (
         ("heat", "expected a list"),
         ([], "expected one or more"),
+        ([[]], "expected one or more"),
         ([99], "found id 99"),
         ([True], "expected a title or an integer"),
         ([["heat"], []], "expected one or more"),
@@ -128,9 +129,24 @@ def test_a_file_that_was_stopped_is_finished_with_the_same_bytes(
     first = json.loads(whole.read_text().splitlines()[0])
     assert first["user"] == "ü0" and len(first["items"]) == 2 and "history" not in first
     partial = tmp_path / "stopped.jsonl.partial"
-    partial.write_bytes(whole.read_bytes()[:-300])  # in the middle of a line
+
+    def stop(*arguments) -> None:
+        partial.write_bytes(whole.read_bytes()[:-300])  # in the middle of a line
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(scoring, "_score_rest", stop)
+        scoring.score_file(recommender, source, stopped, **options)
+    with pytest.raises(InputError, match=r"found a call with another options, expected the same"):
+        scoring.score_file(recommender, source, stopped, k=3, fuzzy=False)
     scoring.score_file(recommender, source, stopped, **options)
     assert stopped.read_bytes() == whole.read_bytes() and not partial.exists()
+    with pytest.raises(InputError, match=r"--output=.*whole\.jsonl/x\.jsonl: .*: give another"):
+        scoring.score_file(recommender, source, whole / "x.jsonl", **options)
+    stray = tmp_path / "stray.jsonl"
+    stray.with_name("stray.jsonl.partial").write_text("x")
+    with pytest.raises(InputError, match="expected both: remove it"):
+        scoring.score_file(recommender, source, stray, **options)
     with pytest.raises(InputError, match=r"--output: found .*whole\.jsonl, expected a new file"):
         scoring.score_file(recommender, source, whole, **options)
     source.write_text('{"history": ["heat"]}\n{"history": ["hat"]}\n')
@@ -161,6 +177,7 @@ def test_the_command_prints_a_table_or_json_and_refuses_in_one_line(run):
     assert len(found) == 3 and set(found[0]) == {"id", "title", "score"}
     wrong = sdpo("--history=haet")
     assert wrong.returncode == 2 and wrong.stdout == ""
+    assert "expected one or more titles" in sdpo("--history=;").stderr
     assert wrong.stderr.count("\n") == 1 and "did you mean 'heat'" in wrong.stderr
     text = show([("up", -1.0), ("big", -1.0)])
     assert "| up" in text and "50%" in text

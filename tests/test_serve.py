@@ -16,11 +16,12 @@ import tiny_run
 from fastapi.testclient import TestClient
 from trainers import ROOT, environment
 
-from sdpo_jax.serve import is_loopback
+from sdpo_jax.serve import check_free, is_loopback
 from sdpo_jax.serving import server
 from sdpo_jax.serving.batcher import Batcher, Busy
 from sdpo_jax.serving.recommender import Recommender
 from sdpo_jax.serving.sources import of_workdir
+from sdpo_jax.system.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +184,22 @@ def test_a_stopped_server_answers_what_it_has_accepted(run):
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def test_a_wrong_query_spoils_no_other(recommender):
+    service = server.Service(recommender)
+    found = service._run(("score", "sft"), [("heat\n", ["up"]), ("heat\n", ["\x00"])])
+    assert found[0] == pytest.approx(recommender.score("heat\n", ["up"]))
+    assert isinstance(found[1], InputError)
+
+
+def test_an_address_that_is_taken_is_refused_before_the_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port={port}: found .* in use"):
+            check_free("127.0.0.1", port)
+    with pytest.raises(InputError, match=r"--host=no\.such\.host"):
+        check_free("no.such.host", 1)
 
 
 def test_the_page_needs_nothing_from_elsewhere(client):

@@ -25,7 +25,8 @@ class Batcher:
     """Queues queries and hands those with one key to `run` together, up to `at_once`.
 
     Args:
-      run: (key, queries) -> answers, in order; called in one thread, never twice at a time.
+      run: (key, queries) -> answers or exceptions, in order; called in one thread, never twice at
+        a time.
       at_once: most queries of a call.
       places: most queries that may wait.
     """
@@ -36,7 +37,7 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "model")
         self._task: asyncio.Task | None = None
-        self.sizes: list[int] = []  # of the latest calls
+        self._running = False
 
     @property
     def waiting(self) -> int:
@@ -48,7 +49,7 @@ class Batcher:
 
     async def stop(self) -> None:
         """Answers what waits, then ends the thread."""
-        while self._waiting:
+        while self._waiting or self._running:
             await asyncio.sleep(0.01)
         if self._task:
             self._task.cancel()
@@ -86,16 +87,19 @@ class Batcher:
     async def _answer(self, jobs: list[_Job]) -> None:
         if not jobs:
             return
-        self.sizes = [*self.sizes[-99:], len(jobs)]
+        self._running = True
         queries = [job.query for job in jobs]
         loop = asyncio.get_running_loop()
         try:
             found = await loop.run_in_executor(self._thread, self._run, jobs[0].key, queries)
         except Exception as error:  # given to those who asked
-            for job in jobs:
-                if not job.future.done():
-                    job.future.set_exception(error)
-            return
+            found = [error] * len(jobs)
+        finally:
+            self._running = False
         for job, answer in zip(jobs, found, strict=True):
-            if not job.future.done():
+            if job.future.done():
+                continue
+            if isinstance(answer, Exception):
+                job.future.set_exception(answer)
+            else:
                 job.future.set_result(answer)

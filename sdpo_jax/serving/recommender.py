@@ -9,6 +9,7 @@ A person needs no training: the history is the prompt. Shape letters are declare
 
 import copy
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -102,18 +103,31 @@ class Recommender:
         return cls(sources.of_model(folder, adapter, **settings))
 
     @classmethod
-    def from_bundle(cls, folder: str | Path, model: str | Path | None = None) -> "Recommender":
+    def from_bundle(
+        cls, folder: str | Path, model: str | Path | None = None, beams: int = BEAMS
+    ) -> "Recommender":
         """What `sdpo export --format=bundle` wrote; see `sources.of_bundle`."""
-        return cls(sources.of_bundle(folder, model))
+        return cls(sources.of_bundle(folder, model), beams=beams)
 
     def at_stage(self, stage: str) -> "Recommender":
         """The same with another adapter of its source; compiled programs are shared."""
         if stage not in self.source.adapters:
             known = ", ".join(self.source.adapters)
             raise InputError(f"stage: found {brief(stage)}, expected one of {known}")
+        if self.dataset.titles:
+            _ = self._on_devices  # made once for all stages
         other = copy.copy(self)
         other.stage = stage
         return other
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of what its numbers depend on beside the question."""
+        digest = hashlib.sha256(self.source.model.meta["sha256"].encode())
+        digest.update(repr((self.dataset.titles, self.settings, self.beams)).encode())
+        for leaf in jax.tree.leaves(self.source.adapters[self.stage]):
+            digest.update(sharding.to_host(leaf).tobytes())
+        return digest.hexdigest()
 
     @property
     def _weights(self) -> tuple[nnx.State, nnx.State]:
@@ -198,6 +212,8 @@ class Recommender:
             )
         if type(k) is not int or k < 1:
             raise InputError(f"k: found {brief(k)}, expected a whole number of 1 or more")
+        if not history:
+            raise InputError("history: found none, expected one or more titles or ids")
         titles = self._titles
         known = tuple(self.index.item(one, fuzzy) for one in history)
         allowed_I = self.index.allowed() if allowed_I is None else allowed_I.copy()
@@ -255,16 +271,20 @@ class Recommender:
         ]
 
     def rank(
-        self, history: Sequence[int | str], candidates: Sequence[int | str], **options: Any
+        self,
+        history: Sequence[int | str],
+        candidates: Sequence[int | str],
+        *,
+        template: int = 0,
     ) -> list[tuple[str, float]]:
         """(title, log-prob) of each candidate given a history, best first.
 
-        Titles need not be of the catalogue. `options`: `template`, the prompt's wording.
+        Titles need not be of the catalogue. `template`: number of the prompt's wording.
         """
         if not history or not candidates:
             raise InputError("rank: found none, expected one or more titles of both kinds")
         shown, titles = ([self._title(x) for x in part] for part in (history, candidates))
-        example = self._example(shown, titles, options.get("template", 0))
+        example = self._example(shown, titles, template)
         logp_C = self._logp(example)
         order = np.argsort(-logp_C, kind="stable")
         return [(titles[c], float(logp_C[c])) for c in order]
@@ -282,6 +302,11 @@ class Recommender:
         if not ids:
             raise InputError(f"prompt: found {prompt!r}, expected a text that has tokens")
         ends = [title_ids(-1, answer, tokenizer, tokenizer.eos_token_id) for answer in answers]
+        longest, most = len(ids) + max(map(len, ends)), self.source.model.config.positions
+        if most is not None and longest > most:
+            raise InputError(
+                f"prompt: found {longest} tokens with an answer, expected up to {most}"
+            )
         return self._logp(Example.single(np.array(ids, np.int32), ends)).tolist()
 
     def why(self, history: Sequence[int | str], item: int | str) -> list[tuple[str, float]]:
@@ -289,7 +314,8 @@ class Recommender:
 
         The most important first. Raises InputError for a history of one title.
         """
-        known = [self.index.item(one) for one in history]
+        # The model does not read what comes before.
+        known = [self.index.item(one) for one in history][-self.settings.history :]
         if len(known) < 2:
             raise InputError("history: found one title, expected two or more to compare")
         answer = [self.encoder.answer(self.index.item(item))]

@@ -1,5 +1,6 @@
 """Histories in a JSONL file, recommendations out: resumable, for as many people as the file has."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from sdpo_jax.serving.recommender import Recommender
 from sdpo_jax.serving.titles import people
 from sdpo_jax.system.errors import InputError
-from sdpo_jax.system.files import parse_json
+from sdpo_jax.system.files import parse_json, read_object, write_json
 
 CHUNK = 256  # people whose recommendations are written together
 
@@ -28,9 +29,44 @@ def score_file(recommender: Recommender, source: Path, output: Path, **options: 
         raise InputError(f"--output: found {output}, expected a new file: remove it")
     total = sum(1 for _ in _records(source))
     partial = output.with_name(f"{output.name}.partial")
+    question = output.with_name(f"{output.name}.partial.json")
+    try:
+        _same_question(question, recommender, source, options)
+        _score_rest(recommender, source, partial, total, options)
+        os.replace(partial, output)
+        question.unlink()
+    except OSError as error:
+        raise InputError(f"--output={output}: {error.strerror or error}: give another") from error
+    return total
+
+
+def _same_question(file: Path, recommender: Recommender, source: Path, options) -> None:
+    """Notes what is asked, or raises InputError where the partial file answers something else."""
+    asked = {
+        "input": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "model": recommender.identity,
+        "options": options,
+    }
+    if not file.exists():
+        partial = file.with_suffix("")
+        if partial.exists():
+            raise InputError(f"{partial}: found it without {file.name}, expected both: remove it")
+        write_json(file, asked)
+        return
+    found = read_object(file, "expected what an unfinished call left: remove it")
+    if changed := [key for key, value in asked.items() if found.get(key) != value]:
+        raise InputError(
+            f"{file}: found a call with another {', '.join(changed)}, expected the same as now: "
+            "repeat that one, or remove this file and the one beside it"
+        )
+
+
+def _score_rest(
+    recommender: Recommender, source: Path, partial: Path, total: int, options: dict[str, Any]
+) -> None:
+    """Appends what `partial` lacks, chunk by chunk."""
     done = _whole_chunks(partial)
-    mode = "r+b" if partial.exists() else "wb"
-    with partial.open(mode) as file:
+    with partial.open("r+b" if partial.exists() else "wb") as file:
         file.truncate(_end_of_line(partial, done))
         file.seek(0, os.SEEK_END)
         records = itertools.islice(_records(source), done, None)
@@ -40,8 +76,6 @@ def score_file(recommender: Recommender, source: Path, output: Path, **options: 
                 file.flush()
                 os.fsync(file.fileno())
                 bar.update(len(chunk))
-    os.replace(partial, output)
-    return total
 
 
 def _records(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:

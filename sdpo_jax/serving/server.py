@@ -112,11 +112,14 @@ class Service:
             recommender.answer([recommender.query([item])] * count)
 
     def _run(self, key: tuple[str, str], queries: list[Any]) -> list[Any]:
+        """Answers; an InputError in place of an answer is that query's alone."""
         kind, stage = key
         recommender = self.stages[stage]
         if kind == "recommend":
-            return recommender.answer(queries)
-        return [getattr(recommender, kind)(*query) for query in queries]
+            with contextlib.suppress(InputError):
+                return recommender.answer(queries)
+            return [_or_error(lambda q: recommender.answer([q])[0], query) for query in queries]
+        return [_or_error(getattr(recommender, kind), *query) for query in queries]
 
     async def ask(self, kind: str, stage: str | None, query: Any) -> Any:
         """An answer within SECONDS. Raises HTTPException."""
@@ -129,6 +132,14 @@ class Service:
             ) from None
         except TimeoutError:
             raise HTTPException(503, "no answer in time: try again", {"Retry-After": "5"}) from None
+
+
+def _or_error(function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        found = function(*arguments)
+    except InputError as error:
+        return error
+    return found
 
 
 def make_app(recommender: Recommender, key: str = "") -> FastAPI:

@@ -83,6 +83,24 @@ def of_workdir(workdir: str | Path, stages: tuple[str, ...], step: int | None = 
     return Source(model, adapters, inputs.dataset, settings, mesh)
 
 
+def of_workdir_or_bundle(
+    workdir: str, bundle: str, model: str, stages: tuple[str, ...] | None
+) -> Source:
+    """What the flags of these names say; `stages`: None where --stage was not given.
+
+    Raises InputError for flags that do not go together.
+    """
+    if bool(workdir) == bool(bundle):
+        raise InputError("found neither or both of --workdir and --bundle, expected one of them")
+    if bundle:
+        if stages:
+            raise InputError("--stage: found it beside --bundle, which has one stage: leave it out")
+        return of_bundle(bundle, model or None)
+    if model:
+        raise InputError("--model: found it without --bundle: the run names its model")
+    return of_workdir(workdir, stages or ())
+
+
 def of_model(
     folder: str | Path,
     adapter: str | Path | None = None,
@@ -147,7 +165,10 @@ def of_bundle(folder: str | Path, model: str | Path | None = None) -> Source:
             f"{base}: found another model than the one that {folder} was made with: give the same"
         )
     content = dict(meta["settings"])
-    settings = Settings(tuple(content.pop("templates")), **content)
+    try:
+        settings = Settings(tuple(content.pop("templates")), **content)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder}/{BUNDLE}: settings: found {error}: {_RESTORE}") from error
     source = of_model(
         base,
         None if whole else folder / "adapter",

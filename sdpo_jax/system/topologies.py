@@ -5,6 +5,7 @@ JAX's CUDA plugin (`'.[gpu]'`).
 """
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,7 @@ class Topology:
     limit: int
 
 
+@functools.cache
 def open_topology(name: str) -> Topology:
     """The devices of `name`: a TPU slice such as "v5e:4x4", or GPUs such as "8xh100".
 

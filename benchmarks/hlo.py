@@ -329,14 +329,18 @@ def _single(one: Instruction) -> bool:
     return bool(sizes) and set(sizes[1].split(",")) == {"1"}
 
 
-def wide_float32_products(program: Program, width: int) -> list[str]:
-    """Origins of products that leave a float32 array [many, `width` or more] in memory."""
+def wide_float32_products(program: Program, width: int, rank: int = 24) -> list[str]:
+    """Origins of products that leave float32 activations of `width` in memory.
+
+    Gradients of adapters are float32 and have an axis of up to `rank`.
+    """
     found = []
     for one, computation, _, _ in program.kernels():
         if not flops_of(one, computation, program):
             continue
         for dtype, sizes in one.shapes:
-            if dtype == "f32" and len(sizes) > 1 and min(sizes[-2:]) >= width:
+            wide = [size for size in sizes if size > 1]
+            if dtype == "f32" and len(wide) > 1 and width in wide and min(wide) > rank:
                 found.append(one.origin)
     return found
 

@@ -97,6 +97,23 @@ ENTRY %main (x: f32[8,100], i: s32[], y: f32[100]) -> f32[8,100] {
     assert hlo.moved_bytes(one, computation, program) == 400 + 4 + 400 + 400
 
 
+def test_float32_activations_are_told_from_gradients_of_adapters():
+    text = """HloModule m
+
+ENTRY %main (x: bf16[64,128], w: bf16[128,256]) -> f32[64,256] {
+  %x = bf16[64,128]{1,0} parameter(0)
+  %w = bf16[128,256]{1,0} parameter(1)
+  %a = f32[64,8]{1,0} parameter(2)
+  %rounded = bf16[64,256]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %gradient = f32[8,256]{1,0} dot(%a, %rounded), lhs_contracting_dims={0}, rhs_contracting_dims={0}
+  ROOT %wide = f32[64,256]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+    program = hlo.parse(text)
+    assert len(hlo.wide_float32_products(program, 256)) == 1
+    assert hlo.wide_float32_products(program, 512) == []
+
+
 def test_copies_of_weights_are_told_from_slices_and_from_activations():
     text = """HloModule m
 

@@ -46,7 +46,7 @@ from sdpo_jax.training.step_memory import abstract_model, lower_step, memory_of
 
 SMOLLM2 = DecoderConfig(V=49152, L=30, D=576, N=9, G=3, H=64, F=1536, tied=True)
 # V: no multiple of D or F, for whose arrays its own would be taken.
-TOY = DecoderConfig(V=928, L=2, D=128, N=4, G=2, H=32, F=256)
+TOY = DecoderConfig(V=2000, L=2, D=128, N=4, G=2, H=32, F=256)
 # Model, tokens of a prompt among candidates, of a title.
 SIZES = {"7b": (LLAMA2_7B, 300, 9), "smollm2": (SMOLLM2, 196, 6), "toy": (TOY, 20, 4)}
 TARGETS = 60  # of a history

@@ -83,7 +83,7 @@ def _histories(dataset: str, model: Path, work: Path, out: Path, toy: bool) -> P
     run = work / "histories"
     short = ("--config.sft.max_steps=2", "--config.sdpo.max_steps=2") if toy else ()
     windows = 8 if toy else 2000
-    config = "configs/quickstart.py:" + ("smoke" if toy else "gpu")
+    config = "configs/history.py" + (":smoke" if toy else "")
     here = (f"--workdir={run}", "--split=test_all", f"--limit={windows}")
     return Part(
         "histories",
@@ -111,7 +111,7 @@ def _large(out: Path, toy: bool) -> Part:
     microbatches = "2" if toy else "16,32"
     return Part(
         "large",
-        110,
+        150,
         (
             module(
                 "benchmarks.large",

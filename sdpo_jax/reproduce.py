@@ -28,11 +28,10 @@ from sdpo_jax.reproduction.cells import (
     DATASETS,
     KEYS,
     SCALES,
-    TARGETS,
     Study,
     left_out,
-    plan,
 )
+from sdpo_jax.reproduction.plan import TARGETS, plan
 from sdpo_jax.reproduction.running import Stopped, pasted, run
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError, brief
@@ -41,10 +40,12 @@ from sdpo_jax.system.files import TEXT, Kind, check_keys, read_json, whole_file,
 ASKED = "reproduce.json"  # targets and options of a folder so far
 FIXED = ("scale", "model", "options")  # the same for all figures of a page
 # Can be added later, but not changed: cells are made with them.
-ADDED = ("lastfm", "goodreads", *BACKBONES, "endpoint", "chat_model")
+ADDED = ("lastfm", "goodreads", "amazon", *BACKBONES, "endpoint", "chat_model")
 
 
-def reproduce(workdir: str | Path, asked: Mapping[str, Any], dry_run: bool = False) -> bool:
+def reproduce(
+    workdir: str | Path, asked: Mapping[str, Any], dry_run: bool = False, jobs: int = 1
+) -> bool:
     """Runs the remaining cells of `asked` and writes the page; returns whether none failed.
 
     Args:
@@ -52,6 +53,7 @@ def reproduce(workdir: str | Path, asked: Mapping[str, Any], dry_run: bool = Fal
       asked: "wanted", target -> data sets; "scale", "model", "options"; "lastfm", "goodreads", the
         backbones, "endpoint" and "chat_model": each "" if not given.
       dry_run: only print the commands.
+      jobs: cells at once.
 
     Raises InputError for options that do not fit, and Stopped after a signal.
     """
@@ -67,7 +69,7 @@ def reproduce(workdir: str | Path, asked: Mapping[str, Any], dry_run: bool = Fal
         return True
     try:
         write_json(root / ASKED, known)
-        failed = run(cells, root, lambda failed: write_page(study, known["wanted"], failed))
+        failed = run(cells, root, lambda failed: write_page(study, known["wanted"], failed), jobs)
         write_page(study, known["wanted"], failed)
     except OSError as error:
         raise InputError(
@@ -128,7 +130,7 @@ def study_of(root: Path, asked: Mapping[str, Any]) -> Study:
         scale,
         asked["model"],
         options_of(asked["options"]),
-        {name: asked[name] for name in ("lastfm", "goodreads")},
+        {name: asked[name] for name in ("lastfm", "goodreads", "amazon")},
         {name: asked[name] for name in BACKBONES},
         asked["endpoint"],
         asked["chat_model"],
@@ -175,7 +177,7 @@ def main(argv: Sequence[str]) -> None:
     asked = {key: args[key].value for key in (*FIXED, *ADDED)}
     asked["wanted"] = {target: args.datasets for target in targets}
     try:
-        complete = reproduce(args.workdir, asked, args.dry_run)
+        complete = reproduce(args.workdir, asked, args.dry_run, args.jobs)
     except Stopped:
         print(f"stopped: the same command resumes from {args.workdir}")
         sys.exit(os.EX_TEMPFAIL)
@@ -189,6 +191,8 @@ if __name__ == "__main__":
     flags.DEFINE_list("datasets", list(DATASETS), "comma-separated")
     flags.DEFINE_string("lastfm", "", "LastFM's raw files")
     flags.DEFINE_string("goodreads", "", "Goodreads' raw files")
+    flags.DEFINE_string("amazon", "", "Amazon's raw files")
+    flags.DEFINE_integer("jobs", 1, "cells at once: a GPU has room for several", lower_bound=1)
     flags.DEFINE_string("model", "", "folder of sdpo_jax.convert; default: the small model")
     for _name, _title in BACKBONES.items():
         flags.DEFINE_string(_name, "", f"folder of sdpo_jax.convert with {_title}, for table4")

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from sdpo_jax.data.tokens import Example
 from sdpo_jax.system.processes import Interrupted, StopSignal
 from sdpo_jax.system.sharding import AXES
+from sdpo_jax.training import inference as inference_module
 from sdpo_jax.training import reference
 from sdpo_jax.training.inference import Inference
 
@@ -72,6 +73,15 @@ ONE_TARGET = [
 ]
 
 
+def inference_by(logp) -> Inference:
+    """Two examples at once on one device, with `logp` in place of the model."""
+    inference = Inference.__new__(Inference)
+    inference.base, inference.microbatch, inference.rows = None, 2, 1
+    inference.mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+    inference._logp = logp
+    return inference
+
+
 @pytest.mark.parametrize("examples", [ONE_TARGET, random_segments(np.random.default_rng(0), 5, 1)])
 def test_an_interrupted_pass_goes_on_where_it_stopped(examples):
     computed, saved = [], []
@@ -86,11 +96,7 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(examples):
     stop = SimpleNamespace(received=False)
     stop.ask = lambda: stop.received
     stop.check = lambda: StopSignal.check(stop)
-    inference = Inference.__new__(Inference)
-    inference.base, inference.batch_size = None, 2
-    inference.microbatch, inference.rows = 2, 1
-    inference.mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
-    inference._logp = logp
+    inference = inference_by(logp)
     with pytest.raises(Interrupted):
         inference.logp(None, examples, stop, save=lambda out: saved.append(out.copy()))
     left = np.isnan(saved[-1]).sum()
@@ -100,3 +106,22 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(examples):
     assert len(computed) == 3
     expected = [-1 - place for example in examples for place in example.places]
     np.testing.assert_array_equal(whole[:, 0], expected)
+
+
+@pytest.mark.parametrize(("count", "tokens", "size"), [(3, 2**15, 8), (11, 2**15, 8), (3, 20, 2)])
+def test_an_accelerator_computes_more_examples_at_once_and_all_of_them(
+    count, tokens, size, monkeypatch
+):
+    monkeypatch.setattr(inference_module.sharding, "platform", lambda mesh: "gpu")
+    monkeypatch.setattr(inference_module, "TOKENS", tokens)
+    sizes = []
+
+    def logp(lora, base, batch):
+        sizes.append(len(batch["prompt_BP"]))
+        return batch["prompt_mask_BP"].sum(-1)[:, None, None].astype(np.float32)
+
+    examples = [ONE_TARGET[i % len(ONE_TARGET)] for i in range(count)]
+    stop = SimpleNamespace(ask=lambda: False, check=lambda: None)
+    found = inference_by(logp).logp(None, examples, stop)
+    assert set(sizes) == {size}
+    np.testing.assert_array_equal(found[:, 0], [len(example.prompt) for example in examples])

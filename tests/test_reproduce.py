@@ -19,7 +19,8 @@ from sdpo_jax.evaluation import results
 from sdpo_jax.reports.document import Heading, Notes, Table, Text, to_html, to_markdown
 from sdpo_jax.reproduce import reproduce
 from sdpo_jax.reproduction import cells, page, running
-from sdpo_jax.reproduction.cells import SCALES, TARGETS, Cell, Place, Step, Study, plan
+from sdpo_jax.reproduction.cells import SCALES, Cell, Place, Step, Study
+from sdpo_jax.reproduction.plan import TARGETS, plan
 from sdpo_jax.runs.config import keys
 from sdpo_jax.system.errors import InputError
 
@@ -35,7 +36,16 @@ def study(tmp_path):
 
 def asked(*targets, **changes):
     """As the command's flags tell it."""
-    keys = ("model", "options", "lastfm", "goodreads", *cells.BACKBONES, "endpoint", "chat_model")
+    keys = (
+        "model",
+        "options",
+        "lastfm",
+        "goodreads",
+        "amazon",
+        *cells.BACKBONES,
+        "endpoint",
+        "chat_model",
+    )
     wanted = {target: ["movielens"] for target in targets}
     return dict.fromkeys(keys, "") | {"scale": "smoke", "model": "m", "wanted": wanted} | changes
 

@@ -11,8 +11,15 @@ from pathlib import Path
 
 from sdpo_jax.evaluation.systems import NAMES, TRADITIONAL
 
-DATASETS = {"movielens": "MovieLens-100K", "lastfm": "LastFM", "goodreads": "Goodreads"}
-DOMAIN = {"movielens": "movie", "lastfm": "music", "goodreads": "book"}
+DATASETS = {
+    "movielens": "MovieLens-100K",
+    "lastfm": "LastFM",
+    "goodreads": "Goodreads",
+    "amazon": "Amazon Industrial",
+}
+DOMAIN = {"movielens": "movie", "lastfm": "music", "goodreads": "book", "amazon": "product"}
+# Data sets whose `test` has the windows of several users' whole histories; others have test_all.
+WHOLE = ("lastfm", "amazon")
 BACKBONES = {"llama1": "LLaMA1-7B", "mistral": "Mistral-7B", "pythia": "Pythia-2.8B"}
 K, BETA = 3, 1.0  # [paper]
 # Config keys that define a row's training, so that --options may not set them.
@@ -28,6 +35,9 @@ KEYS = (
     "item_vectors",
 )
 DECODERS = ("greedy", "score")  # the paper's metric, and the ranking of all candidates
+# Options of sdpo_jax.evaluate -> the endings of its files.
+Evaluations = Mapping[tuple[str, ...], tuple[str, ...]]
+OF_CANDIDATES: Evaluations = {(f"--decoder={','.join(DECODERS)}",): DECODERS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +48,7 @@ class Scale:
     variant: str  # of configs/<data set>.py
     split: str  # where the data set has it, else `test`
     limit: int  # windows of it; 0: all
+    history_limit: int  # the same for prompts of histories
     negatives: tuple[int, ...] = (1, 3, 5, 8, 10, 15)
     betas: tuple[float, ...] = (0.1, 0.5, 1.0, 3.0, 5.0)
     network: tuple[str, ...] = ()  # options of sdpo_jax.baselines
@@ -48,6 +59,7 @@ SCALES = {
         "A few steps, to test the setup: these figures say nothing about any system.",
         ":smoke",
         "test_all",
+        16,
         16,
         (1, 3, 5),
         (0.1, 1.0),
@@ -60,6 +72,7 @@ SCALES = {
         ":small",
         "test_all",
         200,
+        500,
         network=("--l2=1e-6",),
     ),
     "medium": Scale(
@@ -67,8 +80,9 @@ SCALES = {
         ":medium",
         "test_all",
         1000,
+        5000,
     ),
-    "paper": Scale("The paper's setting.", "", "test", 0),
+    "paper": Scale("The paper's setting.", "", "test", 0, 0),
 }
 
 
@@ -118,10 +132,11 @@ class Place:
     study: Study
     dataset: str
     backbone: str = ""
+    kind: str = ""  # folder of the cells of another kind of prompt
 
     @property
     def folder(self) -> Path:
-        return self.study.root / self.dataset / self.backbone
+        return self.study.root / self.dataset / self.backbone / self.kind
 
     @property
     def data(self) -> Path:
@@ -135,12 +150,13 @@ class Place:
 
     @property
     def split(self) -> str:
-        return "test" if self.dataset == "lastfm" else self.study.scale.split
+        return "test" if self.dataset in WHOLE else self.study.scale.split
 
     @property
     def windows(self) -> tuple[str, ...]:
         """Options of the evaluating commands."""
-        limit = self.study.scale.limit
+        scale = self.study.scale
+        limit = scale.history_limit if self.kind else scale.limit
         return (f"--split={self.split}", *([f"--limit={limit}"] if limit else []))
 
 
@@ -194,11 +210,16 @@ def trained(
     stage: str,
     evaluated: Iterable[str],
     needs: tuple[Cell, ...] = (),
+    config: str = "",
+    evaluations: Evaluations = OF_CANDIDATES,
     **keys: object,
 ) -> Cell:
-    """A run of one stage with config `keys`, and its evaluation."""
+    """A run of one stage with config `keys`, and its evaluations.
+
+    `config`: a file of configs/, by default that of the data set.
+    """
     folder, study = place.folder / name, place.study
-    own = {} if converted(place) else {"chat_template": False}  # not every model has one
+    own = {} if converted(place) or config else {"chat_template": False}  # not every model has one
     own = {"dataset": place.data, "model": place.model, "stages": f'("{stage}",)'} | own
 
     def flags(keys: Mapping[str, object]) -> list[str]:
@@ -206,31 +227,32 @@ def trained(
 
     train = (
         "sdpo_jax.train",
-        f"--config=configs/{place.dataset}.py{study.scale.variant}",
+        f"--config=configs/{config or place.dataset}.py{study.scale.variant}",
         f"--workdir={folder}",
         *flags(own),
         *study.options,
         *flags(keys),  # last, as they make the cell what it is
     )
-    evaluate = (
-        "sdpo_jax.evaluate",
-        f"--workdir={folder}",
-        f"--stage={','.join(evaluated)}",
-        f"--decoder={','.join(DECODERS)}",
-        *place.windows,
-    )
-    leaves = tuple(f"eval/{s}-*-{decoder}.json" for s in evaluated for decoder in DECODERS)
-    steps = (Step(train, (f"stages/{stage}.json",)), Step(evaluate, leaves))
-    return Cell(folder, steps, (prepared(place), *converted(place), *needs))
+    steps = [Step(train, (f"stages/{stage}.json",))]
+    for options, endings in evaluations.items():
+        stages = ",".join(evaluated)
+        evaluate = ("sdpo_jax.evaluate", f"--workdir={folder}", f"--stage={stages}", *options)
+        leaves = tuple(f"eval/{s}-*-{ending}.json" for s in evaluated for ending in endings)
+        steps.append(Step((*evaluate, *place.windows), leaves))
+    return Cell(folder, tuple(steps), (prepared(place), *converted(place), *needs))
 
 
-def sft(place: Place) -> Cell:
-    """The SFT stage that preference tuning starts from, its adapter exported, and the base."""
-    cell = trained(place, "sft", "sft", ("base", "sft"))
+def with_adapter(cell: Cell) -> Cell:
+    """An SFT cell that also exports its adapter, from which preference tuning starts."""
     adapter = cell.folder / "adapter"
     export = ("sdpo_jax.export", f"--workdir={cell.folder}", "--stage=sft", f"--output={adapter}")
     step = Step(export, ("adapter/adapter_config.json",))
     return dataclasses.replace(cell, steps=(*cell.steps, step))
+
+
+def sft(place: Place) -> Cell:
+    """The SFT stage that preference tuning starts from, its adapter exported, and the base."""
+    return with_adapter(trained(place, "sft", "sft", ("base", "sft")))
 
 
 def tuned(place: Place, negatives: int = K, beta: float = BETA, objective: str = "sdpo") -> Cell:
@@ -246,18 +268,20 @@ def tuned(place: Place, negatives: int = K, beta: float = BETA, objective: str =
     return trained(place, name, "sdpo", ("sdpo",), (first,), **keys)
 
 
-def network(place: Place, name: str) -> Cell:
+def network(place: Place, name: str, candidates_only: bool = True) -> Cell:
     folder = place.folder / name
     command = (
         "sdpo_jax.baselines",
         f"--model={name}",
         f"--dataset={place.data}",
         f"--workdir={folder}",
-        "--candidates_only",
+        *(["--candidates_only"] if candidates_only else []),
         *place.windows,
         *place.study.scale.network,
     )
-    return Cell(folder, (Step(command, (f"eval/{name}-candidates.json",)),), (prepared(place),))
+    ranks = ("candidates",) if candidates_only else ("candidates", "catalogue")
+    leaves = tuple(f"eval/{name}-{rank}.json" for rank in ranks)
+    return Cell(folder, (Step(command, leaves),), (prepared(place),))
 
 
 def chatrec(place: Place) -> Cell:
@@ -352,32 +376,3 @@ def over_betas(place: Place) -> list[Row]:
         Row("sdpo", f"beta = {beta:g}", tuned(place, beta=beta), "sdpo", at=beta)
         for beta in place.study.scale.betas
     ]
-
-
-# Target -> its rows; Table 3 describes data only.
-TARGETS: dict[str, Callable[[Place], list[Row]]] = {
-    "table1": table1,
-    "table2": table2,
-    "table3": lambda place: [],
-    "table4": table4,
-    "fig2": figure2,
-    "fig3": lambda place: over_negatives(place) + over_betas(place),
-}
-
-
-def plan(study: Study, wanted: Mapping[str, Iterable[str]]) -> list[Cell]:
-    """All cells of `wanted` (target -> data sets), each once and after the cells it needs."""
-    planned: dict[Path, Cell] = {}
-
-    def add(cell: Cell) -> None:
-        for needed in cell.needs:
-            add(needed)
-        planned.setdefault(cell.folder, cell)
-
-    for target, datasets in wanted.items():
-        for place in (Place(study, name) for name in datasets if not left_out(study, name)):
-            add(prepared(place))
-            for found in TARGETS[target](place):
-                if found.cell:
-                    add(found.cell)
-    return list(planned.values())

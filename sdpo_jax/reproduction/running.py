@@ -1,19 +1,25 @@
-"""Runs cells, each command as a child process; a failed cell does not stop the others."""
+"""Runs cells, several at once, each command as a child process.
+
+A failed cell does not stop the others.
+"""
 
 import collections
+import contextlib
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sdpo_jax.reproduction.cells import Cell, Step
 
+POLL = 0.05  # seconds between two looks at the children
+
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM arrived, and the running command has ended."""
+    """SIGINT or SIGTERM arrived, and the running commands have ended."""
 
 
 def pasted(command: Sequence[str]) -> str:
@@ -22,69 +28,121 @@ def pasted(command: Sequence[str]) -> str:
 
 
 def run(
-    cells: Sequence[Cell], root: Path, settled: Callable[[dict[Path, str]], object]
+    cells: Sequence[Cell],
+    root: Path,
+    settled: Callable[[dict[Path, str]], object],
+    jobs: int = 1,
 ) -> dict[Path, str]:
-    """Runs the remaining steps of each cell, in order; returns folder -> why its cell failed.
+    """Runs the remaining steps of each cell; returns folder -> why its cell failed.
 
-    `settled` is called with the failures so far after each cell not done before. Raises Stopped
-    after a signal.
+    Up to `jobs` cells run at once, each after the cells that it needs. `settled` is called with the
+    failures so far after each cell not done before. Raises Stopped after a signal.
     """
     failed: dict[Path, str] = {}
     pace = Pace()
-    for number, cell in enumerate(cells, 1):
-        where = f"[{number}/{len(cells)}] {cell.folder.relative_to(root)}"
-        if not (left := cell.left()):
-            print(f"{where}: done before", flush=True)
-            continue
-        if broken := [needed.folder for needed in cell.needs if needed.folder in failed]:
-            failed[cell.folder] = f"not run, as {broken[0].relative_to(root)} failed"
-        else:
-            print(f"{where}: {pace.told(cells[number - 1 :])}", flush=True)
-            failed |= _cell(cell, left, root, pace)
-        print(f"{where}: {failed.get(cell.folder, 'done')}", flush=True)
-        settled(failed)
+    waiting, active = list(cells), list[_Active]()
+    with _noted_signals() as signals:
+        while waiting or active:
+            if signals:
+                _stop(active)
+                raise Stopped
+            for one in [one for one in active if one.ended(pace)]:
+                active.remove(one)
+                failed |= one.failed
+                found = failed.get(one.cell.folder, "done")
+                print(f"{_where(one.cell, cells, root)}: {found}", flush=True)
+                settled(failed)
+            for cell in _ready(waiting, active)[: jobs - len(active)]:
+                waiting.remove(cell)
+                where = _where(cell, cells, root)
+                if not cell.left():
+                    print(f"{where}: done before", flush=True)
+                elif broken := [needed.folder for needed in cell.needs if needed.folder in failed]:
+                    failed[cell.folder] = f"not run, as {broken[0].relative_to(root)} failed"
+                    print(f"{where}: {failed[cell.folder]}", flush=True)
+                    settled(failed)
+                else:
+                    of_active = [one.cell for one in active]
+                    print(f"{where}: {pace.told([*of_active, cell, *waiting], jobs)}", flush=True)
+                    active.append(_Active(cell, root))
+            if active:
+                time.sleep(POLL)
     return failed
 
 
-def _cell(cell: Cell, steps: Sequence[Step], root: Path, pace: "Pace") -> dict[Path, str]:
-    for step in steps:
-        log = log_of(cell, step, root)
-        started = time.monotonic()
-        status = _child(step.command, log)
-        pace.took(step, time.monotonic() - started)
-        if status or step in cell.left():
-            return {cell.folder: f"{step.command[0]}: {_reason(log, status)} (log: {log})"}
-    return {}
+def _ready(waiting: Sequence[Cell], active: Sequence["_Active"]) -> list[Cell]:
+    """The cells whose needed cells have all ended."""
+    unfinished = {cell.folder for cell in (*waiting, *(one.cell for one in active))}
+    return [cell for cell in waiting if not unfinished & {need.folder for need in cell.needs}]
+
+
+def _where(cell: Cell, cells: Sequence[Cell], root: Path) -> str:
+    return f"[{cells.index(cell) + 1}/{len(cells)}] {cell.folder.relative_to(root)}"
+
+
+class _Active:
+    """A cell whose remaining steps run one after the other, each as a child process."""
+
+    def __init__(self, cell: Cell, root: Path):
+        self.cell, self.failed = cell, dict[Path, str]()
+        self._root, self._steps = root, cell.left()
+        self._begin()
+
+    def ended(self, pace: "Pace") -> bool:
+        """Whether the cell has ended; starts its next step where one has."""
+        status = self.child.poll()
+        if status is None:
+            return False
+        step = self._steps.pop(0)
+        pace.took(step, time.monotonic() - self._started)
+        if status or step in self.cell.left():
+            log = log_of(self.cell, step, self._root)
+            self.failed[self.cell.folder] = (
+                f"{step.command[0]}: {_reason(log, status)} (log: {log})"
+            )
+        if self.failed or not self._steps:
+            return True
+        self._begin()
+        return False
+
+    def _begin(self) -> None:
+        command = self._steps[0].command
+        log = log_of(self.cell, self._steps[0], self._root)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._started = time.monotonic()
+        with log.open("w", encoding="utf-8") as file:
+            print(pasted(command), file=file, flush=True)
+            self.child = subprocess.Popen(
+                [sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT
+            )
+
+
+def _stop(active: Sequence[_Active]) -> None:
+    """Ends the children; training saves its state first."""
+    for one in active:
+        one.child.terminate()
+    for one in active:
+        one.child.wait()
+
+
+@contextlib.contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """The numbers of the SIGINTs and SIGTERMs that arrive, in place of their effect."""
+    found: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: found.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield found
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def log_of(cell: Cell, step: Step, root: Path) -> Path:
     name = "-".join((*cell.folder.relative_to(root).parts, step.command[0].rpartition(".")[2]))
     return root / "logs" / f"{name}.log"
-
-
-def _child(command: Sequence[str], log: Path) -> int:
-    """Runs a command with its output in `log`; returns its exit status. A signal ends it too."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-
-    def stop(number, frame):
-        raise Stopped
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with open(log, "w", encoding="utf-8") as file:
-            print(pasted(command), file=file, flush=True)
-            child = subprocess.Popen(
-                [sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT
-            )
-            try:
-                return child.wait()
-            except Stopped:
-                child.terminate()  # training saves its state first
-                child.wait()
-                raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _reason(log: Path, status: int) -> str:
@@ -105,11 +163,12 @@ class Pace:
     def took(self, step: Step, seconds: float) -> None:
         self._seconds[step.command[0]].append(seconds)
 
-    def told(self, cells: Sequence[Cell]) -> str:
+    def told(self, cells: Sequence[Cell], jobs: int = 1) -> str:
+        """The line of progress when `cells` are left, `jobs` at once."""
         elapsed = f"{clock(time.monotonic() - self._start)} elapsed"
         if not self._seconds:
             return elapsed
-        return f"{elapsed}, about {clock(self._expected(cells))} left"
+        return f"{elapsed}, about {clock(self._expected(cells) / jobs)} left"
 
     def _expected(self, cells: Sequence[Cell]) -> float:
         every = [seconds for kind in self._seconds.values() for seconds in kind]

@@ -76,6 +76,38 @@ def medium(config: Config) -> Config:
     return config
 
 
+def histories(config: Config) -> Config:
+    """Every title of a history a target, with the quickstart's small model: for one GPU.
+
+    An adapter of rank 16, three epochs of SFT, one of S-DPO.
+    """
+    config.dataset = "runs/quickstart/data"
+    config.model = "runs/quickstart/model"
+    config.prompt, config.negatives = "history", "uniform"
+    config.remat = "cheap"
+    config.batch_size, config.microbatch = 8, 8
+    config.lora.rank, config.lora.alpha, config.lora.dropout = 16, 64.0, 0.0
+    config.clip = 1.0
+    config.sft.epochs, config.sft.learning_rate = 3, 2e-3
+    config.sdpo.epochs, config.sdpo.learning_rate = 1, 1e-4
+    config.validation_split, config.validation_windows = "val_all", 600
+    config.eval_every = config.checkpoint_every = 200
+    return config
+
+
+def histories_on_cpu(config: Config) -> Config:
+    """The same in a quarter of an hour on two cores: 23,000 targets of SFT, 6 steps of S-DPO."""
+    config = histories(config)
+    config.dtype, config.base_dtype = cpu_dtypes()
+    # Two segments, about 90 targets per step.
+    config.batch_size, config.microbatch = 2, 2
+    config.sft.epochs, config.sft.max_steps, config.sft.learning_rate = 1, 260, 2.5e-3
+    config.sdpo.max_steps = 6
+    config.validation_windows = 50
+    config.eval_every, config.checkpoint_every = 260, 65
+    return config
+
+
 def variant(config, arg: str, **changes):
     """Applies the change named by the config file's argument (`file.py:arg`), if there is one."""
     if arg and arg not in changes:

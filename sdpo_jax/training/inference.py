@@ -15,7 +15,9 @@ from sdpo_jax.training.progress import progress_bar
 from sdpo_jax.training.step import make_logp
 
 SAVE_SECONDS = 300.0  # between two saves of a reference pass in progress
-WITHOUT_GRADIENT = 4  # training's microbatches at once off CPUs: nothing is stored for a gradient
+# Off CPUs, training's microbatches at once, as nothing is stored for a gradient, and the tokens of
+# them: the logits of a hard negatives' pool take gigabytes per microbatch.
+WITHOUT_GRADIENT, TOKENS = 4, 2**15
 
 
 class Inference:
@@ -23,12 +25,18 @@ class Inference:
 
     def __init__(self, model, layout: str, mesh, microbatch: int):
         self.base, self.mesh = model.base, mesh
-        at_once = 1 if sharding.platform(mesh) == "cpu" else WITHOUT_GRADIENT
-        self.microbatch, self.rows = microbatch * at_once, sharding.data_shards(mesh)
-        self.batch_size = microbatch * self.rows
+        self.microbatch, self.rows = microbatch, sharding.data_shards(mesh)
         self._logp = jax.jit(
             make_logp(model.graphdef, layout), out_shardings=sharding.replicated(mesh)
         )
+
+    def at_once(self, examples: Sequence[Example]) -> int:
+        """Examples per data shard in one batch: `microbatch`, or a multiple of it off CPUs."""
+        if sharding.platform(self.mesh) == "cpu":
+            return self.microbatch
+        longest = max(example.tokens for example in examples)
+        fitting = TOKENS // (self.microbatch * longest)
+        return self.microbatch * min(max(fitting, 1), WITHOUT_GRADIENT)
 
     def logp(
         self,
@@ -50,10 +58,12 @@ class Inference:
           save: called with `logp_XC`, NaN where not yet computed, every SAVE_SECONDS and before
             Interrupted is raised.
         """
+        at_once = self.at_once(examples)
+        size = at_once * self.rows
         order = list(range(len(examples)))
-        order += order[-1:] * (-len(order) % self.batch_size)  # full batches; repeats are dropped
-        order = balanced(examples, order, len(order) // self.microbatch)
-        parts = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        order += order[-1:] * (-len(order) % size)  # full batches; repeats are dropped
+        order = balanced(examples, order, len(order) // at_once)
+        parts = [order[i : i + size] for i in range(0, len(order), size)]
         ends = np.cumsum([example.M for example in examples])
         shape = (int(ends[-1]), examples[0].C)
         out = np.full(shape, np.nan, np.float32) if known_XC is None else known_XC
@@ -69,7 +79,7 @@ class Inference:
         )
         todo = zip(parts[first:], batches, strict=True)
         if name:
-            todo = progress_bar(todo, name, len(examples), first * self.batch_size, self.batch_size)
+            todo = progress_bar(todo, name, len(examples), first * size, size)
         placed, saved = sharding.batch_sharding(self.mesh), time.monotonic()
         queued = None  # fetched when the next one runs, so that the device does not wait
 

@@ -11,7 +11,9 @@ or ran out of time. `--size=toy` runs everything on a CPU in a few minutes.
 The machine needs no network. `benchmarks/gpu-wheels.txt` lists the packages to bring.
 """
 
+import configparser
 import dataclasses
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -22,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
+from packaging.requirements import Requirement
 
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
@@ -53,7 +56,7 @@ def parts(args, out: Path) -> list[Part]:
     toy = args.size == "toy"
     model, work = Path(args.model), out / "work"
     converted = model if (model / "model.json").exists() else work / "model"
-    found = [Part("parity", 40, (module("benchmarks.parity", f"--output={out}/parity.json"),))]
+    found = [Part("parity", 70, (module("benchmarks.parity", f"--output={out}/parity.json"),))]
     if converted != model:
         found.append(
             Part(
@@ -82,17 +85,28 @@ def _histories(dataset: str, model: Path, work: Path, out: Path, toy: bool) -> P
     """An epoch of both stages, HR@1 and the catalogue's metrics, and the adapter."""
     run = work / "histories"
     short = ("--config.sft.max_steps=2", "--config.sdpo.max_steps=2") if toy else ()
-    windows = 8 if toy else 2000
+    windows, whole = (8, 8) if toy else (2000, 500)
     config = "configs/history.py" + (":smoke" if toy else "")
-    here = (f"--workdir={run}", "--split=test_all", f"--limit={windows}")
+    here = (f"--workdir={run}", "--split=test_all")
     return Part(
         "histories",
-        220,
+        170,
         (
             training(config, run, dataset, model, *short),
-            module("sdpo_jax.evaluate", *here, "--stage=base,sft,sdpo", "--decoder=score"),
             module(
-                "sdpo_jax.evaluate", *here, "--stage=sdpo", "--rank=catalogue", "--decoder=beam"
+                "sdpo_jax.evaluate",
+                *here,
+                "--stage=base,sft,sdpo",
+                "--decoder=score",
+                f"--limit={windows}",
+            ),
+            module(
+                "sdpo_jax.evaluate",
+                *here,
+                "--stage=sdpo",
+                "--rank=catalogue",
+                "--decoder=beam",
+                f"--limit={whole}",
             ),
             module(
                 "sdpo_jax.export",
@@ -111,7 +125,7 @@ def _large(out: Path, toy: bool) -> Part:
     microbatches = "2" if toy else "16,32"
     return Part(
         "large",
-        150,
+        140,
         (
             module(
                 "benchmarks.large",
@@ -128,7 +142,7 @@ def _large(out: Path, toy: bool) -> Part:
 def _resume(dataset: str, model: Path, work: Path, out: Path) -> Part:
     """Whether a run that was killed ends with the same bits as one that was not."""
     here = (f"--dataset={dataset}", f"--model={model}", f"--work={work}")
-    return Part("resume", 50, (module("benchmarks.resume", *here, f"--output={out}/resume.json"),))
+    return Part("resume", 45, (module("benchmarks.resume", *here, f"--output={out}/resume.json"),))
 
 
 def _candidates(dataset: str, model: Path, work: Path, toy: bool) -> Part:
@@ -162,7 +176,24 @@ def _official(out: Path, toy: bool) -> Part:
         "--repeats=2",
         f"--output={out}/official.json",
     )
-    return Part("official", 40, (command,))
+    return Part("official", 35, (command,))
+
+
+def check_versions() -> None:
+    """Raises InputError for packages that are missing here, or are not of the versions needed."""
+    settings = configparser.ConfigParser()
+    settings.read(Path(__file__).parents[1] / "setup.cfg")
+    wrong = []
+    for line in settings["options"]["install_requires"].split():
+        needed = Requirement(line)
+        try:
+            found = importlib.metadata.version(needed.name)
+        except importlib.metadata.PackageNotFoundError:
+            found = "no version"
+        if not needed.specifier.contains(found if found[0].isdigit() else "0"):
+            wrong.append(f"{needed.name} {found}, expected {needed.specifier}")
+    if wrong:
+        raise InputError(f"found {'; '.join(wrong)}: bring wheels, see benchmarks/gpu-wheels.txt")
 
 
 def run_part(part: Part, log: Path, limit: float) -> dict:
@@ -231,6 +262,7 @@ def run_parts(todo: Sequence[Part], out: Path, only: Sequence[str] = (), cut: fl
 
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
+    check_versions()
     out = Path(args.output)
     summary = run_parts(parts(args, out), out, args.parts, args.cut)
     if failed := [name for name, found in summary.items() if found["status"]]:

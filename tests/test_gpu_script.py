@@ -1,5 +1,6 @@
 """The script for an accelerator: what is done lies on disk, whatever happens to the rest."""
 
+import importlib.metadata
 import json
 import sys
 from types import SimpleNamespace
@@ -59,3 +60,17 @@ def test_the_parts_take_nine_minutes_and_a_model_is_converted_only_where_it_is_n
     assert "convert" not in [part.name for part in parts]
     assert "candidates-lastfm" in [part.name for part in parts]
     assert sum(part.limit for part in parts) <= 9 * 60
+
+
+def test_versions_that_the_package_does_not_run_with_are_told_before_anything_runs(monkeypatch):
+    gpu.check_versions()
+    version = importlib.metadata.version
+
+    def old(name):
+        return "0.12.4" if name == "orbax-checkpoint" else version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", old)
+    with pytest.raises(
+        InputError, match=r"found orbax-checkpoint 0\.12\.4, expected .*>=0\.12\.8.*"
+    ):
+        gpu.check_versions()

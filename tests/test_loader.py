@@ -11,7 +11,6 @@ from sdpo_jax.data.rows import evenly_spaced
 from sdpo_jax.data.tokens import Encoder
 from sdpo_jax.models.tokenizer import load_tokenizer
 from sdpo_jax.system.errors import InputError
-from sdpo_jax.training.stage import most_shapes
 
 
 @pytest.fixture(scope="module")
@@ -153,4 +152,4 @@ def test_rows_spread_over_a_split_include_both_ends():
     [(1, "cpu", 1), (16, "cpu", 2), (1000, "cpu", 4), (186, "gpu", 1), (560, "tpu", 2)],
 )
 def test_a_shape_must_repay_its_compilation(steps, platform, count):
-    assert most_shapes(steps, platform) == count
+    assert loader.most_shapes(steps, platform) == count

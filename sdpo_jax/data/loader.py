@@ -111,6 +111,14 @@ def _fill(example: Example, row: dict[str, np.ndarray]) -> None:
     predictor_MCA[~mask_MCA] = 0
 
 
+def most_shapes(batches: int, platform: str) -> int:
+    """How many shapes the steps of a stage, or an evaluation's batches, may compile and still gain.
+
+    A compilation costs about 8 steps on CPUs, and hundreds of a small model's on other devices.
+    """
+    return max(1, min(MAX_SHAPES, batches // (8 if platform == "cpu" else 256)))
+
+
 def choose_shapes(
     batches: Sequence[Sequence[Example]], rows: int = 1, limit: int = MAX_SHAPES
 ) -> list[Shape]:

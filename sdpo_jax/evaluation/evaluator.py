@@ -30,8 +30,6 @@ from sdpo_jax.system import sharding
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.processes import set_up_jax
 
-BATCHES_PER_SHAPE = 8  # fewer batches do not repay the compilation of a closer shape
-
 
 def at_once(mesh: jax.sharding.Mesh) -> int:
     """Windows or people that are decoded together by default."""
@@ -93,7 +91,7 @@ class Evaluator:
             answers = [(self._ranked.longest,)] * len(self.rows)
         self.examples = self.encoder.examples(split, self.rows, answers)
         batch_size = batch_size or at_once(mesh)
-        self._rows = sharding.data_shards(mesh)
+        self._rows, self._platform = sharding.data_shards(mesh), sharding.platform(mesh)
         self._batches = self._cut(loader.round_up(batch_size, self._rows))
         self._placed = sharding.batch_sharding(mesh)
         self._prefill, self._decoders = self._compile(sharding.replicated(mesh))
@@ -134,7 +132,7 @@ class Evaluator:
         if self._ranked is not None:
             trie = self._ranked.trie
             size = len(self._batches[0])
-            at_once = beams_at_once(size, self.beams, jax.default_backend())
+            at_once = beams_at_once(size, self.beams, self._platform)
             titles = catalogue.to_devices(trie, title_trie.pieces(trie), whole)
             score = jitted(
                 lambda decoder, prefix, batch, titles: catalogue.score_catalogue(
@@ -163,7 +161,7 @@ class Evaluator:
         found: dict[str, dict[int, Prediction]] = {name: {} for name in decoders}
         seconds: dict[str, float] = collections.defaultdict(float)
         examples = [[self.examples[i] for i in part] for part in self._batches]
-        limit = max(1, min(loader.MAX_SHAPES, len(examples) // BATCHES_PER_SHAPE))
+        limit = loader.most_shapes(len(examples), self._platform)
         shapes = None
         if self._ranked is not None:
             shapes = [loader.coarse_shape(part, self._rows) for part in examples]

@@ -46,14 +46,6 @@ from sdpo_jax.training.step import (
 )
 
 
-def most_shapes(steps: int, platform: str) -> int:
-    """How many shapes a stage of `steps` may compile and still gain by them.
-
-    A compilation costs about 8 steps on CPUs, and hundreds of a small model's on other devices.
-    """
-    return max(1, min(loader.MAX_SHAPES, steps // (8 if platform == "cpu" else 256)))
-
-
 class Stage:
     """The examples of one stage and what runs on them; `run` trains it to its end."""
 
@@ -177,7 +169,7 @@ class Stage:
         found = None
         if references is not None:
             found = [[references[key] for key in part] for part in self.train_batches]
-        limit = most_shapes(self.steps, sharding.platform(self.mesh))
+        limit = loader.most_shapes(self.steps, sharding.platform(self.mesh))
         examples = [[self.train_examples[key] for key in part] for part in self.train_batches]
         shards = sharding.data_shards(self.mesh)
         count = self.config.batch_size // (self.config.microbatch * shards)

@@ -20,7 +20,7 @@ setup: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "error: $(PYTHON) is older than Python 3.11: run make PYTHON=python3.11 …" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[quickstart,test,docs]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[quickstart,test,trackers,docs]'
 	$(BIN)/python -m sdpo_jax.system.wheels
 	@touch $@
 

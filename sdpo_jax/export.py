@@ -7,6 +7,7 @@
 model in bfloat16, which also `--stage=base` can be. Both get the tokenizer and a model card.
 `bundle` has the weights, the catalogue and the prompts: all that `sdpo recommend` and `sdpo serve`
 need. With `--weights=adapter` it has the adapter alone and needs the converted base beside it.
+`--push=user/name` also sends the folder to the Hugging Face Hub.
 """
 
 import json
@@ -43,7 +44,7 @@ from sdpo_jax.serving.sources import Settings, write_bundle
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.files import check_room, is_free, read_object, whole_folder
-from sdpo_jax.system.hub import name_and_revision
+from sdpo_jax.system.hub import check_push, name_and_revision, push
 
 FORMATS = ("peft", "merged", "bundle")
 WEIGHTS = ("merged", "adapter")  # of a bundle
@@ -268,8 +269,12 @@ def report(output: Path, form: str) -> str:
 
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
+    if args.push:
+        check_push(args.push)
     output = export(args.workdir, args.stage, args.format, args.output, args.step, args.weights)
     print(report(output, args.format))
+    if args.push:
+        print(f"sent to {push(output, args.push)}, which is private if it is new")
 
 
 if __name__ == "__main__":
@@ -278,5 +283,6 @@ if __name__ == "__main__":
     flags.DEFINE_enum("format", "peft", FORMATS, "adapter alone, whole model, or bundle")
     flags.DEFINE_enum("weights", "merged", WEIGHTS, "of a bundle")
     flags.DEFINE_string("output", None, "folder to write", required=True)
+    flags.DEFINE_string("push", "", "also send it to this repository of the Hub, user/name")
     flags.DEFINE_integer("step", None, "checkpoint of the stage; default: the best", lower_bound=0)
     run_command(main)

@@ -29,6 +29,7 @@ from sdpo_jax.models.tokenizer import load_tokenizer
 from sdpo_jax.runs import workdir
 from sdpo_jax.runs.config import RunConfig, explained, keys
 from sdpo_jax.runs.inputs import adapter_config, open_inputs
+from sdpo_jax.runs.trackers import check_tracker
 from sdpo_jax.system import sharding
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
@@ -57,6 +58,7 @@ def train(config: RunConfig, run: Path, stop: StopSignal, experiment: str = "") 
     set_up_jax(config.dtype)
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     check_batch(config, sharding.data_shards(mesh))
+    check_tracker(config.tracker)
 
     inputs = open_inputs(config, workdir.stored_templates(run))
     dataset = inputs.dataset

@@ -30,6 +30,7 @@ LAYOUTS = ("shared_prefix", "padded")
 REMAT = ("none", "cheap", "full", "least")
 BASE_DTYPES = ("same", "f32", "bf16", "int8", "nf4")
 OBJECTIVES = {"sdpo": "S-DPO", "dpo_pairwise": "DPO, {K} pairs"}  # -> its name in tables
+TRACKERS = ("none", "wandb", "trackio", "mlflow")
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down", "qkv")
 
 
@@ -223,6 +224,12 @@ class RunConfig:
     log_every: int = key(1, POSITIVE, "steps per line of the curves")
     eval_every: int = key(50, POSITIVE, "steps between validations, each with a checkpoint")
     checkpoint_every: int = key(50, POSITIVE, "steps between checkpoints")
+    tracker: str = key(
+        "none",
+        one_of(*TRACKERS),
+        "an experiment tracker that gets the curves too, by its own package",
+        free=True,
+    )
     profile_steps: int = key(
         0, COUNT, "steps of each stage traced by jax.profiler into workdir/profile", free=True
     )

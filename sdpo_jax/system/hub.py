@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face Hub, stored in the Hub's own cache."""
+"""Models by their name on the Hugging Face Hub: fetched into its own cache, and sent to it."""
 
 import os
 import re
@@ -56,3 +56,40 @@ def hub_folder(model: str, option: str = "--model") -> Path:
             f"{option}={model}: found no such folder here, and the Hub cannot be reached "
             f"({reason}): download it where there is a network and give its folder"
         ) from error
+
+
+def check_push(name: str) -> None:
+    """Raises InputError for a name that no repository can have, and where there is no token."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(f"--push: found {name!r}, expected user/name ({error})") from error
+    if get_token() is None:
+        raise InputError(
+            "--push: found no token, expected one that may write: `hf auth login`, or HF_TOKEN in "
+            "the environment"
+        )
+
+
+def push(folder: Path, name: str) -> str:
+    """Sends a folder to the repository `name`, made private where it is new; returns its address.
+
+    Raises InputError where the Hub refuses or cannot be reached; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="sdpo_jax export")
+    except Exception as error:  # of the Hub, its HTTP client and its transfer library
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise InputError(
+            f"--push={name}: not sent ({reason}): {folder} is complete: send it with "
+            f"`hf upload {name} {folder}`"
+        ) from error
+    return str(address)

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sdpo_jax.runs.config import RunConfig
+from sdpo_jax.runs.config import RunConfig, keys
 from sdpo_jax.runs.curves import MetricsWriter
+from sdpo_jax.runs.trackers import open_tracker
 from sdpo_jax.training import device_stats
 from sdpo_jax.training.optimizer import learning_rate_schedule
 
@@ -62,7 +63,7 @@ def summary(values: Mapping[str, float], prefix: str = "") -> str:
 
 
 class Progress:
-    """The bar of a stage and its lines in metrics.jsonl and TensorBoard.
+    """The bar of a stage and its lines in metrics.jsonl, TensorBoard and a tracker.
 
     Args:
       workdir: of the run; the curves are in its folder `metrics`.
@@ -85,6 +86,10 @@ class Progress:
         self._tokens, self._waited, self._since = 0, 0.0, time.perf_counter()
         first_here = jax.process_index() == 0
         self._writer = MetricsWriter(workdir / "metrics", stage, first) if first_here else None
+        self._tracker = None
+        if first_here:
+            told = {name: value for name, _, value in keys(config)}
+            self._tracker = open_tracker(config.tracker, workdir, stage, told)
         self._bar = bar(steps * self._batch_size, first * self._batch_size, stage, smoothing=0.1)
 
     def waited_for(self, batches: Iterator) -> Iterator:
@@ -173,8 +178,11 @@ class Progress:
     def _write(self, values: Mapping[str, float]) -> None:
         if self._writer:
             self._writer.write(self._done, self._done * self._batch_size, values)
+        if self._tracker:
+            self._tracker.write(self._done, values)
 
     def close(self) -> None:
         self._bar.close()
-        if self._writer:
-            self._writer.close()
+        for writer in (self._writer, self._tracker):
+            if writer:
+                writer.close()

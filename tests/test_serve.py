@@ -6,15 +6,13 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import httpx
 import pytest
+import servers
 import tiny_run
 from fastapi.testclient import TestClient
-from trainers import ROOT, environment
 
 from sdpo_jax.serve import check_free, is_loopback
 from sdpo_jax.serving import server
@@ -148,19 +146,9 @@ def test_queries_that_wait_are_answered_together_and_a_full_queue_refuses():
 
 
 def test_a_stopped_server_answers_what_it_has_accepted(run):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "sdpo_jax.serve", f"--workdir={run}", f"--port={port}"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE
-    )
-    try:
-        lines = iter(process.stdout.readline, "")
-        assert any(f"http://127.0.0.1:{port}/" in line for line in lines)
+    with servers.served(run) as (base, process):
 
         async def ask() -> list[httpx.Response]:
-            base = f"http://127.0.0.1:{port}"
             async with httpx.AsyncClient(base_url=base, timeout=60) as client:
                 for _ in range(100):
                     with contextlib.suppress(httpx.ConnectError):
@@ -180,10 +168,6 @@ def test_a_stopped_server_answers_what_it_has_accepted(run):
         assert {answer.status_code for answer in answers} == {200}
         assert len({answer.text for answer in answers}) <= 2  # alone or together: rounding
         assert process.wait(60) in (0, -signal.SIGTERM)
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 def test_a_wrong_query_spoils_no_other(recommender):

@@ -12,7 +12,7 @@ THIRD ?= --limit=169
 QUARTER ?= --limit=127
 OTHERS ?=
 
-.PHONY: setup quickstart long bench parity chat stress aot gpu docs types test test-network test-browser clean
+.PHONY: setup quickstart demo long bench parity chat stress aot gpu docs types test test-network test-browser clean
 
 setup: .venv/ready
 
@@ -39,6 +39,10 @@ quickstart: setup
 	$(BIN)/python -m sdpo_jax.evaluate --workdir=$(RUN) --stage=sdpo --rank=catalogue \
 	  --decoder=beam --split=test_all $(QUARTER)
 	$(BIN)/python -m sdpo_jax.report --workdir=$(RUN)
+
+# A page with recommendations, without training: two minutes.
+demo: setup
+	$(BIN)/python -m sdpo_jax.demo
 
 # Two epochs of SFT and all windows of test_all, with SASRec beside: a run of its own. Hours. Base and
 # SFT have every third window, the catalogue every fifteenth.

@@ -16,6 +16,7 @@ COMMANDS = (
     "evaluate",
     "recommend",
     "serve",
+    "demo",
     "report",
     "export",
     "baselines",

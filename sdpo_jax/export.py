@@ -37,6 +37,7 @@ from sdpo_jax.models.tokenizer import ends_of, load_tokenizer
 from sdpo_jax.models.weights import TOKENIZER_FILES, WHOLE, abstract_base, slots
 from sdpo_jax.reports.model_card import model_card
 from sdpo_jax.runs.checkpoints import CheckpointGone
+from sdpo_jax.runs.config import DTYPES
 from sdpo_jax.runs.inputs import adapter_config, inputs_of
 from sdpo_jax.runs.steps import choose_step, raw_adapter
 from sdpo_jax.runs.workdir import Run, read_run
@@ -58,11 +59,13 @@ def export(
     output: str | Path,
     step: int | None = None,
     weights: str = "merged",
+    dtype: str = "float32",
 ) -> Path:
     """Writes the folder `output` atomically, and returns it.
 
-    `step` defaults to the stage's best. Raises InputError if the run, the stage, the step, the data
-    or the model is not there, and if `output` is not empty.
+    `dtype` is that of an adapter alone; whole models are in bfloat16. `step` defaults to the
+    stage's best. Raises InputError if the run, the stage, the step, the data or the model is not
+    there, and if `output` is not empty.
     """
     run, output = read_run(Path(workdir)), Path(output).absolute()
     alone = form == "peft" or (form == "bundle" and weights == "adapter")
@@ -83,7 +86,7 @@ def export(
                 part.mkdir()
             if alone:
                 source = name_and_revision(read_meta(model)["source"])
-                write_adapter(part, tree, lora, config, *source)
+                write_adapter(part, tree, lora, config, *source, dtype=np.dtype(dtype))
             elif form == "merged":
                 write_merged(part, model, tree, lora, config)
             else:
@@ -271,7 +274,15 @@ def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     if args.push:
         check_push(args.push)
-    output = export(args.workdir, args.stage, args.format, args.output, args.step, args.weights)
+    output = export(
+        args.workdir,
+        args.stage,
+        args.format,
+        args.output,
+        args.step,
+        args.weights,
+        args.dtype,
+    )
     print(report(output, args.format))
     if args.push:
         print(f"sent to {push(output, args.push)}, which is private if it is new")
@@ -283,6 +294,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("format", "peft", FORMATS, "adapter alone, whole model, or bundle")
     flags.DEFINE_enum("weights", "merged", WEIGHTS, "of a bundle")
     flags.DEFINE_string("output", None, "folder to write", required=True)
+    flags.DEFINE_enum("dtype", "float32", DTYPES, "of an adapter alone")
     flags.DEFINE_string("push", "", "also send it to this repository of the Hub, user/name")
     flags.DEFINE_integer("step", None, "checkpoint of the stage; default: the best", lower_bound=0)
     run_command(main)

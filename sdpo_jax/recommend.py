@@ -20,7 +20,7 @@ from absl import flags
 from sdpo_jax.reports.tables import markdown
 from sdpo_jax.serving.recommender import BEAMS, METHODS, Recommender
 from sdpo_jax.serving.scoring import as_records, score_file
-from sdpo_jax.serving.sources import of_workdir_or_bundle
+from sdpo_jax.serving.sources import of_flags
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
 
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     stages = (args.stage,) if args.stage else None
     if args.workdir and not stages:
         stages = ("sdpo",)
-    source = of_workdir_or_bundle(args.workdir, args.bundle, args.model, stages)
+    source = of_flags(args.workdir, args.bundle, args.model, args.adapter, args.catalogue, stages)
     recommender = Recommender(source, beams=args.beams)
     if args.input:
         count = score_file(recommender, Path(args.input), Path(args.output), **options_of(args))
@@ -97,7 +97,9 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "", "folder of the run")
     flags.DEFINE_string("bundle", "", "folder of export --format=bundle, instead of a run")
-    flags.DEFINE_string("model", "", "converted base of a bundle that has an adapter alone")
+    flags.DEFINE_string("model", "", "converted model, alone or as the base of a bundle's adapter")
+    flags.DEFINE_string("adapter", "", "folder of PEFT's adapter, with --model")
+    flags.DEFINE_string("catalogue", "", "folder of prepare, or items.jsonl, with --model")
     flags.DEFINE_string("stage", "", "of the run: base, sft or sdpo (the default)")
     flags.DEFINE_string("history", "", "titles or ids, oldest first, separated by semicolons")
     flags.DEFINE_string("candidates", "", "rank these titles instead of the catalogue")

@@ -11,12 +11,12 @@ header X-API-Key. SIGTERM ends the server after the requests that it has accepte
 import ipaddress
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import flags
 
 from sdpo_jax.serving.recommender import BEAMS, Recommender
-from sdpo_jax.serving.sources import of_workdir_or_bundle
+from sdpo_jax.serving.sources import Source, of_flags
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
 
@@ -47,12 +47,16 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def main(argv: Sequence[str]) -> None:
-    args = flags.FLAGS
+def serve(source: Callable[[], Source], host: str, port: int, beams: int = BEAMS) -> None:
+    """Opens a source and serves it until a signal; checks first what could go wrong quickly.
+
+    Raises InputError for an address that others can reach without a key, one that is taken, and
+    missing packages.
+    """
     key = os.environ.get(KEY, "")
-    if not is_loopback(args.host) and not key:
+    if not is_loopback(host) and not key:
         raise InputError(
-            f"--host: found {args.host}, which others can reach, expected a key in the "
+            f"--host: found {host}, which others can reach, expected a key in the "
             f"environment variable {KEY}: set it, or leave the flag out"
         )
     try:
@@ -61,21 +65,20 @@ def main(argv: Sequence[str]) -> None:
         from sdpo_jax.serving.server import make_app
     except ImportError as error:
         raise InputError(f"{error}: pip install -e '.[serve]'") from error
-    check_free(args.host, args.port)
-    source = of_workdir_or_bundle(args.workdir, args.bundle, args.model, None)
-    app = make_app(Recommender(source, beams=args.beams), key)
+    check_free(host, port)
+    app = make_app(Recommender(source(), beams=beams), key)
     print("warming up", flush=True)
     app.state.service.warm()
 
     class Server(uvicorn.Server):
         async def startup(self, sockets=None) -> None:
             await super().startup(sockets)
-            print(f"open http://{args.host}:{args.port}/", flush=True)
+            print(f"open http://{host}:{port}/", flush=True)
 
     config = uvicorn.Config(
         app,
-        host=args.host,
-        port=args.port,
+        host=host,
+        port=port,
         log_level="warning",
         access_log=False,
         limit_concurrency=CONNECTIONS,
@@ -86,10 +89,22 @@ def main(argv: Sequence[str]) -> None:
     Server(config).run()
 
 
+def main(argv: Sequence[str]) -> None:
+    a = flags.FLAGS
+    serve(
+        lambda: of_flags(a.workdir, a.bundle, a.model, a.adapter, a.catalogue),
+        a.host,
+        a.port,
+        a.beams,
+    )
+
+
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "", "folder of the run; all its stages are served")
     flags.DEFINE_string("bundle", "", "folder of export --format=bundle, instead of a run")
-    flags.DEFINE_string("model", "", "converted base of a bundle that has an adapter alone")
+    flags.DEFINE_string("model", "", "converted model, alone or as the base of a bundle's adapter")
+    flags.DEFINE_string("adapter", "", "folder of PEFT's adapter, with --model")
+    flags.DEFINE_string("catalogue", "", "folder of prepare, or items.jsonl, with --model")
     flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
     flags.DEFINE_integer("port", 8000, "port to listen on", lower_bound=1, upper_bound=65535)
     flags.DEFINE_integer("beams", BEAMS, "width of the beam", lower_bound=1)

@@ -9,6 +9,7 @@ import pytest
 import tiny_run
 
 from sdpo_jax.export import export
+from sdpo_jax.serving import sources
 from sdpo_jax.serving.recommender import Recommender
 from sdpo_jax.system.errors import InputError
 
@@ -100,3 +101,29 @@ def test_only_what_a_bundle_can_hold_is_exported_as_one(run, tmp_path):
     values = [[score for _, score in one.recommend(HISTORY, k=5)] for one in (found, expected)]
     np.testing.assert_allclose(*values, rtol=0.05)
     assert all(np.isfinite(jax.tree.leaves(values)))
+
+
+def test_flags_open_a_model_with_its_adapter_as_python_does_and_refuse_what_does_not_fit(
+    run, tmp_path
+):
+    exact = export(run, "sft", "peft", tmp_path / "exact")
+    rounded = export(run, "sft", "peft", tmp_path / "rounded", dtype="bfloat16")
+    sizes = [(f / "adapter_model.safetensors").stat().st_size for f in (exact, rounded)]
+    assert sizes[1] < sizes[0]
+    model, data = str(run.parent / "model"), str(run.parent / "data")
+    expected = Recommender.from_workdir(run, "sft").recommend(HISTORY, k=5)
+    found = Recommender(sources.of_flags("", "", model, str(exact), data))
+    assert list(found.source.adapters) == ["base", "adapter"] and found.stage == "adapter"
+    assert found.recommend(HISTORY, k=5) == expected
+    near = Recommender(sources.of_flags("", "", model, str(rounded), data))
+    scores = [s for _, s in near.recommend(HISTORY, k=5)]
+    assert scores == pytest.approx([s for _, s in expected], rel=0.02)
+    for flags, words in (
+        (("", "", "", "", ""), "found none or several of --workdir"),
+        ((str(run), "b", "", "", ""), "found none or several of --workdir"),
+        ((str(run), "", "", "a", ""), "--adapter, --catalogue: found one without --model"),
+        (("", "", model, "", ""), "--catalogue: found nothing beside --model"),
+        (("", "", model, "", data, ("sft",)), "--stage: found it without --workdir"),
+    ):
+        with pytest.raises(InputError, match=words):
+            sources.of_flags(*flags)

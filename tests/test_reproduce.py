@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import signal
-import threading
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,8 +16,8 @@ from sdpo_jax.data.prompts import DOMAINS
 from sdpo_jax.evaluation import results
 from sdpo_jax.reports.document import Heading, Notes, Table, Text, to_html, to_markdown
 from sdpo_jax.reproduce import reproduce
-from sdpo_jax.reproduction import cells, page, running
-from sdpo_jax.reproduction.cells import SCALES, Cell, Place, Step, Study
+from sdpo_jax.reproduction import cells, page
+from sdpo_jax.reproduction.cells import SCALES, Place, Study
 from sdpo_jax.reproduction.plan import TARGETS, plan
 from sdpo_jax.runs.config import keys
 from sdpo_jax.system.errors import InputError
@@ -72,15 +70,6 @@ def add(folder, stage, hits, decoder="greedy", rank="candidates", **about):
     } | about
     summary = results.summarize(decoder, records, rank) | about
     results.write_result(folder / "eval", summary, records)
-
-
-def copier(folder, name, needs=(), content="{}"):
-    """A cell whose one command writes out.json, unless `content` is no JSON."""
-    source = folder.parent / f"{name}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    source.write_text(content)
-    command = ("json.tool", str(source), str(folder / "out.json"))
-    return Cell(folder, (Step(command, ("out.json",)),), needs)
 
 
 def test_every_cell_is_planned_once_and_after_those_that_it_needs(study):
@@ -213,55 +202,6 @@ def test_a_dry_run_prints_what_is_left_and_writes_nothing(tmp_path, capsys):
     assert not root.exists()
 
 
-def test_what_is_done_is_not_run_again_and_what_was_killed_is(tmp_path, capsys):
-    done, killed = copier(tmp_path / "done", "a"), copier(tmp_path / "killed", "b")
-    second = Step(("json.tool", str(tmp_path / "b.json"), str(killed.folder / "2.json")), ("2.*",))
-    killed = dataclasses.replace(killed, steps=(*killed.steps, second))
-    assert running.run([done], tmp_path, dict) == {}
-    (killed.folder / "out.json").write_text("the first step's")
-    times = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*/out.json"))]
-    assert running.run([done, killed], tmp_path, dict) == {}
-    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*/out.json"))] == times
-    assert (killed.folder / "2.json").exists()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == "[1/2] done: done before" and lines[-1] == "[2/2] killed: done"
-
-
-def test_a_failing_cell_is_told_and_the_others_go_on(tmp_path):
-    broken = copier(tmp_path / "broken", "a", content="{")
-    after, other = copier(tmp_path / "after", "b", (broken,)), copier(tmp_path / "other", "c")
-    heard = []
-    failed = running.run([broken, after, other], tmp_path, lambda now: heard.append(dict(now)))
-    assert list(failed) == [broken.folder, after.folder] and not other.left()
-    assert re.match(r"json\.tool: .*Expecting property name", failed[broken.folder])
-    assert failed[after.folder] == "not run, as broken failed"
-    assert [len(now) for now in heard] == [1, 2, 2]
-    log = running.log_of(broken, broken.steps[0], tmp_path)
-    assert log.read_text().splitlines()[0] == running.pasted(broken.steps[0].command)
-
-
-def test_a_command_that_leaves_nothing_has_failed(tmp_path):
-    cell = Cell(tmp_path / "cell", (Step(("json.tool", "--help"), ("out.json",)),))
-    assert "json.tool" in running.run([cell], tmp_path, dict)[cell.folder]
-
-
-def test_a_signal_ends_the_command_that_runs_and_then_this_one(tmp_path):
-    sleep = Step(("timeit", "-n1", "-r1", "import time; time.sleep(60)"), ("never",))
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    with pytest.raises(running.Stopped):
-        running.run([Cell(tmp_path / "cell", (sleep,))], tmp_path, dict)
-
-
-def test_the_wait_is_told_from_what_commands_of_each_kind_took(tmp_path):
-    pace = running.Pace()
-    cell = copier(tmp_path / "cell", "a")
-    assert "left" not in pace.told([cell])
-    pace.took(cell.steps[0], 90.0)
-    pace.took(Step(("other",), ()), 10.0)
-    assert pace.told([cell, cell]).endswith("about 0:03:00 left")
-    assert running.clock(3661.2) == "1:01:01"
-
-
 @pytest.fixture
 def evaluated(study):
     """Of 40 windows SFT hits 8, S-DPO those and 6 more, SASRec 10."""
@@ -304,7 +244,7 @@ def test_the_table_has_figures_with_intervals_beside_the_paper_s(evaluated):
     assert rows["SASRec"][:3] == ["0.250 [0.142, 0.402]", "0.3444", "0.825 [0.681, 0.913]"]
     assert rows["SASRec"][4:7] == ["40", "4", "3"]
     assert rows["S-DPO"][-2:] == ["–", "–"]
-    assert rows["DPO"] == ["–"] * 9 and ", DPO: not run yet" in text
+    assert rows["DPO"] == ["–"] * 9 and "; DPO: not run yet" in text
     assert "Split test_all, n = 40. Protocol: drawn for a test." in text
 
 

@@ -63,6 +63,7 @@ def write_adapter(
     config: DecoderConfig,
     base: str,
     revision: str | None = None,
+    dtype: Any = np.float32,
 ) -> None:
     """Writes both files into `folder`, which exists.
 
@@ -73,12 +74,13 @@ def write_adapter(
       config: of the decoder.
       base: what loads the base model in transformers, a path or a name on the Hub.
       revision: of that name.
+      dtype: of the tensors.
     """
     flat: dict[str, Any] = flatten_dict(tree["layers"], sep="/")
     used = {name: m for name, m in adapted_modules(config).items() if f"{name}/a" in flat}
     tensors = {
         f"{PREFIX}{module.format(layer)}.lora_{part.upper()}.weight": np.ascontiguousarray(
-            np.asarray(flat[f"{name}/{part}"][layer], np.float32).T
+            np.asarray(flat[f"{name}/{part}"][layer], dtype).T
         )
         for name, module in used.items()
         for part in ("a", "b")

@@ -178,13 +178,20 @@ def differences(run: Run, rows: Sequence[Row], metric: str = "HR@1") -> list[lis
     return cells
 
 
-def paired(a: dict[str, Any], b: dict[str, Any]) -> metrics.Difference | None:
-    """The difference of HR@1 on the rows of both evaluations; None if they share none."""
+def paired(a: dict[str, Any], b: dict[str, Any], at: int = 1) -> metrics.Difference | None:
+    """The difference of HR@`at` on the rows of both evaluations; None if they share none."""
     first, second = ({p["row"]: p for p in results.read_predictions(s)} for s in (a, b))
     if not (shared := sorted(first.keys() & second.keys())):
         return None
-    hits_a, hits_b = ([by_row[row]["hit"] for row in shared] for by_row in (first, second))
+    hits_a, hits_b = ([_hit(by_row[row], at) for row in shared] for by_row in (first, second))
     return metrics.paired_difference(hits_a, hits_b, results.users_of(first[row] for row in shared))
+
+
+def _hit(prediction: Mapping[str, Any], at: int) -> bool:
+    """Greedy answers have no rank; over the catalogue it is None where the target is not found."""
+    if at == 1:
+        return prediction["hit"]
+    return prediction["rank"] is not None and prediction["rank"] <= at
 
 
 def interval_and_p(d: metrics.Difference) -> tuple[str, str]:

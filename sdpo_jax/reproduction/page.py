@@ -8,16 +8,23 @@ from typing import Any
 from sdpo_jax.data.paper import HIT_RATIO, SIZES
 from sdpo_jax.data.prepared import read_meta
 from sdpo_jax.data.readers.goodreads import STAND_IN
-from sdpo_jax.evaluation import metrics
 from sdpo_jax.evaluation.results import read_results
-from sdpo_jax.reports import curves_plot, figures
+from sdpo_jax.reports import figures
 from sdpo_jax.reports.document import Commands, Heading, Notes, Part, Picture, Table, Text
 from sdpo_jax.reports.tables import interval_and_p, paired
-from sdpo_jax.reproduction import cells
+from sdpo_jax.reproduction import cells, history_page
 from sdpo_jax.reproduction.cells import BACKBONES, DATASETS, Cell, Place, Row, Study
+from sdpo_jax.reproduction.figures_of import (
+    Summary,
+    curves,
+    interval,
+    missing,
+    pictures,
+    protocols,
+    ratio,
+)
 from sdpo_jax.reproduction.plan import TARGETS, plan
 from sdpo_jax.reproduction.running import pasted
-from sdpo_jax.runs.curves import read_metrics
 
 TITLE = "The tables and figures of S-DPO"
 TITLES = {
@@ -27,7 +34,7 @@ TITLES = {
     "table4": "Table 4: other language models",
     "fig2": "Figure 2: SFT, DPO and S-DPO",
     "fig3": "Figure 3: number of negatives, and beta",
-    "history": "On histories",
+    "history": "Histories: the paper's claims where a small model can learn",
 }
 LEGEND = (
     "HR@1 and valid are the paper's metric: an answer is valid if it names exactly one of the "
@@ -54,7 +61,6 @@ HEADER = (
     "S-DPO minus it [95%]",
     "p",
 )
-Summary = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +114,9 @@ def results(place: Place, rows: Sequence[Row], failed: Mapping[Path, str]) -> li
     if any(row.system in published for row in rows):
         column = ["the paper's", *(_published(published.get(row.system)) for row in rows)]
         lines = [[*line[:2], paper, *line[2:]] for line, paper in zip(lines, column, strict=True)]
-    return [Table(lines), Notes([*_missing(found, failed), *_protocols(found)])]
+    lacking = [one.row for one in found if not one.said]
+    said = [one.said for one in found if one.said]
+    return [Table(lines), Notes([*missing(lacking, failed), *protocols(said)])]
 
 
 def _line(found: Found, ours: Summary | None) -> list[str]:
@@ -118,9 +126,9 @@ def _line(found: Found, ours: Summary | None) -> list[str]:
         difference = paired(ours, found.said)
     return [
         found.row.label,
-        _ratio(found.said, "hit_ratio_at_1"),
-        _ratio(found.said, "valid_ratio"),
-        _ratio(found.scored, "hit_ratio_at_1"),
+        ratio(found.said, "hit_ratio_at_1"),
+        ratio(found.said, "valid_ratio"),
+        ratio(found.scored, "hit_ratio_at_1"),
         *(str(said.get(key, "–")) for key in ("n", "step", "seed")),
         *(("–", "–") if difference is None else interval_and_p(difference)),
     ]
@@ -128,38 +136,6 @@ def _line(found: Found, ours: Summary | None) -> list[str]:
 
 def _published(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
-
-
-def interval(summary: Summary, key: str) -> figures.Interval:
-    """A ratio of the summary with its interval."""
-    value, n = summary[key], summary["n"]
-    low, high = summary.get(f"{key}_ci95") or metrics.wilson(value * n, n)
-    return value, low, high
-
-
-def _ratio(summary: Summary | None, key: str) -> str:
-    if summary is None or key not in summary:
-        return "–"
-    value, low, high = interval(summary, key)
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _missing(found: Sequence[Found], failed: Mapping[Path, str]) -> list[str]:
-    """Why rows have no figures, one line per reason."""
-    reasons: dict[str, list[str]] = {}
-    for row in (one.row for one in found if not one.said):
-        why = row.missing if row.cell is None else failed.get(row.cell.folder, "not run yet")
-        reasons.setdefault(why, []).append(row.label)
-    return [f"{', '.join(labels)}: {why}" for why, labels in reasons.items()]
-
-
-def _protocols(found: Sequence[Found]) -> list[str]:
-    lines = dict.fromkeys(
-        f"Split {one.said['split']}, n = {one.said['n']}. Protocol: {one.said.get('protocol')}."
-        for one in found
-        if one.said
-    )
-    return list(lines)
 
 
 def _by_dataset(study: Study, datasets: Sequence[str], make: Callable[[Place], list[Part]]):
@@ -225,15 +201,15 @@ def _figure2(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) 
         rows = cells.figure2(place)
         return [
             *results(place, rows, failed),
-            *_pictures(
+            *pictures(
                 lambda: _bars(place, rows),
-                lambda: _curves(
+                lambda: curves(
                     place,
                     rows,
                     "validation/loss",
                     "(b) validation loss, at first log(K + 1)",
                 ),
-                lambda: _curves(place, rows, "rewards/chosen", "(c) reward of the preferred title"),
+                lambda: curves(place, rows, "rewards/chosen", "(c) reward of the preferred title"),
             ),
         ]
 
@@ -245,23 +221,15 @@ def _figure3(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) 
         negatives, betas = cells.over_negatives(place), cells.over_betas(place)
         return [
             *results(place, negatives, failed),
-            *_pictures(lambda: _over(place, negatives, "a", "K negatives", "hit_ratio_at_1")),
+            *pictures(lambda: _over(place, negatives, "a", "K negatives", "hit_ratio_at_1")),
             *results(place, betas, failed),
-            *_pictures(
+            *pictures(
                 lambda: _over(place, betas, "b", "beta", "hit_ratio_at_1"),
                 lambda: _over(place, betas, "c", "beta", "valid_ratio"),
             ),
         ]
 
     return _by_dataset(study, datasets, make)
-
-
-def _pictures(*draw: Callable[[], Picture | None]) -> list[Part]:
-    """The pictures with data; one line of text without matplotlib."""
-    try:
-        return [picture for one in draw if (picture := one())]
-    except ImportError:
-        return [Text("No picture: matplotlib is not installed (pip install matplotlib).")]
 
 
 def _bars(place: Place, rows: Sequence[Row]) -> Picture | None:
@@ -271,20 +239,6 @@ def _bars(place: Place, rows: Sequence[Row]) -> Picture | None:
     values = [interval(said, "hit_ratio_at_1") for _, said in found]
     svg = figures.bars(f"{place.dataset} 2a", [row.label for row, _ in found], values, "HR@1")
     return Picture(svg, f"{DATASETS[place.dataset]}: (a) HR@1")
-
-
-def _curves(place: Place, rows: Sequence[Row], key: str, caption: str) -> Picture | None:
-    """Curves of preference tuning only: SFT has another loss and no rewards."""
-    lines = [
-        (row.label, curves_plot.series(read_metrics(row.cell.folder / "metrics"), "sdpo", key))
-        for row in rows
-        if row.cell and row.stage == "sdpo"
-    ]
-    lines = [(label, points) for label, points in lines if points[0]]
-    if not lines:
-        return None
-    svg = figures.curves(f"{place.dataset} {key}", lines, "nats")
-    return Picture(svg, f"{DATASETS[place.dataset]}: {caption}")
 
 
 def _over(place: Place, rows: Sequence[Row], part: str, axis: str, key: str) -> Picture | None:
@@ -309,7 +263,7 @@ SECTIONS = {
     "table4": _table4,
     "fig2": _figure2,
     "fig3": _figure3,
-    "history": lambda study, datasets, failed: [],
+    "history": history_page.section,
 }
 
 

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from sdpo_jax.data import prompts
-from sdpo_jax.data.prepared import Dataset, read_items
+from sdpo_jax.data.prepared import Dataset, read_items, read_meta
 from sdpo_jax.models.config import DecoderConfig
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.peft import lora_of, read_adapter
@@ -83,22 +83,37 @@ def of_workdir(workdir: str | Path, stages: tuple[str, ...], step: int | None = 
     return Source(model, adapters, inputs.dataset, settings, mesh)
 
 
-def of_workdir_or_bundle(
-    workdir: str, bundle: str, model: str, stages: tuple[str, ...] | None
+def of_flags(
+    workdir: str,
+    bundle: str,
+    model: str,
+    adapter: str,
+    catalogue: str,
+    stages: tuple[str, ...] | None = None,
 ) -> Source:
-    """What the flags of these names say; `stages`: None where --stage was not given.
+    """What the flags of these names say: a run, a bundle, or a converted model with a catalogue.
 
-    Raises InputError for flags that do not go together.
+    `stages`: None where --stage was not given. Raises InputError for flags that do not go together.
     """
-    if bool(workdir) == bool(bundle):
-        raise InputError("found neither or both of --workdir and --bundle, expected one of them")
+    if bool(workdir) + bool(bundle) + bool(model and not bundle) != 1:
+        raise InputError(
+            "found none or several of --workdir, --bundle and --model, expected one of them; only "
+            "--bundle may have --model beside it, as the base of its adapter"
+        )
+    if stages and not workdir:
+        raise InputError("--stage: found it without --workdir: leave it out")
+    if (workdir or bundle) and (adapter or catalogue):
+        raise InputError("--adapter, --catalogue: found one without --model alone: leave it out")
+    if workdir:
+        return of_workdir(workdir, stages or ())
     if bundle:
-        if stages:
-            raise InputError("--stage: found it beside --bundle, which has one stage: leave it out")
         return of_bundle(bundle, model or None)
-    if model:
-        raise InputError("--model: found it without --bundle: the run names its model")
-    return of_workdir(workdir, stages or ())
+    if not catalogue:
+        raise InputError(
+            "--catalogue: found nothing beside --model, expected a folder of prepare, or a file "
+            "like its items.jsonl"
+        )
+    return of_model(model, adapter or None, catalogue)
 
 
 def of_model(
@@ -107,13 +122,15 @@ def of_model(
     catalogue: str | Path | None = None,
     settings: Settings | None = None,
     *,
-    domain: str = "movie",
+    domain: str = "",
     dtype: str = "float32",
     base_dtype: str = "same",
 ) -> Source:
-    """A converted model, with an adapter in PEFT's format if given.
+    """A converted model, with an adapter in PEFT's format if given, beside which its base stays.
 
-    `catalogue`: items.jsonl, or a folder that has it; without one only given titles are ranked.
+    `catalogue`: a prepared folder, or a file like its items.jsonl; without one only given titles
+    are ranked. `domain`: of the prompt's wording; "": that of the prepared folder, or `movie`.
+    Raises InputError.
     """
     set_up_jax(dtype)
     folder, mesh = Path(folder), sharding.make_mesh()
@@ -124,8 +141,11 @@ def of_model(
         tree = read_adapter(Path(adapter), lora, config)
     place = sharding.placement(mesh)
     model = load_model(folder, lora, dtype=dtype, base_dtype=base_dtype, shardings=place)
-    adapters = {"base" if tree is None else "adapter": with_adapter(model, tree)}
+    adapters = {"base": model.lora}
+    if tree is not None:
+        adapters["adapter"] = with_adapter(model, tree)
     dataset = read_catalogue(catalogue, domain)
+    domain = dataset.domain
     settings = settings or Settings(prompts.templates_of(domain, prompt="history"))
     return Source(model, adapters, dataset, settings, mesh)
 
@@ -136,8 +156,10 @@ def read_catalogue(path: str | Path | None, domain: str) -> Dataset:
     attributes: dict[int, dict[str, Any]] = {}
     if path is not None:
         file = Path(path)
+        if not domain and (file / "dataset.json").exists():
+            domain = read_meta(file)["domain"]
         titles, attributes = read_items(file / "items.jsonl" if file.is_dir() else file)
-    return Dataset(domain, titles, {}, {}, {}, attributes)
+    return Dataset(domain or "movie", titles, {}, {}, {}, attributes)
 
 
 def of_bundle(folder: str | Path, model: str | Path | None = None) -> Source:
@@ -178,8 +200,8 @@ def of_bundle(folder: str | Path, model: str | Path | None = None) -> Source:
         dtype=meta["dtype"],
         base_dtype=meta["base_dtype"],
     )
-    (lora,) = source.adapters.values()
-    return dataclasses.replace(source, adapters={meta["stage"]: lora})
+    trained = list(source.adapters.values())[-1]
+    return dataclasses.replace(source, adapters={meta["stage"]: trained})
 
 
 def write_bundle(

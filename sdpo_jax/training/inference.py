@@ -38,6 +38,15 @@ class Inference:
         fitting = TOKENS // (self.microbatch * longest)
         return self.microbatch * min(max(fitting, 1), WITHOUT_GRADIENT)
 
+    def _cut(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Full batches of examples, the last with repeats."""
+        at_once = self.at_once(examples)
+        size = at_once * self.rows
+        order = list(range(len(examples)))
+        order += order[-1:] * (-len(order) % size)
+        order = balanced(examples, order, len(order) // at_once)
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
     def logp(
         self,
         lora,
@@ -58,12 +67,8 @@ class Inference:
           save: called with `logp_XC`, NaN where not yet computed, every SAVE_SECONDS and before
             Interrupted is raised.
         """
-        at_once = self.at_once(examples)
-        size = at_once * self.rows
-        order = list(range(len(examples)))
-        order += order[-1:] * (-len(order) % size)  # full batches; repeats are dropped
-        order = balanced(examples, order, len(order) // at_once)
-        parts = [order[i : i + size] for i in range(0, len(order), size)]
+        parts = self._cut(examples)
+        size = len(parts[0])
         ends = np.cumsum([example.M for example in examples])
         shape = (int(ends[-1]), examples[0].C)
         out = np.full(shape, np.nan, np.float32) if known_XC is None else known_XC

@@ -53,10 +53,15 @@ def names(study, *targets, dataset="movielens"):
     return [str(cell.folder.relative_to(study.root / dataset)) for cell in planned]
 
 
-def add(folder, stage, hits, decoder="greedy", rank="candidates", **about):
+def add(folder, stage, hits, decoder="greedy", rank="candidates", missed=2, **about):
     """An evaluation as the commands write it."""
     records = [
-        {"row": row, "hit": bool(hit), "valid": row % 4 > 0 or bool(hit), "rank": 2 - hit}
+        {
+            "row": row,
+            "hit": bool(hit),
+            "valid": row % 4 > 0 or bool(hit),
+            "rank": 1 if hit else missed,
+        }
         for row, hit in enumerate(map(int, hits))
     ]
     about = {

@@ -31,7 +31,7 @@ def evaluated(study):
         ("sdpo-k3-beta1", "sdpo", hits < 36, hits < 2),
     ):
         add(folder / name, stage, candidates, "score")
-        add(folder / name, stage, catalogue, "beam", "catalogue")
+        add(folder / name, stage, catalogue, "beam", "catalogue", missed=None)
     return study
 
 

@@ -6,6 +6,7 @@ are candidates, C, and Q of them are computed at once.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,19 +51,18 @@ def beam_search(
       allowed_BY: which of them may be found.
       width: C.
       at_once: Q, see `beams_at_once`; 0: all.
-      needed: the search ends when the best `needed` are titles, which then cannot change; None:
-        all. What comes after them may be no title and is -1.
+      needed: how many of the best are asked for; None: all. The search gives up beams that cannot
+        be among them and ends when they are titles. What comes after them may be no title: -1.
     """
     C, A, B = width, catalogue.path_YA.shape[1], len(prefix.mask_BP)
     L, G, H = (prefix.keys_LBPGH.shape[axis] for axis in (0, 3, 4))
     open_BX = _open(catalogue, allowed_BY)
-    step = functools.partial(_step, decoder, prefix, catalogue, open_BX, at_once or C)
+    live = functools.partial(_live, catalogue, C if needed is None else needed)
+    step = functools.partial(_step, decoder, prefix, catalogue, open_BX, at_once or C, live)
 
     def goes_on(carry):
         t, logp_BC, node_BC, _, _ = carry
-        inner_BC = (catalogue.leaf_X[node_BC] < 0) & (logp_BC > NEVER / 2)
-        asked_C = jnp.arange(C) < (C if needed is None else needed)
-        return (t < A) & (inner_BC & asked_C).any()
+        return (t < A) & live(logp_BC, node_BC).any()
 
     logp_BC, node_BC = _roots(decoder.logits(prefix.last_BD[:, None])[:, 0], catalogue, open_BX, C)
     slot_BCA = jnp.zeros((B, C, A), jnp.int32).at[:, :, 0].set(jnp.arange(C))
@@ -73,15 +73,31 @@ def beam_search(
     return title_BC, logp_BC
 
 
+def _live(catalogue: Catalogue, needed, logp_BC: jax.Array, node_BC: jax.Array) -> jax.Array:
+    """[B, C]: beams that are no titles yet and may still be among the `needed` best.
+
+    Beams are in order and a log-prob only falls, so one that has as many titles before it never is.
+    """
+    title_BC = catalogue.leaf_X[node_BC] >= 0
+    before_BC = jnp.cumsum(title_BC, -1)
+    return ~title_BC & (logp_BC > NEVER / 2) & (before_BC < needed)
+
+
 def _step(
-    decoder: Decoder, prefix: Prefix, catalogue: Catalogue, open_BX: jax.Array, Q: int, carry
+    decoder: Decoder,
+    prefix: Prefix,
+    catalogue: Catalogue,
+    open_BX: jax.Array,
+    Q: int,
+    live: Callable[[jax.Array, jax.Array], jax.Array],
+    carry,
 ):
-    """One token more for the beams that are not titles yet, Q of each prompt at once."""
+    """One token more for the beams that are `live`, Q of each prompt at once."""
     t, logp_BC, node_BC, slot_BCA, cache = carry
     (B, C), degree = node_BC.shape, 1 + catalogue.degree
-    live_BC = (catalogue.leaf_X[node_BC] < 0) & (logp_BC > NEVER / 2)
+    live_BC = live(logp_BC, node_BC)
     order_BC = jnp.argsort(~live_BC, -1, stable=True)  # live beams first
-    kept_BC = jnp.where(live_BC, NEVER, logp_BC)  # a title stays what it is
+    kept_BC = jnp.where(live_BC, NEVER, logp_BC)  # a title stays what it is, as one given up does
     next_logp = jnp.full((B, C, degree), NEVER).at[:, :, 0].set(kept_BC)
     next_node = jnp.zeros((B, C, degree), jnp.int32).at[:, :, 0].set(node_BC)
 

@@ -30,6 +30,8 @@ KEYS = (
     "num_negatives",
     "beta",
     "objective",
+    "negatives",
+    "validation_split",
     "lora.init_from",
     "prompt_file",
     "item_vectors",

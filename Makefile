@@ -12,7 +12,7 @@ THIRD ?= --limit=169
 QUARTER ?= --limit=127
 OTHERS ?=
 
-.PHONY: setup quickstart demo long bench parity chat stress aot gpu docs types test test-network test-browser clean
+.PHONY: setup quickstart demo long bench parity chat stress aot gpu docs types test test-network test-browser load clean
 
 setup: .venv/ready
 
@@ -122,6 +122,10 @@ test-network: setup
 # The page of `sdpo serve` in Chromium, where it is installed.
 test-browser: setup
 	$(BIN)/python -m pytest tests/browser.py
+
+# Ten minutes of wrong, huge, slow and broken requests among good ones.
+load: setup
+	PYTHONPATH=.:tests $(BIN)/python tests/load.py --minutes=10
 
 clean:
 	rm -rf runs site .venv .venv-aot .venv-bench .venv-chat

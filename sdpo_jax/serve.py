@@ -62,6 +62,7 @@ def serve(source: Callable[[], Source], host: str, port: int, beams: int = BEAMS
     try:
         import uvicorn
 
+        from sdpo_jax.serving.connection import Connection
         from sdpo_jax.serving.server import make_app
     except ImportError as error:
         raise InputError(f"{error}: pip install -e '.[serve]'") from error
@@ -79,10 +80,11 @@ def serve(source: Callable[[], Source], host: str, port: int, beams: int = BEAMS
         app,
         host=host,
         port=port,
+        http=Connection,
         log_level="warning",
         access_log=False,
         limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=5,
+        timeout_keep_alive=30,
         timeout_graceful_shutdown=60,
         server_header=False,
     )

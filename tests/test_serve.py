@@ -12,10 +12,11 @@ import httpx
 import pytest
 import servers
 import tiny_run
+import uvicorn
 from fastapi.testclient import TestClient
 
 from sdpo_jax.serve import check_free, is_loopback
-from sdpo_jax.serving import server
+from sdpo_jax.serving import connection, server
 from sdpo_jax.serving.batcher import Batcher, Busy
 from sdpo_jax.serving.recommender import Recommender
 from sdpo_jax.serving.sources import of_workdir
@@ -193,3 +194,40 @@ def test_the_page_needs_nothing_from_elsewhere(client):
     text = answer.text
     assert "http://" not in text and "https://" not in text and "@import" not in text
     assert "innerHTML" not in text  # titles are text, whatever they contain
+
+
+def test_a_request_whose_head_does_not_come_is_closed_and_others_are_answered(run, monkeypatch):
+    async def ask() -> tuple[bytes, int, float]:
+        config = uvicorn.Config(server.make_app(Recommender(of_workdir(run, ()))), port=0)
+        config.http = connection.Connection
+        config.log_level = "error"
+        serving = uvicorn.Server(config)
+        task = asyncio.create_task(serving.serve())
+        while not serving.started:
+            await asyncio.sleep(0.01)
+        port = serving.servers[0].sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        started = time.monotonic()
+        writer.write(b"GET /healthz HTTP/1.1\r\nHo")
+        async with httpx.AsyncClient() as client:
+            found = await client.get(f"http://127.0.0.1:{port}/healthz")
+        rest = await reader.read()
+        waited = time.monotonic() - started
+        writer.close()
+        serving.should_exit = True
+        await task
+        return rest, found.status_code, waited
+
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.5)
+    rest, status, waited = asyncio.run(ask())
+    assert (rest, status) == (b"", 200) and 0.4 < waited < 10
+
+
+def test_a_refusal_does_not_repeat_what_is_no_text(client):
+    content = b'{"history": ["\\ud800"], "k": "\\ud800"}'
+    headers = {"Content-Type": "application/json"}
+    answer = client.post("/recommend", content=content, headers=headers)
+    assert answer.status_code == 422
+    assert all(set(one) == {"loc", "msg", "type"} for one in answer.json()["detail"])
+    unknown = client.post("/recommend", json={"history": ["haet"]}).json()["detail"][0]
+    assert set(unknown) == {"loc", "msg", "type"}

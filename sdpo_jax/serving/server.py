@@ -8,12 +8,14 @@ import asyncio
 import contextlib
 import hmac
 import importlib.metadata
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
@@ -161,6 +163,7 @@ def make_app(recommender: Recommender, key: str = "") -> FastAPI:
     app.state.service = service
     app.middleware("http")(_watch(meters, service))
     app.exception_handler(InputError)(_refuse)
+    app.exception_handler(RequestValidationError)(_refuse)
     _add_routes(app, service, [Depends(allowed)])
 
     @app.get("/metrics", include_in_schema=False)
@@ -171,9 +174,13 @@ def make_app(recommender: Recommender, key: str = "") -> FastAPI:
     return app
 
 
-def _refuse(request: Request, error: Exception) -> JSONResponse:
-    """422 in the form of FastAPI's own."""
-    return JSONResponse({"detail": [{"type": "value_error", "msg": str(error)}]}, 422)
+def _refuse(request: Request, error: Exception) -> Response:
+    """422 in the form of FastAPI's own, without the request's text, which may be no text at all."""
+    found = error.errors() if isinstance(error, RequestValidationError) else []
+    detail = [{key: one[key] for key in ("loc", "msg", "type")} for one in found]
+    detail = detail or [{"loc": ["body"], "msg": str(error), "type": "value_error"}]
+    text = json.dumps({"detail": detail})  # all of it ASCII
+    return Response(text, 422, media_type="application/json")
 
 
 def _watch(meters: Meters, service: Service) -> Callable[..., Awaitable[Response]]:
@@ -187,7 +194,11 @@ def _watch(meters: Meters, service: Service) -> Callable[..., Awaitable[Response
         elif request.method == "POST" and not size.isdecimal():
             response = JSONResponse({"detail": "expected Content-Length"}, 411)
         else:
-            response = await call_next(request)
+            try:
+                async with asyncio.timeout(2 * SECONDS):
+                    response = await call_next(request)
+            except TimeoutError:  # of a body that does not come
+                response = JSONResponse({"detail": "the request took too long"}, 408)
         route = request.scope.get("route")
         path = getattr(route, "path", "other")  # never the request's own text
         meters.requests.labels(path, response.status_code).inc()
@@ -244,7 +255,9 @@ def _add_routes(app: FastAPI, service: Service, checks: list[Any]) -> None:
 _ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"description": text}
     for code, text in (
+        (400, "The body is no JSON"),
         (401, "No valid key"),
+        (408, "The body did not come in time"),
         (411, "No Content-Length"),
         (413, "The body is too large"),
         (429, "Too many requests wait"),

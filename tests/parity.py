@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
+import tiny_run
 import torch
 from conftest import random_examples, random_segments
 from flax import nnx
@@ -22,12 +23,13 @@ from transformers import AutoModelForCausalLM
 from benchmarks.torch_sides import OfficialSide, padded_rows
 from sdpo_jax.convert import convert
 from sdpo_jax.data.loader import choose_shapes, collate
-from sdpo_jax.export import write_merged
+from sdpo_jax.export import export, write_merged
 from sdpo_jax.models.lora import LoraConfig
 from sdpo_jax.models.peft import adapted_modules, read_adapter, write_adapter
 from sdpo_jax.models.store import load_model
 from sdpo_jax.objectives.logprobs import shared_prefix_logp
 from sdpo_jax.objectives.losses import sdpo_loss
+from sdpo_jax.serving.recommender import Recommender
 
 LORA = LoraConfig(rank=2, alpha=4.0)
 SEED, C = 1000, 4
@@ -179,3 +181,37 @@ def test_transformers_generates_from_the_merged_model(pairs, name, tmp_path):
     # Weights in bfloat16 have 8 bits.
     told(name, "merged", ours, logits, limit=0.1 * np.abs(logits).max())
     assert new.shape[1] > tokens.shape[1]
+
+
+def test_transformers_lists_the_same_titles_under_the_constraint_of_the_catalogue(tmp_path):
+    run = tiny_run.history_run(tmp_path)
+    ours = Recommender.from_bundle(export(run, "sft", "bundle", tmp_path / "bundle"))
+    merged = export(run, "sft", "merged", tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    titles = {tuple(map(int, ours.encoder.answer(item))): item for item in ours.dataset.titles}
+    follows: dict[tuple[int, ...], set[int]] = {}
+    for title, place in ((t, n) for t in titles for n in range(len(t))):
+        follows.setdefault(title[:place], set()).add(title[place])
+    history = [ours.index.item(title) for title in ("heat", "alien", "up")]
+    prompt = ours._continuing(history, [ours.encoder.answer(0)]).prompt
+    found = model.generate(
+        torch.tensor(prompt[None]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        prefix_allowed_tokens_fn=lambda _, ids: list(
+            follows.get(tuple(ids.tolist()[len(prompt) :]), [0])
+        ),
+        num_beams=20,
+        num_return_sequences=10,
+        length_penalty=0.0,  # log-probs are summed, not averaged
+        max_new_tokens=max(map(len, titles)),
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    listed = []
+    for ids, score in zip(found.sequences.tolist(), found.sequences_scores.tolist(), strict=True):
+        answer = ids[len(prompt) :]
+        (item,) = (i for t, i in titles.items() if tuple(answer[: len(t)]) == t)
+        listed.append((ours.dataset.titles[item], score))
+    expected = ours.recommend(history, k=10, exclude_seen=False)
+    assert [title for title, _ in listed] == [title for title, _ in expected]
+    np.testing.assert_allclose([s for _, s in listed], [s for _, s in expected], atol=1e-3)

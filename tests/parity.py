@@ -4,6 +4,9 @@
 """
 
 import functools
+import re
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +34,7 @@ from sdpo_jax.objectives.logprobs import shared_prefix_logp
 from sdpo_jax.objectives.losses import sdpo_loss
 from sdpo_jax.serving.recommender import Recommender
 
+ROOT = Path(__file__).parents[1]
 LORA = LoraConfig(rank=2, alpha=4.0)
 SEED, C = 1000, 4
 # `dynamic` stretches with the longest text fed, and the official rows feed EOS as well.
@@ -183,35 +187,29 @@ def test_transformers_generates_from_the_merged_model(pairs, name, tmp_path):
     assert new.shape[1] > tokens.shape[1]
 
 
-def test_transformers_lists_the_same_titles_under_the_constraint_of_the_catalogue(tmp_path):
+def test_the_code_that_the_docs_have_for_transformers_lists_the_same_titles(tmp_path, monkeypatch):
     run = tiny_run.history_run(tmp_path)
     ours = Recommender.from_bundle(export(run, "sft", "bundle", tmp_path / "bundle"))
-    merged = export(run, "sft", "merged", tmp_path / "merged")
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-    titles = {tuple(map(int, ours.encoder.answer(item))): item for item in ours.dataset.titles}
-    follows: dict[tuple[int, ...], set[int]] = {}
-    for title, place in ((t, n) for t in titles for n in range(len(t))):
-        follows.setdefault(title[:place], set()).add(title[place])
+    export(run, "sft", "merged", tmp_path / "merged")
     history = [ours.index.item(title) for title in ("heat", "alien", "up")]
     prompt = ours._continuing(history, [ours.encoder.answer(0)]).prompt
-    found = model.generate(
-        torch.tensor(prompt[None]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        prefix_allowed_tokens_fn=lambda _, ids: list(
-            follows.get(tuple(ids.tolist()[len(prompt) :]), [0])
-        ),
-        num_beams=20,
-        num_return_sequences=10,
-        length_penalty=0.0,  # log-probs are summed, not averaged
-        max_new_tokens=max(map(len, titles)),
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    listed = []
+    text = ours.source.model.tokenizer.decode(prompt)
+    (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
+    page = (ROOT / "docs" / "recommend.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import json, torch.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["prompt"][0].tolist() == prompt.tolist()
+    found, listed = names["found"], []
     for ids, score in zip(found.sequences.tolist(), found.sequences_scores.tolist(), strict=True):
-        answer = ids[len(prompt) :]
-        (item,) = (i for t, i in titles.items() if tuple(answer[: len(t)]) == t)
-        listed.append((ours.dataset.titles[item], score))
+        answer = tuple(ids[len(prompt) :])
+        (title,) = (
+            title
+            for title, tokens in zip(names["titles"], names["tokens"], strict=True)
+            if answer[: len(tokens)] == tokens
+        )
+        listed.append((title, score))
     expected = ours.recommend(history, k=10, exclude_seen=False)
     assert [title for title, _ in listed] == [title for title, _ in expected]
     np.testing.assert_allclose([s for _, s in listed], [s for _, s in expected], atol=1e-3)

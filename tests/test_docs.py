@@ -100,6 +100,7 @@ def test_the_code_of_every_page_runs(model_folder, tmp_path, monkeypatch):
     (quick / "run").symlink_to(run)
     monkeypatch.chdir(tmp_path)
     blocks = [b for p in PAGES for b in re.findall(r"```python\n(.*?)```", p.read_text(), re.S)]
-    assert len(blocks) >= 3
-    for block in blocks:
+    ours = [block for block in blocks if "torch" not in block.splitlines()[0]]
+    assert len(ours) >= 3 and len(blocks) - len(ours) == 1  # `make parity` runs the one with torch
+    for block in ours:
         exec(block, {})

@@ -82,7 +82,7 @@ def parts(args, out: Path) -> list[Part]:
 
 
 def _histories(dataset: str, model: Path, work: Path, out: Path, toy: bool) -> Part:
-    """An epoch of both stages, HR@1 and the catalogue's metrics, and the adapter."""
+    """Three epochs of SFT and one of S-DPO, HR@1 and the catalogue's metrics, and the adapter."""
     run = work / "histories"
     short = ("--config.sft.max_steps=2", "--config.sdpo.max_steps=2") if toy else ()
     windows, whole = (8, 8) if toy else (2000, 500)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
+from sdpo_jax.serving.listener import check
 from sdpo_jax.system.command import run_command
 
 ADAPTER = Path(__file__).parent / "serving" / "movielens-adapter"
@@ -39,6 +40,7 @@ def commands(folder: Path, port: int) -> list[list[str]]:
 
 def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
+    check("127.0.0.1", args.port)
     *first, server = commands(Path(args.folder), args.port)
     for command in first:
         print(f"python -m {shlex.join(command)}", flush=True)

@@ -59,17 +59,19 @@ def export(
     output: str | Path,
     step: int | None = None,
     weights: str = "merged",
-    dtype: str = "float32",
+    dtype: str | None = None,
 ) -> Path:
     """Writes the folder `output` atomically, and returns it.
 
-    `dtype` is that of an adapter alone; whole models are in bfloat16. `step` defaults to the
-    stage's best. Raises InputError if the run, the stage, the step, the data or the model is not
-    there, and if `output` is not empty.
+    `dtype` is that of an adapter alone (None: float32); whole models are in bfloat16. `step`
+    defaults to the stage's best. Raises InputError if the run, the stage, the step, the data or the
+    model is not there, and if `output` is not empty.
     """
     run, output = read_run(Path(workdir)), Path(output).absolute()
     alone = form == "peft" or (form == "bundle" and weights == "adapter")
     check_export(run, stage, output, alone)
+    if dtype and not alone:
+        raise InputError("--dtype: found it with a whole model, which is in bfloat16: leave it out")
     step = choose_step(run, stage, step)
     inputs = inputs_of(run, run.config.validation_split)
     card = model_card(run, inputs.dataset.meta, stage, step, form)
@@ -86,7 +88,7 @@ def export(
                 part.mkdir()
             if alone:
                 source = name_and_revision(read_meta(model)["source"])
-                write_adapter(part, tree, lora, config, *source, dtype=np.dtype(dtype))
+                write_adapter(part, tree, lora, config, *source, dtype=np.dtype(dtype or "float32"))
             elif form == "merged":
                 write_merged(part, model, tree, lora, config)
             else:
@@ -294,7 +296,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("format", "peft", FORMATS, "adapter alone, whole model, or bundle")
     flags.DEFINE_enum("weights", "merged", WEIGHTS, "of a bundle")
     flags.DEFINE_string("output", None, "folder to write", required=True)
-    flags.DEFINE_enum("dtype", "float32", DTYPES, "of an adapter alone")
+    flags.DEFINE_enum("dtype", None, DTYPES, "of an adapter alone; default: float32")
     flags.DEFINE_string("push", "", "also send it to this repository of the Hub, user/name")
     flags.DEFINE_integer("step", None, "checkpoint of the stage; default: the best", lower_bound=0)
     run_command(main)

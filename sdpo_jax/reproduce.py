@@ -89,7 +89,8 @@ def merged(root: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
         return dict(asked)
     advice = "restore it or choose another --workdir"
     before = read_json(root / ASKED, f"expected targets and options: {advice}")
-    check_keys(root / ASKED, before, {key: TEXT for key in asked} | {"wanted": WANTED}, advice)
+    check_keys(root / ASKED, before, {key: TEXT for key in FIXED} | {"wanted": WANTED}, advice)
+    before = dict.fromkeys(ADDED, "") | before
     for key in (*FIXED, *ADDED):
         given = key in FIXED or (before[key] and asked[key])
         if given and before[key] != asked[key]:

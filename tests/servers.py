@@ -11,14 +11,16 @@ from trainers import ROOT, environment
 
 
 @contextlib.contextmanager
-def served(run: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen]]:
+def served(
+    run: Path, *flags: str, stderr: int | None = None
+) -> Iterator[tuple[str, subprocess.Popen]]:
     """The address of a server of a run's recommendations once it listens, and its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "sdpo_jax.serve", f"--workdir={run}", f"--port={port}", *flags]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE
+        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=stderr
     )
     assert process.stdout is not None
     try:
@@ -28,4 +30,6 @@ def served(run: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen]]:
     finally:
         process.kill()
         process.wait()
-        process.stdout.close()
+        for stream in (process.stdout, process.stderr):
+            if stream:
+                stream.close()

@@ -124,6 +124,7 @@ def test_a_folder_is_sent_whole_to_a_private_repository(run, endpoint, tmp_path)
 def test_nothing_is_sent_without_a_token_and_nothing_written(run, tmp_path):
     for name, token, words in (
         ("a/b/c", TOKEN, "--push: found 'a/b/c', expected user/name"),
+        ("taste", TOKEN, "--push: found 'taste', expected user/name"),
         ("someone/taste", "", "--push: found no token"),
     ):
         done = export(run, tmp_path / "out", "http://127.0.0.1:9", f"--push={name}", token=token)

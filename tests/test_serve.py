@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 
 import httpx
@@ -15,9 +16,9 @@ import tiny_run
 import uvicorn
 from fastapi.testclient import TestClient
 
-from sdpo_jax.serve import check_free, is_loopback
 from sdpo_jax.serving import connection, server
 from sdpo_jax.serving.batcher import Batcher, Busy
+from sdpo_jax.serving.listener import check, check_free, is_loopback
 from sdpo_jax.serving.recommender import Recommender
 from sdpo_jax.serving.sources import of_workdir
 from sdpo_jax.system.errors import InputError
@@ -231,3 +232,16 @@ def test_a_refusal_does_not_repeat_what_is_no_text(client):
     assert all(set(one) == {"loc", "msg", "type"} for one in answer.json()["detail"])
     unknown = client.post("/recommend", json={"history": ["haet"]}).json()["detail"][0]
     assert set(unknown) == {"loc", "msg", "type"}
+
+
+def test_ctrl_c_ends_the_server_without_a_traceback(run):
+    with servers.served(run, stderr=subprocess.PIPE) as (_, process):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_an_open_address_needs_a_key(monkeypatch):
+    monkeypatch.delenv("SDPO_API_KEY", raising=False)
+    with pytest.raises(InputError, match=r"--host: found 0\.0\.0\.0, which others can reach"):
+        check("0.0.0.0", 8000)

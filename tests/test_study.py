@@ -1,5 +1,6 @@
 """The study on histories: its cells, and the verdicts on its page."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -44,6 +45,10 @@ def test_cells_have_their_folder_config_and_validation_windows(study):
     assert "--config=configs/history.py:medium" in train
     assert "--config.validation_split=val" in train and "--config.num_negatives=15" in train
     assert "--config.microbatch=2" in train
+    small = dataclasses.replace(study, scale=SCALES["small"], options=("--config.microbatch=1",))
+    tuned = histories.tuned(Place(small, "lastfm"), 7).steps[0].command
+    given = [flag for flag in tuned if "microbatch" in flag]
+    assert given == ["--config.microbatch=1", "--config.microbatch=1"]  # the options' comes last
     sft = study.root / "lastfm" / "history" / "sft"
     assert f"--config.lora.init_from={sft / 'adapter'}" in train
     assert score[-3:] == ("--decoder=score", "--split=test", "--limit=5000")
@@ -66,7 +71,7 @@ def test_a_claim_is_shown_refuted_or_neither(evaluated):
     candidates, catalogue = rows["S-DPO is ahead of SFT"]
     assert candidates.startswith("shown: +0.7") and "0.001" in candidates
     assert catalogue.startswith("refuted: -0.4")
-    assert rows["K = 15 is ahead of K = 3"] == ["not run yet", "not run yet"]
+    assert rows["K = 15 is ahead of K = 3"] == ["no figures", "no figures"]
     assert rows["DPO is ahead of SFT"][0].startswith("not shown: +0.000")
     assert rows["S-DPO, K = 3"][0].startswith("0.900 [")
     assert re.search(r"- .*SASRec.*: not run yet", text)

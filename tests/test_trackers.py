@@ -5,11 +5,12 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from trainers import ROOT, environment
 
-from sdpo_jax.runs.trackers import check_tracker
+from sdpo_jax.runs.trackers import Lenient, check_tracker, open_tracker
 from sdpo_jax.system.errors import InputError
 
 # Two steps of SFT, a restart, a third step, and one of S-DPO.
@@ -23,7 +24,7 @@ for stage, steps in (("sft", (1, 2)), ("sft", (3,)), ("sdpo", (1,))):
     tracker = open_tracker(name, run, stage, {"lora.rank": 8})
     for step in steps:
         tracker.write(step, {"loss": 0.5 * step, "rewards/chosen": 0.25})
-    tracker.close()
+    tracker.close(stage == "sdpo")
 """
 
 
@@ -75,6 +76,24 @@ def test_wandb_writes_the_curves_of_both_stages_offline(run):
     assert files and {path.stem for path in files} == {f"run-{identity}"}
     content = b"".join(path.read_bytes() for path in files)
     assert b"rewards/chosen" in content and b"sdpo/step" in content
+
+
+def test_a_tracker_that_cannot_begin_is_one_line_and_one_that_fails_later_ends_nothing(
+    run, tmp_path, monkeypatch, capsys
+):
+    def refuse(*args, **kwargs):
+        raise OSError("no server\nmore")
+
+    module = SimpleNamespace(__name__="trackio", init=refuse, log=refuse, finish=refuse)
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    with pytest.raises(InputError, match=r"'trackio', which cannot begin \(no server\)"):
+        open_tracker("trackio", run, "sft", {})
+    module.init = lambda **settings: None
+    tracker = Lenient(open_tracker("trackio", run, "sft", {}))
+    for step in (1, 2):
+        tracker.write(step, {"loss": 1.0})
+    tracker.close(True)
+    assert capsys.readouterr().out.count("gets no more: no server") == 1
 
 
 def test_a_tracker_whose_package_is_missing_is_told_before_anything_is_written(monkeypatch):

@@ -51,6 +51,7 @@ class Scale:
     split: str  # where the data set has it, else `test`
     limit: int  # windows of it; 0: all
     history_limit: int  # the same for prompts of histories
+    segments: int = 8  # of histories at once: the microbatch of configs/history.py
     negatives: tuple[int, ...] = (1, 3, 5, 8, 10, 15)
     betas: tuple[float, ...] = (0.1, 0.5, 1.0, 3.0, 5.0)
     network: tuple[str, ...] = ()  # options of sdpo_jax.baselines
@@ -63,9 +64,10 @@ SCALES = {
         "test_all",
         16,
         16,
-        (1, 3, 5),
-        (0.1, 1.0),
-        ("--epochs=1", "--l2=1e-4"),
+        segments=2,
+        negatives=(1, 3, 5),
+        betas=(0.1, 1.0),
+        network=("--epochs=1", "--l2=1e-4"),
     ),
     "small": Scale(
         "Not the paper's setting: a small language model trained on a few hundred windows per "
@@ -75,6 +77,7 @@ SCALES = {
         "test_all",
         200,
         500,
+        segments=2,
         network=("--l2=1e-6",),
     ),
     "medium": Scale(
@@ -214,15 +217,18 @@ def trained(
     needs: tuple[Cell, ...] = (),
     config: str = "",
     evaluations: Evaluations = OF_CANDIDATES,
+    defaults: Mapping[str, object] = {},
     **keys: object,
 ) -> Cell:
     """A run of one stage with config `keys`, and its evaluations.
 
-    `config`: a file of configs/, by default that of the data set.
+    `config`: a file of configs/, by default that of the data set. `defaults`: keys that the study's
+    options may change.
     """
     folder, study = place.folder / name, place.study
     own = {} if converted(place) or config else {"chat_template": False}  # not every model has one
     own = {"dataset": place.data, "model": place.model, "stages": f'("{stage}",)'} | own
+    own |= defaults
 
     def flags(keys: Mapping[str, object]) -> list[str]:
         return [f"--config.{key}={value}" for key, value in keys.items()]

@@ -55,10 +55,10 @@ def tuned(
     suffix = "" if drawn == "uniform" else f"-{drawn}"
     name = f"{objective}-k{negatives}-beta{beta:g}{suffix}"
     keys = {"num_negatives": negatives, "beta": beta, "objective": objective, "negatives": drawn}
-    if negatives > K:  # fewer segments at once, for the same memory
-        keys["microbatch"] = max(1, 8 * (K + 1) // (negatives + 1))
+    fewer = place.study.scale.segments * (K + 1) // (negatives + 1)  # for the memory that K takes
+    defaults = {"microbatch": max(1, fewer)} if negatives > K else {}
     keys["lora.init_from"] = first.folder / "adapter"
-    return trained(place, name, "sdpo", ("sdpo",), (first,), **keys)
+    return trained(place, name, "sdpo", ("sdpo",), (first,), defaults=defaults, **keys)
 
 
 def network(place: Place, name: str) -> Cell:

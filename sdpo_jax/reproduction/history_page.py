@@ -8,7 +8,7 @@ from sdpo_jax.evaluation.metrics import Difference
 from sdpo_jax.evaluation.results import read_results
 from sdpo_jax.evaluation.systems import TRADITIONAL
 from sdpo_jax.reports import figures
-from sdpo_jax.reports.document import Heading, Notes, Part, Picture, Table
+from sdpo_jax.reports.document import Heading, Notes, Part, Picture, Table, Text
 from sdpo_jax.reports.tables import interval_and_p, paired
 from sdpo_jax.reproduction import histories
 from sdpo_jax.reproduction.cells import BETA, DATASETS, Place, Row, Study
@@ -87,7 +87,7 @@ def claims(place: Place) -> list[tuple[str, Row, Row]]:
 
 def verdict(d: Difference | None) -> str:
     if d is None:
-        return "not run yet"
+        return "no figures"
     if d.low > 0:
         return "shown"
     return "refuted" if d.high < 0 else "not shown"
@@ -106,7 +106,8 @@ def find(place: Place, row: Row) -> Pair:
 
 def section(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -> list[Part]:
     places = [Place(study, name) for name in datasets]
-    page: list[Part] = [Notes(LEGEND), *_claims(places)]
+    about = f"configs/{histories.CONFIG}.py{study.scale.variant}, not the paper's recipe."
+    page: list[Part] = [Text(about), Notes(LEGEND), *_claims(places)]
     for place in places:
         page += [Heading(DATASETS[place.dataset], 3), *_dataset(place, failed)]
     return page

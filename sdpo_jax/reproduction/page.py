@@ -78,8 +78,8 @@ def parts(
     """The page of `wanted` (target -> data sets); `failed`: folder -> why its cell failed."""
     model = study.model or "SmolLM2-135M-Instruct, the default"
     page: list[Part] = [
-        Text(f"Chen et al. 2024, arXiv 2406.09215. Language model: {model}. {study.scale.about}"),
-        Notes(LEGEND),
+        Text(f"Chen et al. 2024, arXiv 2406.09215. Language model: {model}."),
+        *([Text(study.scale.about), Notes(LEGEND)] if set(wanted) - {"history"} else []),
     ]
     for target, datasets in wanted.items():
         out = {name: why for name in datasets if (why := cells.left_out(study, name))}
@@ -173,7 +173,7 @@ def _table3(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -
             stand_in = "a stand-in, as the paper's sequences are not public; "
             about = stand_in if STAND_IN[0] in meta.get("source", {}) else ""
             notes.append(f"{DATASETS[dataset]}: {about}{meta.get('protocol')}.")
-        pairs = zip(sizes, SIZES[dataset], strict=True)
+        pairs = zip(sizes, SIZES.get(dataset, ("–",) * 3), strict=True)
         lines.append([DATASETS[dataset], *(_count(size) for pair in pairs for size in pair)])
     return [Table([header, *lines]), Notes(notes)]
 

@@ -5,6 +5,7 @@ A failed cell does not stop the others.
 
 import collections
 import contextlib
+import os
 import shlex
 import signal
 import subprocess
@@ -41,10 +42,9 @@ def run(
     failed: dict[Path, str] = {}
     pace = Pace()
     waiting, active = list(cells), list[_Active]()
-    with _noted_signals() as signals:
+    with _noted_signals() as signals, _children(active):
         while waiting or active:
             if signals:
-                _stop(active)
                 raise Stopped
             for one in [one for one in active if one.ended(pace)]:
                 active.remove(one)
@@ -64,7 +64,7 @@ def run(
                 else:
                     of_active = [one.cell for one in active]
                     print(f"{where}: {pace.told([*of_active, cell, *waiting], jobs)}", flush=True)
-                    active.append(_Active(cell, root))
+                    active.append(_Active(cell, root, shared=jobs > 1))
             if active:
                 time.sleep(POLL)
     return failed
@@ -83,9 +83,11 @@ def _where(cell: Cell, cells: Sequence[Cell], root: Path) -> str:
 class _Active:
     """A cell whose remaining steps run one after the other, each as a child process."""
 
-    def __init__(self, cell: Cell, root: Path):
+    def __init__(self, cell: Cell, root: Path, shared: bool):
         self.cell, self.failed = cell, dict[Path, str]()
         self._root, self._steps = root, cell.left()
+        # Several processes on one device: none may take most of its memory first.
+        self._environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if shared else {}
         self._begin()
 
     def ended(self, pace: "Pace") -> bool:
@@ -113,16 +115,23 @@ class _Active:
         with log.open("w", encoding="utf-8") as file:
             print(pasted(command), file=file, flush=True)
             self.child = subprocess.Popen(
-                [sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT
+                [sys.executable, "-m", *command],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=self._environment | os.environ,
             )
 
 
-def _stop(active: Sequence[_Active]) -> None:
-    """Ends the children; training saves its state first."""
-    for one in active:
-        one.child.terminate()
-    for one in active:
-        one.child.wait()
+@contextlib.contextmanager
+def _children(active: Sequence[_Active]) -> Iterator[None]:
+    """Ends what is left of them, however this ends; training saves its state first."""
+    try:
+        yield
+    finally:
+        for one in active:
+            one.child.terminate()
+        for one in active:
+            one.child.wait()
 
 
 @contextlib.contextmanager
@@ -141,8 +150,10 @@ def _noted_signals() -> Iterator[list[int]]:
 
 
 def log_of(cell: Cell, step: Step, root: Path) -> Path:
+    same = [one for one in cell.steps if one.command[0] == step.command[0]]
+    number = f"-{same.index(step) + 1}" if len(same) > 1 else ""
     name = "-".join((*cell.folder.relative_to(root).parts, step.command[0].rpartition(".")[2]))
-    return root / "logs" / f"{name}.log"
+    return root / "logs" / f"{name}{number}.log"
 
 
 def _reason(log: Path, status: int) -> str:

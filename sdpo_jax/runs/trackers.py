@@ -6,9 +6,11 @@ MLFLOW_TRACKING_URI, …). A run that resumes goes on with the same run of the t
 
 import importlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from tqdm import tqdm
 
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.files import TEXT, check_keys, read_object, write_json
@@ -21,7 +23,8 @@ class Tracker(Protocol):
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, whole: bool) -> None:
+        """`whole`: whether the stage has ended as it should."""
 
 
 class _WandbLike:
@@ -42,8 +45,11 @@ class _WandbLike:
         line = {f"{self._stage}/{key}": float(value) for key, value in values.items()}
         self._module.log(line | {f"{self._stage}/step": step})
 
-    def close(self) -> None:
-        self._module.finish()
+    def close(self, whole: bool) -> None:
+        if self._module.__name__ == "wandb":
+            self._module.finish(exit_code=0 if whole else 1)
+        else:
+            self._module.finish()
 
 
 class _Mlflow:
@@ -60,18 +66,53 @@ class _Mlflow:
         line = {f"{self._stage}/{key}": float(value) for key, value in values.items()}
         self._module.log_metrics(line, step=step)
 
-    def close(self) -> None:
-        self._module.end_run()
+    def close(self, whole: bool) -> None:
+        self._module.end_run("FINISHED" if whole else "KILLED")
 
 
 def open_tracker(name: str, run: Path, stage: str, config: dict[str, Any]) -> Tracker | None:
     """The tracker that config.tracker names, for one stage of the run in the folder `run`.
 
-    `config`: keys and values to show. Raises InputError where the package is missing.
+    `config`: keys and values to show. Raises InputError where the package is missing or cannot
+    begin, such as without a login or a server.
     """
     if name == "none":
         return None
-    return (_Mlflow if name == "mlflow" else _WandbLike)(name, run, stage, config)
+    try:
+        return (_Mlflow if name == "mlflow" else _WandbLike)(name, run, stage, config)
+    except InputError:
+        raise
+    except Exception as error:  # of the tracker's package, its store and its HTTP client
+        raise InputError(
+            f"config.tracker is {name!r}, which cannot begin ({_line(error)}): see to it, or give "
+            "--config.tracker=none"
+        ) from error
+
+
+class Lenient:
+    """A tracker whose failure ends no training: it is told once, and then left out."""
+
+    def __init__(self, tracker: Tracker):
+        self._tracker: Tracker | None = tracker
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._do(lambda tracker: tracker.write(step, values))
+
+    def close(self, whole: bool) -> None:
+        self._do(lambda tracker: tracker.close(whole))
+
+    def _do(self, act: Callable[[Tracker], None]) -> None:
+        if self._tracker is None:
+            return
+        try:
+            act(self._tracker)
+        except Exception as error:  # as above
+            self._tracker = None
+            tqdm.write(f"warning: the tracker has failed and gets no more: {_line(error)}")
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0]
 
 
 def check_tracker(name: str) -> None:

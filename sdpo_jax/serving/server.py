@@ -175,7 +175,7 @@ def make_app(recommender: Recommender, key: str = "") -> FastAPI:
 
 
 def _refuse(request: Request, error: Exception) -> Response:
-    """422 in the form of FastAPI's own, without the request's text, which may be no text at all."""
+    """422 in the form of FastAPI's own, without the input, which may be no text at all."""
     found = error.errors() if isinstance(error, RequestValidationError) else []
     detail = [{key: one[key] for key in ("loc", "msg", "type")} for one in found]
     detail = detail or [{"loc": ["body"], "msg": str(error), "type": "value_error"}]

@@ -68,6 +68,8 @@ def check_push(name: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise InputError(f"--push: found {name!r}, expected user/name ({error})") from error
+    if "/" not in name:
+        raise InputError(f"--push: found {name!r}, expected user/name")
     if get_token() is None:
         raise InputError(
             "--push: found no token, expected one that may write: `hf auth login`, or HF_TOKEN in "

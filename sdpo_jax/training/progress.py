@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from sdpo_jax.runs.config import RunConfig, keys
 from sdpo_jax.runs.curves import MetricsWriter
-from sdpo_jax.runs.trackers import open_tracker
+from sdpo_jax.runs.trackers import Lenient, open_tracker
 from sdpo_jax.training import device_stats
 from sdpo_jax.training.optimizer import learning_rate_schedule
 
@@ -89,7 +89,8 @@ class Progress:
         self._tracker = None
         if first_here:
             told = {name: value for name, _, value in keys(config)}
-            self._tracker = open_tracker(config.tracker, workdir, stage, told)
+            found = open_tracker(config.tracker, workdir, stage, told)
+            self._tracker = Lenient(found) if found else None
         self._bar = bar(steps * self._batch_size, first * self._batch_size, stage, smoothing=0.1)
 
     def waited_for(self, batches: Iterator) -> Iterator:
@@ -183,6 +184,7 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
-        for writer in (self._writer, self._tracker):
-            if writer:
-                writer.close()
+        if self._writer:
+            self._writer.close()
+        if self._tracker:
+            self._tracker.close(self._done == self._steps)

@@ -26,6 +26,7 @@ from pathlib import Path
 from absl import flags
 from packaging.requirements import Requirement
 
+from sdpo_jax.reproduction.cells import DATASETS
 from sdpo_jax.system.command import run_command
 from sdpo_jax.system.errors import InputError
 from sdpo_jax.system.files import read_object, write_json
@@ -78,6 +79,8 @@ def parts(args, out: Path) -> list[Part]:
         )
     )
     found.append(_official(out, toy))
+    if args.study:
+        found.append(_study(args.study, converted, toy))
     return found
 
 
@@ -164,6 +167,21 @@ def _candidates(dataset: str, model: Path, work: Path, toy: bool) -> Part:
             ),
         ),
     )
+
+
+def _study(folder: str, model: Path, toy: bool) -> Part:
+    """The study on histories, as far as it comes, on the data sets prepared in the folder."""
+    prepared = [name for name in DATASETS if (Path(folder) / name / "data").is_dir()]
+    command = module(
+        "sdpo_jax.reproduce",
+        "--target=history",
+        f"--scale={'smoke' if toy else 'medium'}",
+        f"--workdir={folder}",
+        f"--model={model}",
+        f"--datasets={','.join(prepared)}",
+        "--jobs=4",
+    )
+    return Part("study", 540, (command,))
 
 
 def _official(out: Path, toy: bool) -> Part:
@@ -277,6 +295,9 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("dataset", "runs/quickstart/data", "folder written by sdpo_jax.prepare")
     flags.DEFINE_list("candidates", [], "more such folders, for the paper's prompts")
+    flags.DEFINE_string(
+        "study", "", "folder of prepared data sets, DATASET/data, for reproduce --target=history"
+    )
     flags.DEFINE_list("parts", [], "run these, also where they are done; default: all that are not")
     flags.DEFINE_enum("size", "7b", ["7b", "toy"], "shape of the large step, length of the runs")
     flags.DEFINE_float("cut", 0, "end every part after this many seconds: a rehearsal")

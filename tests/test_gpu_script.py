@@ -50,7 +50,9 @@ def test_the_same_command_goes_on_and_names_start_parts_again(tmp_path):
 
 
 def test_the_parts_take_nine_minutes_and_a_model_is_converted_only_where_it_is_not(tmp_path):
-    args = SimpleNamespace(size="7b", model=str(tmp_path / "m.gguf"), dataset="D", candidates=[])
+    args = SimpleNamespace(
+        size="7b", model=str(tmp_path / "m.gguf"), dataset="D", candidates=[], study=""
+    )
     names = [part.name for part in gpu.parts(args, tmp_path)]
     assert names[:3] == ["parity", "convert", "histories"]
     (tmp_path / "model").mkdir()
@@ -59,6 +61,9 @@ def test_the_parts_take_nine_minutes_and_a_model_is_converted_only_where_it_is_n
     parts = gpu.parts(args, tmp_path)
     assert "convert" not in [part.name for part in parts]
     assert "candidates-lastfm" in [part.name for part in parts]
+    (tmp_path / "lastfm" / "data").mkdir(parents=True)
+    args.study = str(tmp_path)
+    assert "--datasets=lastfm" in gpu.parts(args, tmp_path)[-1].commands[0]
     assert sum(part.limit for part in parts) <= 9 * 60
 
 

@@ -51,11 +51,16 @@ def test_cells_have_their_folder_config_and_validation_windows(study):
     assert given == ["--config.microbatch=1", "--config.microbatch=1"]  # the options' comes last
     sft = study.root / "lastfm" / "history" / "sft"
     assert f"--config.lora.init_from={sft / 'adapter'}" in train
-    assert score[-3:] == ("--decoder=score", "--split=test", "--limit=5000")
+    assert score[-3:] == ("--decoder=score", "--split=test", "--limit=2000")
     assert {"--rank=catalogue", "--decoder=beam"} <= set(beam)
     assert "--config.validation_split=val_all" in folders["movielens/history/sft"].steps[0].command
     networks = folders["movielens/history/sasrec"].steps[0].command
     assert "--candidates_only" not in networks
+
+
+def test_all_of_amazon_s_published_windows_are_evaluated(study):
+    score = histories.sft(Place(study, "amazon")).steps[1].command
+    assert not [option for option in score if option.startswith("--limit")]
 
 
 def test_the_first_row_of_every_data_set_comes_before_the_second_of_any(study):

@@ -85,7 +85,7 @@ SCALES = {
         ":medium",
         "test_all",
         1000,
-        5000,
+        2000,
     ),
     "paper": Scale("The paper's setting.", "", "test", 0, 0),
 }
@@ -162,6 +162,8 @@ class Place:
         """Options of the evaluating commands."""
         scale = self.study.scale
         limit = scale.history_limit if self.kind else scale.limit
+        if self.dataset == "amazon" and limit > 1000:
+            limit = 0  # all, as the published figures are of all
         return (f"--split={self.split}", *([f"--limit={limit}"] if limit else []))
 
 

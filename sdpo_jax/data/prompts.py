@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_jax.data.randomness import generator
-from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.errors import InputError, first_line
 from sdpo_jax.system.files import read_text
 
 DOMAINS = ("movie", "music", "book", "product")
@@ -42,7 +42,7 @@ def in_chat(template: str, tokenizer: Any, options: str = "{}") -> str:
             message, tokenize=False, add_generation_prompt=True, **json.loads(options)
         )
     except Exception as error:  # the format is a program of the model's authors
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        reason = first_line(error)
         raise InputError(
             f"config.chat_template: found a model without a chat format that works ({reason}), "
             "expected one: set it to False"

@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.errors import InputError, first_line
 from sdpo_jax.system.files import check_room
 
 PIECE = 64 * 2**20  # bytes of an array that are encoded at once, and of a file
@@ -37,9 +37,9 @@ def write_weights(path: Path, tree: Any) -> None:
         ) as checkpointer:
             checkpointer.save(Path(path).absolute(), args=args)
     except (ValueError, OSError) as error:  # tensorstore raises ValueError on a full disk
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise InputError(
-            f"{path}: the weights cannot be written ({reason}): free space or choose another folder"
+            f"{path}: the weights cannot be written ({first_line(error)}): free space or choose "
+            "another folder"
         ) from error
 
 
@@ -67,8 +67,7 @@ def read_weights(path: Path, abstract_tree: Any) -> Iterator[tuple[str, jax.Arra
                     yield name, _read_one(checkpointer, path, name, leaf)
                 return
         except (ValueError, OSError, KeyError) as error:
-            reason = str(error).strip().splitlines() or [repr(error)]
-            problem = f"found unreadable weights ({reason[0]})"
+            problem = f"found unreadable weights ({first_line(error)})"
     raise InputError(f"{path}: {problem}: convert the model again into a new folder")
 
 

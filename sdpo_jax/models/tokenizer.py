@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sdpo_jax.system.errors import InputError, brief
+from sdpo_jax.system.errors import InputError, brief, first_line
 from sdpo_jax.system.files import COUNT, read_object
 
 # Else transformers prints that it found no PyTorch, which is not needed.
@@ -24,7 +24,7 @@ def load_tokenizer(path: Path, where: str | None = None) -> Any:
                 f"{where or path}: found tokenizer.model and no tokenizer.json, which needs the "
                 "package sentencepiece: pip install 'sdpo_jax[sentencepiece]'"
             ) from error
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        reason = first_line(error)
         raise InputError(
             f"{where or path}: found no tokenizer that transformers can read ({reason}), expected "
             "tokenizer.json and tokenizer_config.json"

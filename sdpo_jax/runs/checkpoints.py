@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sdpo_jax.runs.best_step import KeepForEvaluator
-from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.errors import InputError, first_line
 from sdpo_jax.system.files import check_room
 from sdpo_jax.system.processes import first_process
 
@@ -206,7 +206,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax, tensorstore and JSON raise many kinds
-            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            reason = first_line(error)
             raise CheckpointGone(f"{self._manager.directory}/{step}: {reason}") from error
 
     @contextlib.contextmanager
@@ -214,7 +214,7 @@ class Checkpoints:
         try:
             yield
         except (ValueError, OSError) as error:  # tensorstore raises ValueError on a full disk
-            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            reason = first_line(error)
             raise InputError(
                 f"{self._manager.directory}: a checkpoint cannot be written ({reason}): free space "
                 "or mend permissions; the same command resumes from the checkpoint before"

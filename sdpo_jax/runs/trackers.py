@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.errors import InputError, first_line
 from sdpo_jax.system.files import TEXT, check_keys, read_object, write_json
 
 PROJECT = "sdpo_jax"
@@ -84,8 +84,8 @@ def open_tracker(name: str, run: Path, stage: str, config: dict[str, Any]) -> Tr
         raise
     except Exception as error:  # of the tracker's package, its store and its HTTP client
         raise InputError(
-            f"config.tracker is {name!r}, which cannot begin ({_line(error)}): see to it, or give "
-            "--config.tracker=none"
+            f"config.tracker is {name!r}, which cannot begin ({first_line(error)}): see to it, or "
+            "give --config.tracker=none"
         ) from error
 
 
@@ -108,11 +108,7 @@ class Lenient:
             act(self._tracker)
         except Exception as error:  # as above
             self._tracker = None
-            tqdm.write(f"warning: the tracker has failed and gets no more: {_line(error)}")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [repr(error)])[0]
+            tqdm.write(f"warning: the tracker has failed and gets no more: {first_line(error)}")
 
 
 def check_tracker(name: str) -> None:

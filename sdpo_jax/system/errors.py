@@ -32,3 +32,8 @@ def expand_home(name: str, path: str) -> str:
             "write the whole path"
         )
     return found
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another package says, as part of a line."""
+    return (str(error).strip().splitlines() or [repr(error)])[0]

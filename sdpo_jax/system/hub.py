@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from sdpo_jax.system.errors import InputError
+from sdpo_jax.system.errors import InputError, first_line
 
 NAME = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")
 WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -51,10 +51,9 @@ def hub_folder(model: str, option: str = "--model") -> Path:
             "one needs a token: `hf auth login`)"
         ) from error
     except Exception as error:  # of the Hub, its HTTP client and its transfer library
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise InputError(
             f"{option}={model}: found no such folder here, and the Hub cannot be reached "
-            f"({reason}): download it where there is a network and give its folder"
+            f"({first_line(error)}): download it where there is a network and give its folder"
         ) from error
 
 
@@ -89,9 +88,8 @@ def push(folder: Path, name: str) -> str:
         address = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="sdpo_jax export")
     except Exception as error:  # of the Hub, its HTTP client and its transfer library
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise InputError(
-            f"--push={name}: not sent ({reason}): {folder} is complete: send it with "
+            f"--push={name}: not sent ({first_line(error)}): {folder} is complete: send it with "
             f"`hf upload {name} {folder}`"
         ) from error
     return str(address)

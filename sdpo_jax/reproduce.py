@@ -11,11 +11,13 @@ after a stop, and another target adds to the same page: reproduce.html, which is
 reproduce.md.
 """
 
+import functools
 import itertools
 import os
 import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ from sdpo_jax.system.files import TEXT, Kind, check_keys, read_json, whole_file,
 ASKED = "reproduce.json"  # targets and options of a folder so far
 FIXED = ("scale", "model", "options")  # the same for all figures of a page
 # Can be added later, but not changed: cells are made with them.
-ADDED = ("lastfm", "goodreads", "amazon", *BACKBONES, "endpoint", "chat_model")
+ADDED = (*DATASETS, *BACKBONES, "endpoint", "chat_model")
 
 
 def reproduce(
@@ -50,7 +52,7 @@ def reproduce(
 
     Args:
       workdir: folder of the cells and the page.
-      asked: "wanted", target -> data sets; "scale", "model", "options"; "lastfm", "goodreads", the
+      asked: "wanted", target -> data sets; "scale", "model", "options"; the data sets, the
         backbones, "endpoint" and "chat_model": each "" if not given.
       dry_run: only print the commands.
       jobs: cells at once.
@@ -69,8 +71,9 @@ def reproduce(
         return True
     try:
         write_json(root / ASKED, known)
-        failed = run(cells, root, lambda failed: write_page(study, known["wanted"], failed), jobs)
-        write_page(study, known["wanted"], failed)
+        write = functools.partial(write_page, study, known["wanted"])
+        failed = run(cells, root, sparingly(write), jobs)
+        write(failed)
     except OSError as error:
         raise InputError(
             f"{root}: cannot be written ({error.strerror}): free space, correct permissions or "
@@ -78,6 +81,24 @@ def reproduce(
         ) from error
     print(f"written to {root}/reproduce.html and {root}/reproduce.md")
     return not failed
+
+
+def sparingly(write: Callable[[dict[Path, str]], object]) -> Callable[[dict[Path, str]], None]:
+    """`write`, but not where it would take more than a twentieth of the time.
+
+    A page of hundreds of evaluations takes a minute, in which no cell is started.
+    """
+    next_time = 0.0
+
+    def called(failed: dict[Path, str]) -> None:
+        nonlocal next_time
+        if (start := time.monotonic()) < next_time:
+            return
+        write(failed)
+        end = time.monotonic()
+        next_time = end + 19 * (end - start)
+
+    return called
 
 
 def merged(root: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +152,7 @@ def study_of(root: Path, asked: Mapping[str, Any]) -> Study:
         scale,
         asked["model"],
         options_of(asked["options"]),
-        {name: asked[name] for name in ("lastfm", "goodreads", "amazon")},
+        {name: asked[name] for name in DATASETS},
         {name: asked[name] for name in BACKBONES},
         asked["endpoint"],
         asked["chat_model"],
@@ -190,6 +211,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("scale", "smoke", list(SCALES), "how much is run")
     flags.DEFINE_string("workdir", None, "folder of the cells and the page", required=True)
     flags.DEFINE_list("datasets", list(DATASETS), "comma-separated")
+    flags.DEFINE_string("movielens", "", "MovieLens' of any size; default: MovieLens-100K")
     flags.DEFINE_string("lastfm", "", "LastFM's raw files")
     flags.DEFINE_string("goodreads", "", "Goodreads' raw files")
     flags.DEFINE_string("amazon", "", "Amazon's raw files")

@@ -37,9 +37,7 @@ def asked(*targets, **changes):
     keys = (
         "model",
         "options",
-        "lastfm",
-        "goodreads",
-        "amazon",
+        *cells.DATASETS,
         *cells.BACKBONES,
         "endpoint",
         "chat_model",
@@ -255,7 +253,7 @@ def test_the_table_has_figures_with_intervals_beside_the_paper_s(evaluated):
 
 def test_table_3_has_the_paper_s_sizes_beside_ours(evaluated):
     text = to_markdown("", page.parts(evaluated, {"table3": ["movielens"]}, {}))
-    assert lines_of(text)["MovieLens-100K"] == ["943", "943", "48", "1,682", "–", "100,000"]
+    assert lines_of(text)["MovieLens"] == ["943", "943", "48", "1,682", "–", "100,000"]
 
 
 def test_a_failure_is_on_the_page_with_its_line(evaluated):

@@ -2,12 +2,17 @@
 
 import dataclasses
 import re
+import time
 
 import numpy as np
 import pytest
 from test_reproduce import add, lines_of
+from tiny import tiny_dataset
 
+from sdpo_jax.data.prepared import write_dataset
+from sdpo_jax.evaluation import window_groups
 from sdpo_jax.reports.document import to_html, to_markdown
+from sdpo_jax.reproduce import sparingly
 from sdpo_jax.reproduction import histories, history_page, page
 from sdpo_jax.reproduction.cells import DATASETS, SCALES, Place, Study
 from sdpo_jax.reproduction.plan import plan
@@ -80,6 +85,56 @@ def test_a_claim_is_shown_refuted_or_neither(evaluated):
     assert rows["DPO is ahead of SFT"][0].startswith("not shown: +0.000")
     assert rows["S-DPO, K = 3"][0].startswith("0.900 [")
     assert re.search(r"- .*SASRec.*: not run yet", text)
+
+
+def test_cold_targets_and_short_histories_are_reported_apart(evaluated):
+    folder = evaluated.root / "movielens" / "data"
+    data = tiny_dataset()
+    windows = data.splits["test"]
+    trained = [window.target for window in data.splits["train"]]
+    write_dataset(folder, dataclasses.replace(data, splits=data.splits | {"test_all": windows}))
+    assert window_groups.read(folder, "test_all") == {
+        "cold targets": {i for i, w in enumerate(windows) if trained.count(w.target) < 5},
+        "short histories": {i for i, w in enumerate(windows) if len(w.history) < 5},
+    }
+    text = to_markdown(page.TITLE, page.parts(evaluated, {"history": ["movielens"]}, {}))
+    assert "cold targets: HR@1 of 20" in text
+
+
+def test_the_page_is_written_again_once_a_twentieth_of_the_time_allows(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    written = []
+
+    def write(failed):
+        written.append(now[0])
+        now[0] += 2
+
+    called = sparingly(write)
+    for moment in (0, 5, 39, 40, 50, 100):
+        now[0] = moment
+        called({})
+    assert written == [0, 40, 100]
+
+
+def test_a_row_of_one_seed_starts_from_the_sft_of_that_seed(study):
+    cell = histories.over_seeds(Place(study, "movielens"))[1].cell
+    train = cell.steps[0].command
+    assert "--config.seed=1" in train
+    start = cell.folder.parent / "sft-seed1" / "adapter"
+    assert f"--config.lora.init_from={start}" in train
+    first = next(need for need in cell.needs if need.folder.name == "sft-seed1")
+    assert "--config.seed=1" in first.steps[0].command
+
+
+def test_the_paper_s_prompts_are_rows_where_the_paper_has_the_data(study):
+    none, after = histories.over_prompts(Place(study, "lastfm"))
+    for row, starts in ((none, False), (after, True)):
+        train, *evaluations = (step.command for step in row.cell.steps)
+        assert "--config=configs/lastfm.py:medium" in train
+        assert any("init_from" in option for option in train) == starts
+        assert len(evaluations) == 1 and "--decoder=score" in evaluations[0]
+    assert histories.over_prompts(Place(study, "amazon")) == []
 
 
 def test_every_claim_names_rows_that_are_run(study):

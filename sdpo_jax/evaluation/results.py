@@ -263,13 +263,25 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda summary: summary["time"])
 
 
-def read_predictions(summary: dict[str, Any]) -> list[Prediction]:
-    """The predictions beside a summary of `read_results`, in order of rows."""
+def read_predictions(summary: dict[str, Any]) -> tuple[Prediction, ...]:
+    """The predictions beside a summary of `read_results`, in order of rows.
+
+    Each has its row, user, hit, validity and rank. They stay in memory, as a page compares most of
+    them with several others.
+    """
     path = summary["path"].with_suffix(".jsonl")
+    return _predictions(path, path.stat().st_mtime_ns if path.is_file() else 0)
+
+
+@functools.lru_cache(maxsize=512)
+def _predictions(path: Path, written: int) -> tuple[Prediction, ...]:
+    """`written`: when, as a file that was written later has others."""
     found = files.read_json_lines(
         path, PREDICTION, "expected the predictions of an evaluation", AGAIN
     )
-    return sorted(found, key=lambda prediction: prediction["row"])
+    compared = ("row", "user", "hit", "valid", "rank")
+    short = ({key: one[key] for key in compared if key in one} for one in found)
+    return tuple(sorted(short, key=lambda prediction: prediction["row"]))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from sdpo_jax.evaluation.systems import NAMES, TRADITIONAL
 
 DATASETS = {
-    "movielens": "MovieLens-100K",
+    "movielens": "MovieLens",
     "lastfm": "LastFM",
     "goodreads": "Goodreads",
     "amazon": "Amazon Industrial",

@@ -6,6 +6,7 @@ candidates, and the ranking of the whole catalogue.
 
 import dataclasses
 
+from sdpo_jax.data.paper import SIZES
 from sdpo_jax.evaluation.systems import NAMES, TRADITIONAL
 from sdpo_jax.reproduction import cells
 from sdpo_jax.reproduction.cells import BETA, Cell, Evaluations, K, Place, Row
@@ -15,10 +16,16 @@ EVALUATIONS: Evaluations = {
     ("--decoder=score",): ("score",),
     ("--rank=catalogue", "--decoder=beam"): ("beam-catalogue",),
 }
+ON_CANDIDATES: Evaluations = {("--decoder=score",): ("score",)}
 NEGATIVES = (1, 7, 15, 31, 63)  # beside K
 MANY = 15  # negatives: as many as the paper's figure 3 goes to
 BETAS = (0.1, 0.3, 3.0)  # beside BETA
 DRAWN = ("popularity", "hard")  # beside uniform
+SEEDS = (1, 2)  # beside the config's
+LENGTHS = (3, 30)  # titles per history, beside the config's
+RANKS = (4, 64)  # of the adapter, beside the config's
+RANK, SCALE = 16, 4  # the config's, and its alpha / rank
+FULL_RATE = 2e-4  # learning rate for all weights: docs/notes/2026-11-26-histories.md
 
 
 def of_histories(place: Place) -> Place:
@@ -29,36 +36,66 @@ def of_histories(place: Place) -> Place:
 def trained(
     place: Place, name: str, stage: str, evaluated: tuple[str, ...], needs=(), **keys
 ) -> Cell:
+    options: dict = {"config": CONFIG, "evaluations": EVALUATIONS} | keys
     validation = place.split.replace("test", "val")
+    place = of_histories(place)
     return cells.trained(
-        of_histories(place),
-        name,
-        stage,
-        evaluated,
-        needs,
-        config=CONFIG,
-        evaluations=EVALUATIONS,
-        validation_split=validation,
-        **keys,
+        place, name, stage, evaluated, needs, validation_split=validation, **options
     )
 
 
-def sft(place: Place) -> Cell:
-    return cells.with_adapter(trained(place, "sft", "sft", ("base", "sft")))
+def sft(place: Place, seed: int = 0) -> Cell:
+    if not seed:
+        return cells.with_adapter(trained(place, "sft", "sft", ("base", "sft")))
+    return cells.with_adapter(trained(place, f"sft-seed{seed}", "sft", ("sft",), seed=seed))
+
+
+def other_sft(place: Place, name: str, **keys: object) -> Cell:
+    """SFT with other keys, from which nothing starts."""
+    return trained(place, f"sft-{name}", "sft", ("sft",), **keys)
 
 
 def tuned(
-    place: Place, negatives: int = K, beta: float = BETA, objective="sdpo", drawn="uniform"
+    place: Place,
+    negatives: int = K,
+    beta: float = BETA,
+    objective="sdpo",
+    drawn="uniform",
+    suffix="",
+    **keys: object,
 ) -> Cell:
-    """Preference tuning of the SFT stage with negatives that are `drawn` so."""
-    first = sft(place)
-    suffix = "" if drawn == "uniform" else f"-{drawn}"
+    """Preference tuning of the SFT stage with negatives that are `drawn` so.
+
+    `suffix`: of the cell's name, for further `keys`. One of them, `seed`, is of the SFT stage too.
+    """
+    seed = keys.get("seed", 0)
+    assert isinstance(seed, int)
+    first = sft(place, seed)
+    suffix = ("" if drawn == "uniform" else f"-{drawn}") + suffix
     name = f"{objective}-k{negatives}-beta{beta:g}{suffix}"
-    keys = {"num_negatives": negatives, "beta": beta, "objective": objective, "negatives": drawn}
+    keys |= {"num_negatives": negatives, "beta": beta, "objective": objective, "negatives": drawn}
     fewer = place.study.scale.segments * (K + 1) // (negatives + 1)  # for the memory that K takes
     defaults = {"microbatch": max(1, fewer)} if negatives > K else {}
     keys["lora.init_from"] = first.folder / "adapter"
     return trained(place, name, "sdpo", ("sdpo",), (first,), defaults=defaults, **keys)
+
+
+def on_paper_prompts(place: Place, from_histories: bool) -> Cell:
+    """SFT on the paper's prompts: from a fresh adapter, or from that of SFT on histories."""
+    keys = {"lora.rank": RANK, "lora.alpha": float(SCALE * RANK)}
+    first = sft(place)
+    start = {"lora.init_from": first.folder / "adapter"} if from_histories else {}
+    return trained(
+        place,
+        f"paper-prompts{'-from-histories' if from_histories else ''}",
+        "sft",
+        ("sft",),
+        (first,) if from_histories else (),
+        config=place.dataset,
+        evaluations=ON_CANDIDATES,
+        **keys,
+        **start,
+    )
 
 
 def network(place: Place, name: str) -> Cell:
@@ -80,9 +117,64 @@ def over_betas(place: Place) -> list[Row]:
 
 
 def over_draws(place: Place) -> list[Row]:
+    """The kinds of negatives, and two epochs with the same or with others in the second."""
+    twice: dict = {"sdpo.epochs": 2, "sdpo.max_steps": 0}
+    same = tuned(place, suffix="-twice", **twice)
+    other = tuned(place, suffix="-redrawn", redraw=True, **twice)
     return [
-        Row("sdpo", f"S-DPO, {drawn} negatives", tuned(place, drawn=drawn), "sdpo")
-        for drawn in ("uniform", *DRAWN)
+        *(
+            Row("sdpo", f"S-DPO, {drawn} negatives", tuned(place, drawn=drawn), "sdpo")
+            for drawn in ("uniform", *DRAWN)
+        ),
+        Row("sdpo", "S-DPO, 2 epochs", same, "sdpo"),
+        Row("sdpo", "S-DPO, 2 epochs, redrawn negatives", other, "sdpo"),
+    ]
+
+
+def over_seeds(place: Place) -> list[Row]:
+    """SFT and the S-DPO that starts from it, with other seeds."""
+    return [
+        row
+        for seed in SEEDS
+        for row in (
+            Row("sft", f"SFT, seed {seed}", sft(place, seed), "sft"),
+            Row(
+                "sdpo",
+                f"S-DPO, seed {seed}",
+                tuned(place, suffix=f"-seed{seed}", seed=seed),
+                "sdpo",
+            ),
+        )
+    ]
+
+
+def over_sft(place: Place) -> list[Row]:
+    """What else SFT depends on: epochs, length of the histories, rank of the adapter."""
+    changed: dict[str, tuple[str, dict[str, object]]] = {
+        "1 epoch": ("epochs1", {"sft.epochs": 1, "sft.max_steps": 0}),
+        "2 epochs": ("epochs2", {"sft.epochs": 2, "sft.max_steps": 0}),
+        **{f"{n} titles": (f"history{n}", {"history": n}) for n in LENGTHS},
+        **{
+            f"rank {n}": (f"rank{n}", {"lora.rank": n, "lora.alpha": float(SCALE * n)})
+            for n in RANKS
+        },
+        "all weights": ("full", {"tune": "full", "sft.learning_rate": FULL_RATE}),
+    }
+    return [
+        Row("sft", f"SFT, {label}", other_sft(place, name, **keys), "sft")
+        for label, (name, keys) in changed.items()
+    ]
+
+
+def over_prompts(place: Place) -> list[Row]:
+    """The paper's prompts, where the paper has the data set: learnt from nothing, or after SFT."""
+    if place.dataset not in SIZES:
+        return []
+    return [
+        Row("sft", "SFT, the paper's prompts", on_paper_prompts(place, False), "sft"),
+        Row(
+            "sft", "SFT, the paper's prompts after histories", on_paper_prompts(place, True), "sft"
+        ),
     ]
 
 
@@ -104,9 +196,21 @@ def systems(place: Place) -> list[Row]:
     ]
 
 
+def groups(place: Place) -> list[list[Row]]:
+    """The rows of each table, the systems first."""
+    return [
+        systems(place),
+        over_seeds(place),
+        over_negatives(place),
+        over_betas(place),
+        over_draws(place),
+        over_sft(place),
+        over_prompts(place),
+    ]
+
+
 def rows(place: Place) -> list[Row]:
     """All, in the order in which they are run: the networks, which need no GPU, last."""
     of_networks = networks(place)
-    tuned = [row for row in systems(place) if row not in of_networks]
-    over = (*over_draws(place), *over_betas(place), *over_negatives(place))
-    return [*tuned, *over, *of_networks]
+    every = [row for group in groups(place) for row in group if row not in of_networks]
+    return [*every, *of_networks]

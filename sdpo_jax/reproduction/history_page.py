@@ -1,16 +1,18 @@
 """The page's section about histories: a verdict per claim, then the figures behind it."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from sdpo_jax.evaluation import window_groups
 from sdpo_jax.evaluation.metrics import Difference
-from sdpo_jax.evaluation.results import read_results
+from sdpo_jax.evaluation.results import read_predictions, read_results, summarize
 from sdpo_jax.evaluation.systems import TRADITIONAL
 from sdpo_jax.reports import figures
 from sdpo_jax.reports.document import Heading, Notes, Part, Picture, Table, Text
 from sdpo_jax.reports.tables import interval_and_p, paired
-from sdpo_jax.reproduction import histories
+from sdpo_jax.reproduction import cells, histories
 from sdpo_jax.reproduction.cells import BETA, DATASETS, Place, Row, Study
 from sdpo_jax.reproduction.figures_of import (
     Summary,
@@ -48,6 +50,10 @@ LEGEND = (
     "where it lies on the other, and otherwise not shown. Differences are paired, with Bonett & "
     "Price's interval and the design effect of users.",
 )
+APART = (
+    f"By group of windows: a target is cold if it has fewer than {window_groups.COLD} interactions "
+    f"in training, a history short if it has fewer than {window_groups.SHORT} titles."
+)
 CATALOGUE = 10  # K of the hit ratio over the catalogue
 
 
@@ -61,27 +67,47 @@ class Pair(NamedTuple):
 def claims(place: Place) -> list[tuple[str, Row, Row]]:
     """(claim, the row that it says is ahead, the other one)."""
     rows = {row.label: row for row in histories.rows(place)}
-    sft, dpo, sdpo, many = (
-        rows[label] for label in ("SFT", "DPO", f"S-DPO, K = {K}", f"S-DPO, K = {MANY}")
-    )
-    draws = {row.label: row for row in histories.over_draws(place)}
-    balanced = rows[f"S-DPO, beta = {BETA:g}"]
-    return [
-        ("DPO is ahead of SFT", dpo, sft),
-        ("S-DPO is ahead of SFT", sdpo, sft),
-        ("S-DPO is ahead of DPO", sdpo, dpo),
-        ("S-DPO is ahead of DPO on as many pairs", sdpo, rows[f"DPO, {K} pairs"]),
+    sdpo, many = f"S-DPO, K = {K}", f"S-DPO, K = {MANY}"
+    listed = [
+        ("DPO is ahead of SFT", "DPO", "SFT"),
+        ("S-DPO is ahead of SFT", sdpo, "SFT"),
+        *(
+            (f"S-DPO is ahead of SFT, seed {seed}", f"S-DPO, seed {seed}", f"SFT, seed {seed}")
+            for seed in histories.SEEDS
+        ),
+        ("S-DPO is ahead of DPO", sdpo, "DPO"),
+        ("S-DPO is ahead of DPO on as many pairs", sdpo, f"DPO, {K} pairs"),
         (f"K = {MANY} is ahead of K = {K}", many, sdpo),
         *(
-            (f"beta = {BETA:g} is ahead of beta = {row.at:g}", balanced, row)
-            for row in histories.over_betas(place)
-            if row.at != BETA
+            (f"beta = {BETA:g} is ahead of beta = {beta:g}", sdpo, f"S-DPO, beta = {beta:g}")
+            for beta in histories.BETAS
         ),
         *(
-            (f"{name} negatives are ahead of uniform ones", draws[f"S-DPO, {name} negatives"], sdpo)
+            (f"{name} negatives are ahead of uniform ones", f"S-DPO, {name} negatives", sdpo)
             for name in histories.DRAWN
         ),
-        (f"S-DPO, K = {MANY}, is ahead of SASRec", many, rows["SASRec"]),
+        (
+            "redrawn negatives are ahead of the same ones twice",
+            "S-DPO, 2 epochs, redrawn negatives",
+            "S-DPO, 2 epochs",
+        ),
+        ("SFT of 2 epochs is ahead of 1", "SFT, 2 epochs", "SFT, 1 epoch"),
+        ("histories of 10 titles are ahead of 3", "SFT", "SFT, 3 titles"),
+        ("histories of 30 titles are ahead of 10", "SFT, 30 titles", "SFT"),
+        (f"rank 64 is ahead of {histories.RANK}", "SFT, rank 64", "SFT"),
+        (f"all weights are ahead of rank {histories.RANK}", "SFT, all weights", "SFT"),
+        (
+            "the paper's prompts are learnt better after histories",
+            "SFT, the paper's prompts after histories",
+            "SFT, the paper's prompts",
+        ),
+        (f"S-DPO, K = {MANY}, is ahead of SASRec", many, "SASRec"),
+        ("SFT is ahead of SASRec", "SFT", "SASRec"),
+    ]
+    return [
+        (claim, rows[first], rows[second])
+        for claim, first, second in listed
+        if first in rows and second in rows
     ]
 
 
@@ -115,19 +141,18 @@ def section(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -
 
 def _claims(places: Sequence[Place]) -> list[Part]:
     """One line per claim, one column per data set and end."""
+    of_places = [{claim: pair for claim, *pair in claims(place)} for place in places]
+    names = list(dict.fromkeys(itertools.chain(*of_places)))
     header = ["claim"]
     columns: list[list[str]] = []
-    for place in places:
-        listed = claims(place)
-        ends = ((0, 1, "HR@1 of 20"), (1, CATALOGUE, f"catalogue HR@{CATALOGUE}"))
-        for end, at, name in ends:
+    for place, listed in zip(places, of_places, strict=True):
+        for end, at, name in ((0, 1, "HR@1 of 20"), (1, CATALOGUE, f"catalogue HR@{CATALOGUE}")):
             header.append(f"{DATASETS[place.dataset]}, {name}")
-            found = [
-                difference(find(place, first)[end], find(place, second)[end], at)
-                for _, first, second in listed
-            ]
-            columns.append([_told(d) for d in found])
-    names = [claim for claim, _, _ in claims(places[0])] if places else []
+            found = {
+                claim: difference(find(place, first)[end], find(place, second)[end], at)
+                for claim, (first, second) in listed.items()
+            }
+            columns.append([_told(found.get(claim)) for claim in names])
     lines = [[name, *cells] for name, *cells in zip(names, *columns, strict=True)]
     return [Heading("Claims", 3), Table([header, *lines])]
 
@@ -144,26 +169,49 @@ def _told(d: Difference | None) -> str:
 
 
 def _dataset(place: Place, failed: Mapping[Path, str]) -> list[Part]:
-    groups = [
-        histories.systems(place),
-        histories.over_negatives(place),
-        histories.over_betas(place),
-        histories.over_draws(place),
-    ]
+    groups = histories.groups(place)
     tuned = [row for row in groups[0] if row.stage == "sdpo"]
     page: list[Part] = [part for rows in groups for part in _table(place, rows)]
+    page += _apart(place, groups[0])
     every = [row for rows in groups for row in rows]
-    lacking = [row for row in every if not all(find(place, row))]
+    lacking = [row for row in every if not find(place, row).candidates]
     said = [s for row in every for s in find(place, row) if s]
     page.append(Notes([*missing(lacking, failed), *protocols(said)]))
     return page + pictures(
-        lambda: _over(place, groups[1], "K negatives"),
-        lambda: _over(place, groups[2], "beta"),
+        lambda: _over(place, histories.over_negatives(place), "K negatives"),
+        lambda: _over(place, histories.over_betas(place), "beta"),
         lambda: curves(place, tuned, "validation/loss", "validation loss"),
         lambda: curves(place, tuned, "rewards/chosen", "reward of the preferred title"),
         lambda: curves(place, tuned, "rewards/rejected", "mean reward of the rejected titles"),
         lambda: curves(place, tuned, "logps/chosen", "log-prob of the preferred title"),
     )
+
+
+def _apart(place: Place, rows: Sequence[Row]) -> list[Part]:
+    """The same figures on windows with cold targets and with short histories."""
+    if cells.prepared(place).left() or not (
+        there := [row for row in rows if any(find(place, row))]
+    ):
+        return []
+    groups = window_groups.read(place.data, place.split)
+    ends = ("HR@1 of 20 [95%], n", f"HR@{CATALOGUE}, catalogue [95%], n")
+    header = ["", *(f"{group}: {end}" for group in groups for end in ends)]
+    lines = [[row.label, *_of_groups(find(place, row), groups.values())] for row in there]
+    return [Text(APART), Table([header, *lines])]
+
+
+def _of_groups(found: Pair, groups: Iterable[Collection[int]]) -> list[str]:
+    read = [(summary, read_predictions(summary) if summary else []) for summary in found]
+    lines = []
+    for rows in groups:
+        for (summary, predictions), at in zip(read, (1, CATALOGUE), strict=True):
+            chosen = [p for p in predictions if p["row"] in rows]
+            if not summary or not chosen:
+                lines.append("–")
+                continue
+            of_group = summarize(summary["decoder"], chosen, summary["rank"])
+            lines.append(f"{ratio(of_group, f'hit_ratio_at_{at}')}, {len(chosen):,}")
+    return lines
 
 
 def _table(place: Place, rows: Sequence[Row]) -> list[Part]:

@@ -84,6 +84,7 @@ def test_a_claim_is_shown_refuted_or_neither(evaluated):
     assert rows["K = 15 is ahead of K = 3"] == ["no figures", "no figures"]
     assert rows["DPO is ahead of SFT"][0].startswith("not shown: +0.000")
     assert rows["S-DPO, K = 3"][0].startswith("0.900 [")
+    assert "S-DPO is ahead of SFT, HR@1 of 20, K = 3: shown on 1 of 1 data sets." in text
     assert re.search(r"- .*SASRec.*: not run yet", text)
 
 

@@ -196,21 +196,21 @@ def systems(place: Place) -> list[Row]:
     ]
 
 
-def groups(place: Place) -> list[list[Row]]:
-    """The rows of each table, the systems first."""
-    return [
-        systems(place),
-        over_seeds(place),
-        over_negatives(place),
-        over_betas(place),
-        over_draws(place),
-        over_sft(place),
-        over_prompts(place),
-    ]
+def groups(place: Place) -> dict[str, list[Row]]:
+    """Title -> rows of each table, in the order in which they are run."""
+    return {
+        "Systems": systems(place),
+        "Other seeds": over_seeds(place),
+        "Number of negatives": over_negatives(place),
+        "Beta": over_betas(place),
+        "Kinds of negatives": over_draws(place),
+        "Settings of SFT": over_sft(place),
+        "The paper's prompts": over_prompts(place),
+    }
 
 
 def rows(place: Place) -> list[Row]:
     """All, in the order in which they are run: the networks, which need no GPU, last."""
     of_networks = networks(place)
-    every = [row for group in groups(place) for row in group if row not in of_networks]
+    every = [row for group in groups(place).values() for row in group if row not in of_networks]
     return [*every, *of_networks]

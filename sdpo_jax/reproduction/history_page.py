@@ -55,6 +55,7 @@ APART = (
     f"By group of windows: a target is cold if it has fewer than {window_groups.COLD} interactions "
     f"in training, a history short if it has fewer than {window_groups.SHORT} titles."
 )
+NOTHING = "no figures"
 CATALOGUE = 10  # K of the hit ratio over the catalogue
 
 
@@ -126,7 +127,7 @@ def headline(places: Sequence[Place]) -> str:
 
 def verdict(d: Difference | None) -> str:
     if d is None:
-        return "no figures"
+        return NOTHING
     if d.low > 0:
         return "shown"
     return "refuted" if d.high < 0 else "not shown"
@@ -166,8 +167,14 @@ def _claims(places: Sequence[Place]) -> list[Part]:
                 for claim, (first, second) in listed.items()
             }
             columns.append([_told(found.get(claim)) for claim in names])
-    lines = [[name, *cells] for name, *cells in zip(names, *columns, strict=True)]
-    return [Heading("Claims", 3), Table([header, *lines])]
+    lines = list(zip(names, *columns, strict=True))
+    tested = [line for line in lines if set(line[1:]) != {NOTHING}]
+    rest = [line[0] for line in lines if line not in tested]
+    return [
+        Heading("Claims", 3),
+        *([Table([header, *tested])] if tested else []),
+        *([Notes([f"No figures yet: {'; '.join(rest)}."])] if rest else []),
+    ]
 
 
 def difference(a: Summary | None, b: Summary | None, at: int) -> Difference | None:
@@ -183,10 +190,18 @@ def _told(d: Difference | None) -> str:
 
 def _dataset(place: Place, failed: Mapping[Path, str]) -> list[Part]:
     groups = histories.groups(place)
-    tuned = [row for row in groups[0] if row.stage == "sdpo"]
-    page: list[Part] = [part for rows in groups for part in _table(place, rows)]
-    page += _apart(place, groups[0])
-    every = [row for rows in groups for row in rows]
+    systems = histories.systems(place)
+    tuned = [row for row in systems if row.stage == "sdpo"]
+    page: list[Part] = []
+    shown: set[tuple[Path, str]] = set()
+    for title, rows in groups.items():
+        found = {(row.cell.folder, row.stage): row for row in rows if row.cell}
+        there = {name: row for name, row in found.items() if any(find(place, row))}
+        if there.keys() - shown:  # else the table would repeat rows of others
+            page += [Heading(title, 4), _table(place, list(there.values()))]
+        shown |= there.keys()
+    page += _apart(place, systems)
+    every = [row for rows in groups.values() for row in rows]
     lacking = [row for row in every if not find(place, row).candidates]
     said = [s for row in every for s in find(place, row) if s]
     page.append(Notes([*missing(lacking, failed), *protocols(said)]))
@@ -210,7 +225,7 @@ def _apart(place: Place, rows: Sequence[Row]) -> list[Part]:
     ends = ("HR@1 of 20 [95%], n", f"HR@{CATALOGUE}, catalogue [95%], n")
     header = ["", *(f"{group}: {end}" for group in groups for end in ends)]
     lines = [[row.label, *_of_groups(find(place, row), groups.values())] for row in there]
-    return [Text(APART), Table([header, *lines])]
+    return [Heading("Cold targets and short histories", 4), Text(APART), Table([header, *lines])]
 
 
 def _of_groups(found: Pair, groups: Iterable[Collection[int]]) -> list[str]:
@@ -227,11 +242,10 @@ def _of_groups(found: Pair, groups: Iterable[Collection[int]]) -> list[str]:
     return lines
 
 
-def _table(place: Place, rows: Sequence[Row]) -> list[Part]:
-    """One row per system that has been evaluated at all."""
+def _table(place: Place, rows: Sequence[Row]) -> Table:
+    """One row per system."""
     sft = find(place, next(row for row in histories.systems(place) if row.system == "sft"))
-    lines = [_line(row, find(place, row), sft) for row in rows if any(find(place, row))]
-    return [Table([HEADER, *lines])] if lines else []
+    return Table([HEADER, *(_line(row, find(place, row), sft) for row in rows)])
 
 
 def _line(row: Row, found: Pair, sft: Pair) -> list[str]:

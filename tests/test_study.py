@@ -1,6 +1,9 @@
 """The study on histories: its cells, and the verdicts on its page."""
 
+import ast
 import dataclasses
+import functools
+import importlib
 import re
 import time
 
@@ -16,6 +19,7 @@ from sdpo_jax.reproduce import sparingly
 from sdpo_jax.reproduction import histories, history_page, page
 from sdpo_jax.reproduction.cells import DATASETS, SCALES, Place, Study
 from sdpo_jax.reproduction.plan import plan
+from sdpo_jax.runs.config import RunConfig
 
 N = 40
 
@@ -129,6 +133,29 @@ def test_a_row_of_one_seed_starts_from_the_sft_of_that_seed(study):
     assert "--config.seed=1" in first.steps[0].command
 
 
+def test_the_keys_of_every_cell_make_a_config(study):
+    planned = plan(study, {"history": ["movielens", "amazon"]})
+    trainings = [c.steps[0].command for c in planned if c.steps[0].command[0][-5:] == "train"]
+    assert len(trainings) > 50
+    for _, config, _, *options in trainings:
+        file, _, variant = config.removeprefix("--config=configs/").partition(":")
+        made = importlib.import_module(f"configs.{file[:-3]}").get_config(variant)
+        for option in options:
+            key, _, value = option.removeprefix("--config.").partition("=")
+            kind = type(functools.reduce(getattr, key.split("."), made))
+            read = value if kind is str else ast.literal_eval(value)
+            made.update_from_flattened_dict({key: read})
+        RunConfig.of(made.to_dict())
+
+
+def test_a_test_of_the_setup_trains_no_whole_epochs(study):
+    smoke = dataclasses.replace(study, scale=SCALES["smoke"])
+    commands = [
+        step.command for cell in plan(smoke, {"history": ["movielens"]}) for step in cell.steps
+    ]
+    assert commands and not [c for c in commands for option in c if option.endswith("max_steps=0")]
+
+
 def test_the_paper_s_prompts_are_rows_where_the_paper_has_the_data(study):
     none, after = histories.over_prompts(Place(study, "lastfm"))
     for row, starts in ((none, False), (after, True)):
@@ -140,6 +167,8 @@ def test_the_paper_s_prompts_are_rows_where_the_paper_has_the_data(study):
 
 
 def test_every_claim_names_rows_that_are_run(study):
+    labels = {row.label for row in histories.rows(Place(study, "movielens"))}
+    assert {label for _, *pair in history_page.CLAIMS for label in pair} <= labels
     for dataset in DATASETS:
         place = Place(study, dataset)
         planned = {row.cell.folder for row in histories.rows(place)}

@@ -55,6 +55,7 @@ class Scale:
     negatives: tuple[int, ...] = (1, 3, 5, 8, 10, 15)
     betas: tuple[float, ...] = (0.1, 0.5, 1.0, 3.0, 5.0)
     network: tuple[str, ...] = ()  # options of sdpo_jax.baselines
+    further: bool = True  # histories: also other seeds, whole epochs, settings of SFT
 
 
 SCALES = {
@@ -68,6 +69,7 @@ SCALES = {
         negatives=(1, 3, 5),
         betas=(0.1, 1.0),
         network=("--epochs=1", "--l2=1e-4"),
+        further=False,
     ),
     "small": Scale(
         "Not the paper's setting: a small language model trained on a few hundred windows per "
@@ -79,6 +81,7 @@ SCALES = {
         500,
         segments=2,
         network=("--l2=1e-6",),
+        further=False,
     ),
     "medium": Scale(
         "Not the paper's setting: a small model that sees each training window once per stage.",

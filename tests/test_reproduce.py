@@ -256,6 +256,14 @@ def test_table_3_has_the_paper_s_sizes_beside_ours(evaluated):
     assert lines_of(text)["MovieLens"] == ["943", "943", "48", "1,682", "–", "100,000"]
 
 
+def test_a_movielens_of_another_size_has_no_figures_of_the_paper(evaluated):
+    other = dataclasses.replace(evaluated, sources={"movielens": "raw"})
+    text = to_markdown(
+        "", page.parts(other, {"table1": ["movielens"], "table3": ["movielens"]}, {})
+    )
+    assert "0.3444" not in text and "100,000" not in text
+
+
 def test_a_failure_is_on_the_page_with_its_line(evaluated):
     cell = cells.tuned(Place(evaluated, "movielens"), 1)
     parts = page.parts(evaluated, {"table2": ["movielens"]}, {cell.folder: f"no {HOSTILE}"})

@@ -161,6 +161,11 @@ class Place:
         return "test" if self.dataset in WHOLE else self.study.scale.split
 
     @property
+    def of_the_paper(self) -> bool:
+        """Whether the paper's figures are of these data: MovieLens may be of another size."""
+        return not (self.dataset == "movielens" and self.study.sources.get("movielens"))
+
+    @property
     def windows(self) -> tuple[str, ...]:
         """Options of the evaluating commands."""
         scale = self.study.scale

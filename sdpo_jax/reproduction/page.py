@@ -110,7 +110,8 @@ def results(place: Place, rows: Sequence[Row], failed: Mapping[Path, str]) -> li
     found = [find(place, row) for row in rows]
     ours = find(place, cells.row(place, "sdpo")).said
     lines = [HEADER, *(_line(one, ours) for one in found)]
-    published = {} if place.backbone else HIT_RATIO.get(place.dataset, {})
+    known = place.of_the_paper and not place.backbone
+    published = HIT_RATIO.get(place.dataset, {}) if known else {}
     if any(row.system in published for row in rows):
         column = ["the paper's", *(_published(published.get(row.system)) for row in rows)]
         lines = [[*line[:2], paper, *line[2:]] for line, paper in zip(lines, column, strict=True)]
@@ -161,7 +162,8 @@ def _table3(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -
     header = ("", "users", "the paper's", "items", "the paper's", "interactions", "the paper's")
     lines, notes = [], []
     for dataset in datasets:
-        cell = cells.prepared(Place(study, dataset))
+        place = Place(study, dataset)
+        cell = cells.prepared(place)
         sizes: Sequence[Any] = ("–", "–", "–")
         if cell.left():
             notes.append(f"{DATASETS[dataset]}: {failed.get(cell.folder, 'not run yet')}")
@@ -173,7 +175,8 @@ def _table3(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -
             stand_in = "a stand-in, as the paper's sequences are not public; "
             about = stand_in if STAND_IN[0] in meta.get("source", {}) else ""
             notes.append(f"{DATASETS[dataset]}: {about}{meta.get('protocol')}.")
-        pairs = zip(sizes, SIZES.get(dataset, ("–",) * 3), strict=True)
+        published = SIZES.get(dataset) if place.of_the_paper else None
+        pairs = zip(sizes, published or ("–",) * 3, strict=True)
         lines.append([DATASETS[dataset], *(_count(size) for pair in pairs for size in pair)])
     return [Table([header, *lines]), Notes(notes)]
 

@@ -132,12 +132,12 @@ def test_what_cells_were_made_with_is_added_once_and_never_changed(tmp_path):
 def test_a_scale_says_what_is_run(study):
     (smoke,) = (c for c in plan(study, {"fig2": ["movielens"]}) if c.folder.name == "sft")
     assert "--config=configs/movielens.py:smoke" in smoke.steps[0].command
-    assert smoke.steps[1].command[-2:] == ("--split=test_all", "--limit=16")
+    assert smoke.steps[2].command[-2:] == ("--split=test_all", "--limit=16")
     paper = dataclasses.replace(study, scale=SCALES["paper"], options=("--config.microbatch=2",))
     cell = cells.sft(Place(paper, "lastfm"))
     assert cell.steps[0].command[1] == "--config=configs/lastfm.py"
     assert cell.steps[0].command[-1] == "--config.microbatch=2"
-    assert cell.steps[1].command[-1] == "--split=test"
+    assert cell.steps[2].command[-1] == "--split=test"
 
 
 def test_the_small_model_is_converted_where_none_is_given(study):
@@ -197,8 +197,8 @@ def test_a_dry_run_prints_what_is_left_and_writes_nothing(tmp_path, capsys):
     assert [line.split()[2] for line in lines] == [
         "sdpo_jax.prepare",
         "sdpo_jax.train",
-        "sdpo_jax.evaluate",
         "sdpo_jax.export",
+        "sdpo_jax.evaluate",
         *2 * ["sdpo_jax.train", "sdpo_jax.evaluate"],
     ]
     assert "'--config.stages=(\"sft\",)'" in lines[1]  # as a shell needs it

@@ -70,22 +70,44 @@ def test_the_wait_is_told_from_what_commands_of_each_kind_took(tmp_path):
     assert running.clock(3661.2) == "1:01:01"
 
 
+def waiter(root, name: str, other: str, needs=()) -> Cell:
+    """A cell whose one command waits for the file `other`, and notes whether it came."""
+    folder = root / name
+    folder.mkdir()
+    program = (
+        "import os, time; from pathlib import Path; "
+        f"Path({str(folder / 'begun')!r}).touch(); "
+        f"[time.sleep(0.05) for _ in range(400) if not Path({other!r}).exists()]; "
+        f"Path({str(folder / 'out')!r}).write_text(str(Path({other!r}).exists()))"
+    )
+    return Cell(folder, (Step(("timeit", "-n1", "-r1", program), ("out",)),), needs)
+
+
 def test_cells_run_at_once_and_each_after_those_that_it_needs(tmp_path):
     """Two that wait for each other's file end only if both run; the third needs them."""
 
-    def waits(name: str, other: str, needs=()) -> Cell:
-        folder = tmp_path / name
-        folder.mkdir()
-        program = (
-            "import os, time; from pathlib import Path; "
-            f"Path({str(folder / 'begun')!r}).touch(); "
-            f"[time.sleep(0.05) for _ in range(400) if not Path({other!r}).exists()]; "
-            f"Path({str(folder / 'out')!r}).write_text(str(Path({other!r}).exists()))"
-        )
-        return Cell(folder, (Step(("timeit", "-n1", "-r1", program), ("out",)),), needs)
-
-    first = waits("first", str(tmp_path / "second" / "begun"))
-    second = waits("second", str(tmp_path / "first" / "begun"))
-    third = waits("third", str(tmp_path / "first" / "out"), (first, second))
+    first = waiter(tmp_path, "first", str(tmp_path / "second" / "begun"))
+    second = waiter(tmp_path, "second", str(tmp_path / "first" / "begun"))
+    third = waiter(tmp_path, "third", str(tmp_path / "first" / "out"), (first, second))
     assert running.run([third, first, second], tmp_path, dict, jobs=2) == {}
     assert {(cell.folder / "out").read_text() for cell in (first, second, third)} == {"True"}
+
+
+def test_a_cell_starts_once_the_steps_that_it_needs_are_done(tmp_path):
+    """The needed cell's last step ends only if the other runs beside it."""
+    first = copier(tmp_path / "first", "a")
+    last = waiter(tmp_path, "last", str(tmp_path / "after" / "out.json")).steps[0]
+    last = dataclasses.replace(last, leaves=("../last/out",))
+    first = dataclasses.replace(first, steps=(*first.steps, last), shared=1)
+    after = copier(tmp_path / "after", "b", (first,))
+    assert running.run([first, after], tmp_path, dict, jobs=2) == {}
+    assert (tmp_path / "last" / "out").read_text() == "True"
+
+
+def test_a_step_that_no_cell_needs_may_fail(tmp_path):
+    first = copier(tmp_path / "first", "a")
+    failing = Step(("json.tool", "missing.json"), ("never",))
+    first = dataclasses.replace(first, steps=(*first.steps, failing), shared=1)
+    after = copier(tmp_path / "after", "b", (first,))
+    assert list(running.run([first, after], tmp_path, dict)) == [first.folder]
+    assert not after.left()

@@ -6,6 +6,7 @@ import functools
 import importlib
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_cells_have_their_folder_config_and_validation_windows(study):
 
 
 def test_all_of_amazon_s_published_windows_are_evaluated(study):
-    score = histories.sft(Place(study, "amazon")).steps[1].command
+    score = histories.sft(Place(study, "amazon")).steps[2].command
     assert not [option for option in score if option.startswith("--limit")]
 
 
@@ -157,12 +158,20 @@ def test_a_test_of_the_setup_trains_no_whole_epochs(study):
 
 
 def test_the_paper_s_prompts_are_rows_where_the_paper_has_the_data(study):
-    none, after = histories.over_prompts(Place(study, "lastfm"))
-    for row, starts in ((none, False), (after, True)):
-        train, *evaluations = (step.command for step in row.cell.steps)
+    rows = histories.over_prompts(Place(study, "lastfm"))
+    assert [row.stage for row in rows] == ["sft", "sdpo"] * 2
+    starts = []
+    for row in rows:
+        train, *_, evaluation = (step.command for step in row.cell.steps)
         assert "--config=configs/lastfm.py:medium" in train
-        assert any("init_from" in option for option in train) == starts
-        assert len(evaluations) == 1 and "--decoder=score" in evaluations[0]
+        assert "--decoder=score" in evaluation
+        starts += [Path(o.partition("=")[2]) for o in train if o.startswith("--config.lora.init")]
+    folder = rows[0].cell.folder
+    assert starts == [
+        folder / "adapter",
+        folder.with_name("sft") / "adapter",
+        folder.with_name("paper-prompts-from-histories") / "adapter",
+    ]
     assert histories.over_prompts(Place(study, "amazon")) == []
 
 

@@ -6,7 +6,7 @@ tuning on a data set starts from one SFT stage.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sdpo_jax.evaluation.systems import NAMES, TRADITIONAL
@@ -104,11 +104,15 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A folder, the steps that fill it, and the cells that must be done before."""
+    """A folder, the steps that fill it, and the cells that it needs.
+
+    `shared`: of how many steps others need the files; None: of all.
+    """
 
     folder: Path
     steps: tuple[Step, ...]
     needs: tuple["Cell", ...] = ()
+    shared: int | None = None
 
     def left(self) -> list[Step]:
         """The steps still to be run: those with files missing."""
@@ -117,6 +121,10 @@ class Cell:
             for step in self.steps
             if not all(any(self.folder.glob(pattern)) for pattern in step.leaves)
         ]
+
+    def usable(self, left: Sequence[Step]) -> bool:
+        """Whether the cells that need it can start while these steps are left."""
+        return not set(left) & set(self.steps[: self.shared])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,8 +272,9 @@ def with_adapter(cell: Cell) -> Cell:
     """An SFT cell that also exports its adapter, from which preference tuning starts."""
     adapter = cell.folder / "adapter"
     export = ("sdpo_jax.export", f"--workdir={cell.folder}", "--stage=sft", f"--output={adapter}")
+    train, *evaluations = cell.steps
     step = Step(export, ("adapter/adapter_config.json",))
-    return dataclasses.replace(cell, steps=(*cell.steps, step))
+    return dataclasses.replace(cell, steps=(train, step, *evaluations), shared=2)
 
 
 def sft(place: Place) -> Cell:
@@ -352,12 +361,13 @@ def row(place: Place, system: str) -> Row:
     return Row(system, label, cell(place), stage)
 
 
-def table1(place: Place) -> list[Row]:
-    return [row(place, system) for system in ROWS if system != "pairs"]
+def rows_of(*systems: str) -> Callable[[Place], list[Row]]:
+    return lambda place: [row(place, system) for system in systems]
 
 
-def table2(place: Place) -> list[Row]:
-    return [row(place, system) for system in ("dpo", "pairs", "sdpo")]
+table1 = rows_of(*(system for system in ROWS if system != "pairs"))
+table2 = rows_of("dpo", "pairs", "sdpo")
+figure2 = rows_of("sft", "dpo", "sdpo")
 
 
 def backbones(place: Place) -> dict[str, list[Row]]:
@@ -376,21 +386,13 @@ def table4(place: Place) -> list[Row]:
     return list(itertools.chain(*backbones(place).values()))
 
 
-def figure2(place: Place) -> list[Row]:
-    return [row(place, system) for system in ("sft", "dpo", "sdpo")]
-
-
 def over_negatives(place: Place) -> list[Row]:
     """Figure 3 (a)."""
-    return [
-        Row("sdpo", f"K = {n}", tuned(place, negatives=n), "sdpo", at=n)
-        for n in place.study.scale.negatives
-    ]
+    numbers = place.study.scale.negatives
+    return [Row("sdpo", f"K = {n}", tuned(place, negatives=n), "sdpo", at=n) for n in numbers]
 
 
 def over_betas(place: Place) -> list[Row]:
     """Figure 3 (b) and (c)."""
-    return [
-        Row("sdpo", f"beta = {beta:g}", tuned(place, beta=beta), "sdpo", at=beta)
-        for beta in place.study.scale.betas
-    ]
+    betas = place.study.scale.betas
+    return [Row("sdpo", f"beta = {b:g}", tuned(place, beta=b), "sdpo", at=b) for b in betas]

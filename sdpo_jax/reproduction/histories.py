@@ -20,6 +20,7 @@ ON_CANDIDATES: Evaluations = {("--decoder=score",): ("score",)}
 NEGATIVES = (1, 7, 15, 31, 63)  # beside K
 MANY = 15  # negatives: as many as the paper's figure 3 goes to
 BETAS = (0.1, 0.3, 3.0)  # beside BETA
+RATES = (1e-5, 3e-5)  # learning rates of S-DPO, beside the config's
 DRAWN = ("popularity", "hard")  # beside uniform
 SEEDS = (1, 2)  # beside the config's
 LENGTHS = (3, 30)  # titles per history, beside the config's
@@ -80,22 +81,23 @@ def tuned(
     return trained(place, name, "sdpo", ("sdpo",), (first,), defaults=defaults, **keys)
 
 
-def on_paper_prompts(place: Place, from_histories: bool) -> Cell:
-    """SFT on the paper's prompts: from a fresh adapter, or from that of SFT on histories."""
-    keys = {"lora.rank": RANK, "lora.alpha": float(SCALE * RANK)}
-    first = sft(place)
-    start = {"lora.init_from": first.folder / "adapter"} if from_histories else {}
-    return trained(
-        place,
-        f"paper-prompts{'-from-histories' if from_histories else ''}",
-        "sft",
-        ("sft",),
-        (first,) if from_histories else (),
-        config=place.dataset,
-        evaluations=ON_CANDIDATES,
-        **keys,
-        **start,
-    )
+def on_paper_prompts(place: Place, stage: str, from_histories: bool) -> Cell:
+    """A stage on the paper's prompts, of whose SFT the adapter is fresh or that of the histories.
+
+    S-DPO starts from the SFT on the same prompts.
+    """
+    name = "paper-prompts" + "-from-histories" * from_histories
+    keys: dict[str, object] = {"lora.rank": RANK, "lora.alpha": float(SCALE * RANK)}
+    needs = (sft(place),) if from_histories else ()
+    if stage == "sdpo":
+        name += "-sdpo"
+        keys |= {"num_negatives": K, "beta": BETA}
+        needs = (on_paper_prompts(place, "sft", from_histories),)
+    if needs:
+        keys["lora.init_from"] = needs[0].folder / "adapter"
+    options = {"config": place.dataset, "evaluations": ON_CANDIDATES}
+    cell = trained(place, name, stage, (stage,), needs, **options, **keys)
+    return cells.with_adapter(cell) if stage == "sft" else cell
 
 
 def network(place: Place, name: str) -> Cell:
@@ -114,6 +116,17 @@ def over_betas(place: Place) -> list[Row]:
         Row("sdpo", f"S-DPO, beta = {beta:g}", tuned(place, beta=beta), "sdpo", at=beta)
         for beta in sorted((*BETAS, BETA))
     ]
+
+
+def over_rates(place: Place) -> list[Row]:
+    """Learning rates, and the settings of the figures published for Amazon's windows."""
+
+    def at(rate: float, label: str = "", beta: float = BETA) -> Row:
+        key: dict = {"sdpo.learning_rate": rate}
+        cell = tuned(place, beta=beta, suffix=f"-rate{rate:g}", **key)
+        return Row("sdpo", f"S-DPO, learning rate {rate:g}{label}", cell, "sdpo")
+
+    return [*map(at, RATES), at(RATES[0], ", beta = 0.1", beta=0.1)]
 
 
 def over_draws(place: Place) -> list[Row]:
@@ -174,10 +187,14 @@ def over_prompts(place: Place) -> list[Row]:
     if place.dataset not in SIZES:
         return []
     return [
-        Row("sft", "SFT, the paper's prompts", on_paper_prompts(place, False), "sft"),
         Row(
-            "sft", "SFT, the paper's prompts after histories", on_paper_prompts(place, True), "sft"
-        ),
+            stage,
+            f"{label}, the paper's prompts{after}",
+            on_paper_prompts(place, stage, begins),
+            stage,
+        )
+        for after, begins in (("", False), (" after histories", True))
+        for stage, label in (("sft", "SFT"), ("sdpo", "S-DPO"))
     ]
 
 
@@ -205,6 +222,7 @@ def groups(place: Place) -> dict[str, list[Row]]:
         "Systems": systems(place),
         "Number of negatives": over_negatives(place),
         "Beta": over_betas(place),
+        "Learning rate of S-DPO": over_rates(place),
         "Kinds of negatives": over_draws(place),
     }
     if not place.study.scale.further:

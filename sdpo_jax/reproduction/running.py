@@ -36,8 +36,8 @@ def run(
 ) -> dict[Path, str]:
     """Runs the remaining steps of each cell; returns folder -> why its cell failed.
 
-    Up to `jobs` cells run at once, each after the cells that it needs. `settled` is called with the
-    failures so far after each cell not done before. Raises Stopped after a signal.
+    Up to `jobs` cells run at once, each once the cells that it needs are usable. `settled` is
+    called with the failures so far after each cell not done before. Raises Stopped after a signal.
     """
     failed: dict[Path, str] = {}
     pace = Pace()
@@ -57,8 +57,9 @@ def run(
                 where = _where(cell, cells, root)
                 if not cell.left():
                     print(f"{where}: done before", flush=True)
-                elif broken := [needed.folder for needed in cell.needs if needed.folder in failed]:
-                    failed[cell.folder] = f"not run, as {broken[0].relative_to(root)} failed"
+                elif broken := [need for need in cell.needs if not need.usable(need.left())]:
+                    where_broken = broken[0].folder.relative_to(root)
+                    failed[cell.folder] = f"not run, as {where_broken} failed"
                     print(f"{where}: {failed[cell.folder]}", flush=True)
                     settled(failed)
                 else:
@@ -71,9 +72,9 @@ def run(
 
 
 def _ready(waiting: Sequence[Cell], active: Sequence["_Active"]) -> list[Cell]:
-    """The cells whose needed cells have all ended."""
-    unfinished = {cell.folder for cell in (*waiting, *(one.cell for one in active))}
-    return [cell for cell in waiting if not unfinished & {need.folder for need in cell.needs}]
+    """The cells whose needed cells are usable or have ended."""
+    missing = {cell.folder for cell in waiting} | {one.cell.folder for one in active if one.held}
+    return [cell for cell in waiting if not missing & {need.folder for need in cell.needs}]
 
 
 def _where(cell: Cell, cells: Sequence[Cell], root: Path) -> str:
@@ -89,6 +90,11 @@ class _Active:
         # Several processes on one device: none may take most of its memory first.
         self._environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if shared else {}
         self._begin()
+
+    @property
+    def held(self) -> bool:
+        """Whether the cells that need this one must wait."""
+        return not self.cell.usable(self._steps)
 
     def ended(self, pace: "Pace") -> bool:
         """Whether the cell has ended; starts its next step where one has."""

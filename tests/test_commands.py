@@ -84,3 +84,21 @@ def test_help_config_prints_every_key_with_its_value_and_what_it_means():
             rf"^{name} = .*\n    {re.escape(field.metadata['about'])}$", done.stdout, re.M
         )
     assert "lora.dropout = 0.0 (default 0.1)" in done.stdout
+
+
+FULL = """
+import jax.numpy as jnp
+from sdpo_jax.system.command import run_command
+
+run_command(lambda argv: jnp.zeros(2**45).block_until_ready())
+"""
+
+
+def test_a_device_without_enough_memory_is_one_line_with_what_to_lower():
+    done = subprocess.run(
+        [sys.executable, "-c", FULL], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: the device's memory: found too little (RESOURCE_EXHAUSTED")
+    assert "--config.microbatch" in line

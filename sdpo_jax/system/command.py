@@ -40,8 +40,25 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
             fail(error)
         except BrokenPipeError:
             _end_quietly()
+        except RuntimeError as error:  # JAX's errors are
+            if not (found := _out_of_memory(error)):
+                raise
+            fail(
+                f"the device's memory: found too little ({found}), expected room for a batch: "
+                "lower --config.microbatch or --batch_size, or run fewer programs on the device"
+            )
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _out_of_memory(error: RuntimeError) -> str:
+    """The line of JAX's message that says that the device's memory is full; "" if none does.
+
+    Where a GPU's matrix library finds no room for itself, the message names it alone.
+    """
+    signs = ("RESOURCE_EXHAUSTED", "BlasLt is unavailable")
+    lines = str(error).splitlines()
+    return next((line.strip(" -") for line in lines if any(sign in line for sign in signs)), "")
 
 
 def fail(error: object) -> NoReturn:

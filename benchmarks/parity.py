@@ -63,12 +63,17 @@ def values(layout: str, dtype: str) -> dict[str, dict[str, Any]]:
         settings = {"remat": "cheap", "platform": jax.default_backend(), "rngs": nnx.Rngs(0)}
         return Decoder(CONFIG, LoraConfig(), dtype=dtype, **settings)
 
-    # The random numbers of a bfloat16 model would be others.
-    _, adapter, base = nnx.split(make(jnp.float32), nnx.LoRAParam, ...)
-    base = jax.tree.map(lambda x: x.astype(dtype), base)
+    @jax.jit  # one program: a GPU would compile each operation of it for itself
+    def weights():
+        # The random numbers of a bfloat16 model would be others.
+        _, adapter, base = nnx.split(make(jnp.float32), nnx.LoRAParam, ...)
+        base = jax.tree.map(lambda x: x.astype(dtype), base)
+        keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(adapter))))
+        adapter = jax.tree.map(lambda x: 0.02 * jax.random.normal(next(keys), x.shape), adapter)
+        return adapter, base
+
+    adapter, base = weights()
     graphdef = nnx.split(nnx.eval_shape(lambda: make(jnp.dtype(dtype))))[0]
-    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(adapter))))
-    adapter = jax.tree.map(lambda x: 0.02 * jax.random.normal(next(keys), x.shape), adapter)
     logp = make_logp(graphdef, layout)
 
     @jax.jit
@@ -108,15 +113,19 @@ def differences(found: dict, expected: dict) -> dict[str, float]:
 def benchmark() -> dict:
     """Differences of this device from the CPU, of the layouts, and of bfloat16 from float32."""
     set_up_jax("float32")
+    found = {}
+
+    def compare(name: str, one: dict, expected: dict) -> None:
+        found[name] = of = differences(one, expected)
+        print(
+            f"{name}: log-probs {of['logp']:.1e} nats, gradients {of['gradient']:.1e}", flush=True
+        )
+
     packed = values("shared_prefix", "float32")
     stored = read_object(STORED, "expected values of benchmarks.parity: restore the file")
-    found = {
-        "from the CPU": differences(packed, stored),
-        "packed from full rows": differences(packed, values("padded", "float32")),
-        "bfloat16 from float32": differences(values("shared_prefix", "bfloat16"), packed),
-    }
-    for name, one in found.items():
-        print(f"{name}: log-probs {one['logp']:.1e} nats, gradients {one['gradient']:.1e}")
+    compare("from the CPU", packed, stored)
+    compare("packed from full rows", packed, values("padded", "float32"))
+    compare("bfloat16 from float32", values("shared_prefix", "bfloat16"), packed)
     return {**workload.environment(), "differences": found}
 
 

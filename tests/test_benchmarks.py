@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_run import history_run
 
 from benchmarks import (
     kernels,
@@ -16,6 +17,7 @@ from benchmarks import (
     meshes,
     quantized,
     score,
+    serving,
     start,
     step,
     tables,
@@ -164,3 +166,18 @@ def test_a_mesh_sends_what_it_must_and_no_weights_where_each_device_has_all():
     assert {name.split()[0] for name in apart} == {"all-reduce"}
     cut = sent(1, 8, 1)  # kernels come together forward and backward
     assert cut["all-gather in the layers"]["count"] >= 2 * 7 * 3
+
+
+def test_the_serving_benchmark_asks_a_server_alone_and_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(serving, "TITLES", 3)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    run = history_run(tmp_path)
+    people = serving.histories(tmp_path / "data", 6)
+    assert {len(history) for history in people} == {3}
+    found = serving.benchmark([f"--workdir={run}"], people, 2)
+    assert found["requests"] == 6 and found["seconds"]["p99"] >= found["seconds"]["p50"] > 0
+    assert set(found["persons_per_second"]) == {"alone", "2 at once"} and found["ratio"] > 0
+    assert len(found["memory_mib"]) == 6 and min(found["memory_mib"]) > 100
+    monkeypatch.setattr(serving, "TITLES", 30)
+    with pytest.raises(InputError, match="found no history of 30 titles"):
+        serving.histories(tmp_path / "data", 6)

@@ -90,7 +90,9 @@ def main(argv: Sequence[str]) -> None:
         records: list[dict[str, Any]] = [{"title": t, "score": score} for t, score in listed]
     else:
         (ranked,) = recommender.ranked([history], **options_of(args))
-        listed, records = [(one.title, one.score) for one in ranked], as_records(ranked)
+        titles = recommender.index.told_apart([one.item for one in ranked])
+        listed = [(title, one.score) for title, one in zip(titles, ranked, strict=True)]
+        records = as_records(ranked)
     print(json.dumps({"items": records}, ensure_ascii=False) if args.json else show(listed))
 
 

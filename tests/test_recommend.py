@@ -15,6 +15,7 @@ from sdpo_jax.evaluate import evaluate
 from sdpo_jax.recommend import filters, shares, show, titles_of
 from sdpo_jax.serving import scoring
 from sdpo_jax.serving.recommender import Recommender
+from sdpo_jax.serving.titles import TitleIndex
 from sdpo_jax.system.errors import InputError
 
 
@@ -184,3 +185,10 @@ def test_the_command_prints_a_table_or_json_and_refuses_in_one_line(run):
     assert sum(shares([-700.0, -701.0])) == pytest.approx(1)
     assert titles_of("Heat; 12 ;") == ["Heat", 12]
     assert filters(["genres=Comedy"]) == {"genres": "Comedy"}
+
+
+def test_items_of_one_title_are_told_apart_by_year_or_id():
+    titles = {1: "Cape Fear", 2: "Heat", 3: "Cape Fear", 4: "Cape Fear"}
+    index = TitleIndex(titles, {1: {"year": 1962}, 3: {"year": 1991}})
+    assert index.told_apart([3, 2, 4]) == ["Cape Fear (1991)", "Heat", "Cape Fear (id 4)"]
+    assert index.told_apart([1, 2]) == ["Cape Fear", "Heat"]

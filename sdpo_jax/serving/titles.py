@@ -71,6 +71,15 @@ class TitleIndex:
         """An item's id, title and attributes."""
         return {"id": item, "title": self.titles[item], **self.attributes.get(item, {})}
 
+    def told_apart(self, items: Sequence[int]) -> list[str]:
+        """Their titles; those of one title with their years, or with their ids."""
+        titles = [self.titles[item] for item in items]
+        years = [self.attributes.get(item, {}).get("year") for item in items]
+        return [
+            f"{title} ({year or f'id {item}'})" if titles.count(title) > 1 else title
+            for item, title, year in zip(items, titles, years, strict=True)
+        ]
+
     def allowed(
         self, items: Items | None = None, where: Mapping[str, Any] | None = None
     ) -> np.ndarray:

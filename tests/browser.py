@@ -116,6 +116,18 @@ def test_a_title_is_text_whatever_it_holds(page):
     assert page.title() == "What next?" and page.locator("img").count() == 0
 
 
+def test_items_of_one_title_are_told_apart(page):
+    years = {3: 1962, 4: 1991}
+    about = [{"id": item, "title": "Cape Fear", "year": year} for item, year in years.items()]
+    ranked = [{"id": item, "title": "Cape Fear", "score": -1.0} for item in (4, 3)]
+    ranked.append({"id": 5, "title": "Heat", "score": -2.0})
+    page.route("**/items*", lambda route: route.fulfill(json={"items": about}))
+    page.route("**/recommend*", lambda route: route.fulfill(json={"items": ranked}))
+    page.get_by_role("combobox").focus()
+    choose(page, "cape")
+    assert listed(page) == ["Cape Fear 1991", "Cape Fear 1962", "Heat"]
+
+
 def test_removed_titles_and_unknown_ones_are_told(page):
     page.get_by_role("combobox").focus()
     choose(page, "jaws")

@@ -163,27 +163,29 @@ def section(study: Study, datasets: Sequence[str], failed: Mapping[Path, str]) -
 
 
 def _claims(places: Sequence[Place]) -> list[Part]:
-    """One line per claim, one column per data set and end."""
+    """A table per end, with one line per claim and one column per data set."""
     of_places = [{claim: pair for claim, *pair in claims(place)} for place in places]
     names = list(dict.fromkeys(itertools.chain(*of_places)))
-    header = ["claim"]
-    columns: list[list[str]] = []
-    for place, listed in zip(places, of_places, strict=True):
-        for end, at, name in ((0, 1, "HR@1 of 20"), (1, CATALOGUE, f"catalogue HR@{CATALOGUE}")):
-            header.append(f"{DATASETS[place.dataset]}, {name}")
+    header = ["claim", *(DATASETS[place.dataset] for place in places)]
+    page: list[Part] = [Heading("Claims", 3)]
+    tested = set[str]()
+    for end, at, title in (
+        (0, 1, "HR@1 among 20 candidates"),
+        (1, CATALOGUE, f"HR@{CATALOGUE} over the catalogue"),
+    ):
+        columns = []
+        for place, listed in zip(places, of_places, strict=True):
             found = {
                 claim: difference(find(place, first)[end], find(place, second)[end], at)
                 for claim, (first, second) in listed.items()
             }
             columns.append([_told(found.get(claim)) for claim in names])
-    lines = list(zip(names, *columns, strict=True))
-    tested = [line for line in lines if set(line[1:]) != {NOTHING}]
-    rest = [line[0] for line in lines if line not in tested]
-    return [
-        Heading("Claims", 3),
-        *([Table([header, *tested])] if tested else []),
-        *([Notes([f"No figures yet: {'; '.join(rest)}."])] if rest else []),
-    ]
+        lines = [line for line in zip(names, *columns, strict=True) if set(line[1:]) != {NOTHING}]
+        page += [Heading(title, 4), Table([header, *lines])] if lines else []
+        tested |= {line[0] for line in lines}
+    if rest := [name for name in names if name not in tested]:
+        page.append(Notes([f"No figures yet: {'; '.join(rest)}."]))
+    return page
 
 
 def difference(a: Summary | None, b: Summary | None, at: int) -> Difference | None:

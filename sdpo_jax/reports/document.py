@@ -15,7 +15,7 @@ h1, h2, h3 { line-height: 1.2; margin: 2rem 0 .5rem; }
 h2 { border-top: 1px solid #ddd; padding-top: 1.5rem; }
 table { border-collapse: collapse; font-size: .8125rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid #e5e5e5; }
-td { white-space: nowrap; }
+td { white-space: pre; }
 th { vertical-align: bottom; border-bottom: 2px solid #999; }
 th:first-child, td:first-child { text-align: left; }
 .wide { overflow-x: auto; margin-top: 1rem; }
@@ -46,7 +46,7 @@ class Notes:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A header and rows."""
+    """A header and rows. A line break within a cell is one in HTML, and a space in Markdown."""
 
     cells: Sequence[Sequence[str]]
 

@@ -196,7 +196,7 @@ def _told(d: Difference | None) -> str:
     if d is None:
         return verdict(d)
     value, p = interval_and_p(d)
-    return f"{verdict(d)}: {value}, p {p}"
+    return f"{verdict(d)}, p {p}:\n{value}"
 
 
 def _dataset(place: Place, failed: Mapping[Path, str]) -> list[Part]:

@@ -179,7 +179,7 @@ def _study(folder: str, model: Path, toy: bool) -> Part:
         f"--workdir={folder}",
         f"--model={model}",
         f"--datasets={','.join(prepared)}",
-        "--jobs=4",
+        "--jobs=6",
     )
     return Part("study", 540, (command,))
 

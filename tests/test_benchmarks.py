@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_step_benchmark_measures_each_side_and_their_ratio(model_folder, dataset_folder):
     sides = ("strong", "ours")
     kinds = ("candidates", "history")
-    found = step.benchmark(model_folder, dataset_folder, sides, [3], 4, 1, "float32", kinds)
+    found = step.benchmark(model_folder, dataset_folder, sides, [0, 3], 4, 1, "float32", kinds)
     assert set(found["targets_per_second"]) == {*sides, "history"}
     assert found["targets_per_second"]["ours"]["3"]["median"] > 0
     assert set(found["ratio"]) == {"ours/strong", "history/ours"}

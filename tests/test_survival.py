@@ -168,9 +168,9 @@ def test_a_second_trainer_on_a_workdir_is_refused(dataset_folder, model_folder, 
     trainers.end(first, expected=os.EX_TEMPFAIL)
 
 
-def test_kills_at_random_moments_change_no_bit(dataset_folder, model_folder, tmp_path):
-    report = stress.stress(tmp_path, 6, 0, dataset_folder, model_folder)
-    assert report.kills.total() == 6
+def test_a_dozen_kills_at_random_moments_change_no_bit(dataset_folder, model_folder, tmp_path):
+    report = stress.stress(tmp_path, 12, 0, dataset_folder, model_folder)
+    assert report.kills.total() == 12
     assert report.finished and not report.differences
 
 

@@ -79,6 +79,8 @@ def ask(address: str, history: Sequence[int]) -> float:
             if "Retry-After" not in error.headers:
                 raise InputError(f"{address}: found {error}, expected an answer") from error
             time.sleep(int(error.headers["Retry-After"]))
+        except OSError as error:
+            raise InputError(f"{address}: the server does not answer ({error})") from error
     if found != TITLES:
         raise InputError(f"{address}: found {found} titles, expected {TITLES}")
     return time.perf_counter() - started

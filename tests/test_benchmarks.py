@@ -178,6 +178,8 @@ def test_the_serving_benchmark_asks_a_server_alone_and_together(tmp_path, monkey
     assert found["requests"] == 6 and found["seconds"]["p99"] >= found["seconds"]["p50"] > 0
     assert set(found["persons_per_second"]) == {"alone", "2 at once"} and found["ratio"] > 0
     assert len(found["memory_mib"]) == 6 and min(found["memory_mib"]) > 100
+    with pytest.raises(InputError, match="the server does not answer"):
+        serving.ask("http://127.0.0.1:1", people[0])
     monkeypatch.setattr(serving, "TITLES", 30)
     with pytest.raises(InputError, match="found no history of 30 titles"):
         serving.histories(tmp_path / "data", 6)

@@ -144,7 +144,8 @@ def collate_padded(examples: list[Example], rows: int = 1) -> dict[str, np.ndarr
         max(of)
         for of in zip(*((len(e.prompt), e.packed, e.heads, e.M) for e in examples), strict=True)
     )
-    shape = Shape(P + 1, S + 1, Q + (Q > 1), M + (M > 1), A=5, T=round_up(fullest + 1))
+    A = max(5, *(len(a) for e in examples for a in e.answers))
+    shape = Shape(P + 1, S + 1, Q + (Q > 1), M + (M > 1), A, T=round_up(fullest + 1))
     return collate(examples, shape, rows)
 
 

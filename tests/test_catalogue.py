@@ -9,8 +9,7 @@ import pytest
 from conftest import TINY, collate_padded, tiny_model
 
 from sdpo_jax.data.tokens import Example
-from sdpo_jax.evaluation import catalogue, decode, title_trie
-from sdpo_jax.evaluation.beam import beam_search, beams_at_once
+from sdpo_jax.evaluation import beam, catalogue, decode, title_trie
 
 END = 2
 
@@ -51,7 +50,7 @@ def ranked(
         return np.asarray(jax.jit(catalogue.score_catalogue)(model.decoder, prefix, found))
     if allowed is None:
         allowed = np.ones((len(examples), len(titles)), bool)
-    search = jax.jit(beam_search, static_argnames=("width", "at_once", "needed"))
+    search = jax.jit(beam.beam_search, static_argnames=("width", "needed"))
     out = search(model.decoder, prefix, found, allowed, width=width, **settings)
     return [np.asarray(x) for x in out]
 
@@ -79,6 +78,9 @@ def test_a_trie_holds_every_title_once_and_common_beginnings_once():
         assert list(trie.token_X[path]) == title
         assert trie.leaf_X[path[-1]] == i
         assert list(trie.parent_X[path]) == [0, *path[:-1]]
+        forced = [trie.end_X[x] == trie.end_X[x + 1] and trie.leaf_X[x + 1] < 0 for x in path[:-1]]
+        for place, node in enumerate(path[:-1]):
+            assert trie.forced_X[node] == [*forced, False][place:].index(False)
     for node in range(trie.size):
         of = trie.children[trie.first_X[node] : trie.first_X[node + 1]]
         assert (trie.parent_X[of] == node).all()
@@ -134,27 +136,60 @@ def test_a_narrow_beam_gives_titles_with_the_log_probs_they_have(alone):
     np.testing.assert_allclose(np.take_along_axis(expected_BY, title_BC, 1), logp_BC, atol=1e-4)
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 4, 5])
-def test_a_beam_in_parts_finds_what_it_finds_as_a_whole(alone, at_once):
-    titles, examples, _ = alone
-    expected = ranked(tiny_model(), titles, examples, width=5)
-    title_BC, logp_BC = ranked(tiny_model(), titles, examples, width=5, at_once=at_once)
-    np.testing.assert_array_equal(title_BC, expected[0])
-    np.testing.assert_allclose(logp_BC, expected[1], atol=1e-5)
+def token_by_token(titles, logp_of, width: int) -> list[int]:
+    """Beam search as the textbook has it; `logp_of`: of the beginnings of titles."""
+    ends, found = {tuple(t): i for i, t in enumerate(titles)}, [()]
+    while any(part not in ends for part in found):
+        longer = [b for b in logp_of if b[:-1] in set(found) - set(ends)]
+        longer += [part for part in found if part in ends]
+        found = sorted(longer, key=lambda part: -logp_of[part])[:width]
+    return [ends[part] for part in found]
+
+
+def with_long_ends(rng, titles: list[list[int]]) -> list[list[int]]:
+    """The same titles with up to 9 tokens more, which no other title has there."""
+    return [[*t[:-1], *map(int, rng.integers(3, 60, rng.integers(0, 10))), END] for t in titles]
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 12, 40])
+def test_the_beams_are_those_of_a_search_token_by_token(width):
+    rng, model = np.random.default_rng(3), tiny_model()
+    titles, examples = case(count=30, seed=3)
+    titles = with_long_ends(rng, titles)
+    beginnings = sorted({tuple(t[:n]) for t in titles for n in range(1, len(t) + 1)})
+    answers = [np.array(b, np.int32) for b in beginnings]
+    batch = collate_padded([Example.single(e.prompt, answers) for e in examples])
+    logp_BX = decode.score(model.decoder, decode.prefill(model.decoder, batch), batch)[:, 0]
+    title_BC, _ = ranked(model, titles, examples, width=width)
+    for title_C, logp_X in zip(title_BC, np.asarray(logp_BX), strict=True):
+        expected = token_by_token(titles, dict(zip(beginnings, logp_X, strict=True)), width)
+        assert title_C[: len(expected)].tolist() == expected
+        assert (title_C[len(expected) :] == -1).all()
+
+
+def test_tokens_without_a_choice_are_computed_together(monkeypatch):
+    passes, forward = [], beam._forward
+
+    def counted(*args):
+        jax.debug.callback(lambda: passes.append(1))
+        return forward(*args)
+
+    monkeypatch.setattr(beam, "_forward", counted)
+    _, examples = case()
+    titles = [[token] * 7 + [END] for token in (3, 4, 5)]  # 21 inner nodes
+    title_BC, _ = ranked(tiny_model(), titles, examples, width=8)
+    jax.effects_barrier()
+    assert len(passes) == 3
+    assert all(sorted(row) == [-1] * 5 + [0, 1, 2] for row in title_BC)
 
 
 @pytest.mark.parametrize("needed", [1, 3])
 def test_a_beam_that_ends_early_has_the_same_best_titles(alone, needed):
     titles, examples, _ = alone
     expected = ranked(tiny_model(), titles, examples, width=8)
-    found = ranked(tiny_model(), titles, examples, width=8, needed=needed, at_once=3)
+    found = ranked(tiny_model(), titles, examples, width=8, needed=needed)
     np.testing.assert_array_equal(found[0][:, :needed], expected[0][:, :needed])
     np.testing.assert_allclose(found[1][:, :needed], expected[1][:, :needed], atol=1e-5)
-
-
-def test_cpus_compute_beams_in_parts_and_other_devices_all_at_once():
-    assert [beams_at_once(b, 20, "cpu") for b in (1, 2, 8, 64)] == [20, 16, 4, 1]
-    assert beams_at_once(8, 20, "gpu") == 20
 
 
 def test_a_beam_finds_only_what_is_allowed_however_little_it_is(alone):

@@ -30,6 +30,7 @@ HEAD_BLOCK = 128  # tokens whose logits are computed at once
         "depth_X",
         "leaf_X",
         "end_X",
+        "forced_X",
         "first_X",
         "children",
         "path_YA",
@@ -49,6 +50,7 @@ class Catalogue:
     depth_X: jax.Array
     leaf_X: jax.Array
     end_X: jax.Array
+    forced_X: jax.Array
     first_X: jax.Array
     children: jax.Array
     path_YA: jax.Array

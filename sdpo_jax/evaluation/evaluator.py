@@ -18,7 +18,7 @@ from sdpo_jax.data.prepared import read_split
 from sdpo_jax.data.rows import evenly_spaced
 from sdpo_jax.data.tokens import new_tokens
 from sdpo_jax.evaluation import catalogue, decode, metrics, predictions, title_trie
-from sdpo_jax.evaluation.beam import beam_search, beams_at_once
+from sdpo_jax.evaluation.beam import beam_search
 from sdpo_jax.evaluation.predictions import Prediction
 from sdpo_jax.evaluation.ranked_items import RankedItems
 from sdpo_jax.evaluation.results import exposure_of
@@ -131,8 +131,6 @@ class Evaluator:
         }
         if self._ranked is not None:
             trie = self._ranked.trie
-            size = len(self._batches[0])
-            at_once = beams_at_once(size, self.beams, self._platform)
             titles = catalogue.to_devices(trie, title_trie.pieces(trie), whole)
             score = jitted(
                 lambda decoder, prefix, batch, titles: catalogue.score_catalogue(
@@ -141,7 +139,7 @@ class Evaluator:
             )
             beam = jitted(
                 lambda decoder, prefix, batch, titles: beam_search(
-                    decoder, prefix, titles, batch["allowed_BY"], self.beams, at_once
+                    decoder, prefix, titles, batch["allowed_BY"], self.beams
                 )
             )
             decoders = {

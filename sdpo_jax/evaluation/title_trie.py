@@ -22,6 +22,7 @@ class TitleTrie:
       depth_X: int32, tokens from the root: the root has 0.
       leaf_X: int32, the title that ends here, -1 at inner nodes.
       end_X: int32, the first node after the descendants of this one.
+      forced_X: int32, how many inner nodes follow this one without a choice.
       first_X, children: CSR: the children of node x are `children[first_X[x] : first_X[x + 1]]`.
       path_YA: int32, the nodes of each title, its leaf last, 0 where it has fewer.
     """
@@ -31,6 +32,7 @@ class TitleTrie:
     depth_X: np.ndarray
     leaf_X: np.ndarray
     end_X: np.ndarray
+    forced_X: np.ndarray
     first_X: np.ndarray
     children: np.ndarray
     path_YA: np.ndarray
@@ -74,12 +76,14 @@ def build(titles: Sequence[Sequence[int]]) -> TitleTrie:
     parent_X, depth_X = np.array(parent, np.int32), np.array(depth, np.int32)
     children = 1 + np.argsort(parent_X[1:], kind="stable")
     first_X = np.concatenate([[0], np.cumsum(np.bincount(parent_X[1:], minlength=len(token)))])
+    leaf_X = np.array(leaf, np.int32)
     return TitleTrie(
         np.array(token, np.int32),
         parent_X,
         depth_X,
-        np.array(leaf, np.int32),
+        leaf_X,
         _ends(parent_X),
+        _forced(leaf_X, np.diff(first_X)),
         first_X.astype(np.int32),
         children.astype(np.int32),
         path_YA,
@@ -91,6 +95,14 @@ def _ends(parent_X: np.ndarray) -> np.ndarray:
     for node in range(len(parent_X) - 1, 0, -1):
         sizes[parent_X[node]] += sizes[node]
     return np.arange(len(parent_X), dtype=np.int32) + sizes
+
+
+def _forced(leaf_X: np.ndarray, children_X: np.ndarray) -> np.ndarray:
+    counts = np.zeros(len(leaf_X), np.int32)
+    for node in range(len(leaf_X) - 2, -1, -1):  # an only child comes next
+        if children_X[node] == 1 and leaf_X[node + 1] < 0:
+            counts[node] = counts[node + 1] + 1
+    return counts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from sdpo_jax.data.prepared import Dataset
 from sdpo_jax.data.text import plain
 from sdpo_jax.data.tokens import Encoder, Example, title_ids
 from sdpo_jax.evaluation import catalogue, decode, title_trie
-from sdpo_jax.evaluation.beam import beam_search, beams_at_once
+from sdpo_jax.evaluation.beam import beam_search
 from sdpo_jax.evaluation.evaluator import at_once
 from sdpo_jax.evaluation.ranked_items import CatalogueTitles
 from sdpo_jax.serving import sources
@@ -85,7 +85,7 @@ class Recommender:
             return jax.jit(run, **settings)
 
         self._prefill, self._score = jitted(decode.prefill), jitted(decode.score)
-        self._beam = jitted(beam_search, static_argnames=("width", "at_once"))
+        self._beam = jitted(beam_search, static_argnames="width")
         self._exact = jitted(catalogue.score_catalogue)
 
     @classmethod
@@ -247,10 +247,7 @@ class Recommender:
         k = max(q.k for q in queries)
         if method == "beam":
             width = max(self.beams, loader.round_up(k, BEAMS))
-            at_once = beams_at_once(len(examples), width, self._platform)
-            found = self._beam(
-                *arguments, batch["allowed_BY"], width=width, at_once=at_once, needed=k
-            )
+            found = self._beam(*arguments, batch["allowed_BY"], width=width, needed=k)
             title_BC, logp_BC = jax.device_get(found)
         else:
             logp_BY = np.where(allowed_BY, jax.device_get(self._exact(*arguments)), -np.inf)

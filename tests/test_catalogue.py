@@ -1,6 +1,7 @@
 """Ranking the whole catalogue: the exact pass and the beam against each title scored alone."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +51,8 @@ def ranked(
         return np.asarray(jax.jit(catalogue.score_catalogue)(model.decoder, prefix, found))
     if allowed is None:
         allowed = np.ones((len(examples), len(titles)), bool)
-    search = jax.jit(beam.beam_search, static_argnames=("width", "needed"))
-    out = search(model.decoder, prefix, found, allowed, width=width, **settings)
+    search = jax.jit(lambda *args: beam.beam_search(*args, width, **settings))  # traced anew
+    out = search(model.decoder, prefix, found, allowed)
     return [np.asarray(x) for x in out]
 
 
@@ -151,45 +152,87 @@ def with_long_ends(rng, titles: list[list[int]]) -> list[list[int]]:
     return [[*t[:-1], *map(int, rng.integers(3, 60, rng.integers(0, 10))), END] for t in titles]
 
 
-@pytest.mark.parametrize("width", [1, 2, 5, 12, 40])
-def test_the_beams_are_those_of_a_search_token_by_token(width):
-    rng, model = np.random.default_rng(3), tiny_model()
+@pytest.fixture(scope="module")
+def long_ended():
+    """Titles with long ends, examples, and for each the log-prob of every beginning of a title."""
     titles, examples = case(count=30, seed=3)
-    titles = with_long_ends(rng, titles)
+    titles = with_long_ends(np.random.default_rng(3), titles)
     beginnings = sorted({tuple(t[:n]) for t in titles for n in range(1, len(t) + 1)})
     answers = [np.array(b, np.int32) for b in beginnings]
+    model = tiny_model()
     batch = collate_padded([Example.single(e.prompt, answers) for e in examples])
     logp_BX = decode.score(model.decoder, decode.prefill(model.decoder, batch), batch)[:, 0]
-    title_BC, _ = ranked(model, titles, examples, width=width)
-    for title_C, logp_X in zip(title_BC, np.asarray(logp_BX), strict=True):
-        expected = token_by_token(titles, dict(zip(beginnings, logp_X, strict=True)), width)
+    return titles, examples, [dict(zip(beginnings, x, strict=True)) for x in np.asarray(logp_BX)]
+
+
+@pytest.mark.parametrize("width", [1, 5, 40])
+def test_the_beams_are_those_of_a_search_token_by_token(long_ended, width):
+    titles, examples, logp_of = long_ended
+    title_BC, _ = ranked(tiny_model(), titles, examples, width=width)
+    for title_C, logp in zip(title_BC, logp_of, strict=True):
+        expected = token_by_token(titles, logp, width)
         assert title_C[: len(expected)].tolist() == expected
         assert (title_C[len(expected) :] == -1).all()
 
 
-def test_tokens_without_a_choice_are_computed_together(monkeypatch):
-    passes, forward = [], beam._forward
+@pytest.fixture
+def passes(monkeypatch) -> Callable[[], int]:
+    """How many passes of the model the searches since the last call took."""
+    counted, forward = [], beam._forward
 
-    def counted(*args):
-        jax.debug.callback(lambda: passes.append(1))
+    def counting(*args):
+        jax.debug.callback(lambda: counted.append(1))
         return forward(*args)
 
-    monkeypatch.setattr(beam, "_forward", counted)
+    def number() -> int:
+        jax.effects_barrier()
+        found = len(counted)
+        counted.clear()
+        return found
+
+    monkeypatch.setattr(beam, "_forward", counting)
+    return number
+
+
+def test_tokens_without_a_choice_are_computed_together(passes):
     _, examples = case()
     titles = [[token] * 7 + [END] for token in (3, 4, 5)]  # 21 inner nodes
     title_BC, _ = ranked(tiny_model(), titles, examples, width=8)
-    jax.effects_barrier()
-    assert len(passes) == 3
+    assert passes() == 3
     assert all(sorted(row) == [-1] * 5 + [0, 1, 2] for row in title_BC)
 
 
-@pytest.mark.parametrize("needed", [1, 3])
-def test_a_beam_that_ends_early_has_the_same_best_titles(alone, needed):
+def test_a_beam_of_one_has_room_for_the_longest_title(passes):
+    _, examples = case()
+    titles = [[*range(3, 10), END], [3, END], [*range(20, 24), END]]
+    expected_BY = ranked(tiny_model(), titles, examples)
+    found = ranked(tiny_model(), titles, examples, width=1, allowed=np.eye(3, dtype=bool))
+    np.testing.assert_array_equal(found[0][:, 0], [0, 1, 2])
+    np.testing.assert_allclose(found[1][:, 0], np.diag(expected_BY), atol=1e-4)
+    assert passes() == 7
+
+
+def test_more_beams_than_nodes_of_a_pass_are_computed_in_parts(alone, passes, monkeypatch):
     titles, examples, _ = alone
-    expected = ranked(tiny_model(), titles, examples, width=8)
-    found = ranked(tiny_model(), titles, examples, width=8, needed=needed)
-    np.testing.assert_array_equal(found[0][:, :needed], expected[0][:, :needed])
-    np.testing.assert_allclose(found[1][:, :needed], expected[1][:, :needed], atol=1e-5)
+    expected = ranked(tiny_model(), titles, examples, width=12)
+    whole = passes()
+    monkeypatch.setattr(beam, "MOST_NODES", 5)
+    found = ranked(tiny_model(), titles, examples, width=12)
+    assert passes() > whole
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("needed", [1, 3])
+def test_a_beam_that_ends_early_has_the_same_best_titles(alone, needed, passes):
+    short, examples, _ = alone
+    titles = [*short[:10], *([token] * 30 + [END] for token in range(20, 28))]
+    expected = ranked(tiny_model(), titles, examples, width=18)
+    whole = passes()
+    found = ranked(tiny_model(), titles, examples, width=18, needed=needed)
+    assert passes() < whole
+    for one, other in zip(found, expected, strict=True):  # bit for bit
+        np.testing.assert_array_equal(one[:, :needed], other[:, :needed])
 
 
 def test_a_beam_finds_only_what_is_allowed_however_little_it_is(alone):
@@ -207,10 +250,12 @@ def test_a_beam_finds_only_what_is_allowed_however_little_it_is(alone):
 
 
 def test_an_attention_window_is_kept():
-    config = dataclasses.replace(TINY, window=5)
+    config = dataclasses.replace(TINY, window=3)
     model = tiny_model(config)
     titles, examples = case(count=20)
-    batch = collate_padded(examples)
+    titles = with_long_ends(np.random.default_rng(1), titles)
+    answers = [np.array(t, np.int32) for t in titles]
+    batch = collate_padded([Example.single(e.prompt, answers) for e in examples])
     expected_BY = decode.score(model.decoder, decode.prefill(model.decoder, batch), batch)[:, 0]
     np.testing.assert_allclose(ranked(model, titles, examples), expected_BY, atol=1e-4)
     title_BC, logp_BC = ranked(model, titles, examples, width=20)

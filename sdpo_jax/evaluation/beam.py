@@ -2,8 +2,7 @@
 
 No length is normalized: a title's score is the log-probability of its tokens, end included. Letters
 beside those of `sdpo_jax.system.sharding`: X nodes of the trie, Y titles, Z continuations. Beams
-are candidates, C. Q nodes of each prompt are computed in one pass, as many as it has beams, and
-kept in S places.
+are candidates, C. Q nodes of each prompt are computed in one pass, and kept in S places.
 """
 
 import dataclasses
@@ -17,6 +16,8 @@ from sdpo_jax.evaluation.decode import Prefix
 from sdpo_jax.models.attention import attend, near
 from sdpo_jax.models.decoder import Decoder
 from sdpo_jax.objectives.logprobs import prompt_positions
+
+MOST_NODES = 32  # of a prompt in one pass, each of which has logits of the whole vocabulary
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +39,7 @@ class Computed:
     """The nodes that the model has computed.
 
     Attributes:
-      passes: their number.
+      passes: how many passes computed them.
       place_BX: where a node is kept, -1 before it is computed.
       node_BS: the nodes kept; a free place holds X, the number of nodes.
       keys_LBGSH, values_LBGSH: of their tokens.
@@ -67,9 +68,9 @@ def beam_search(
     The most likely first; where there are fewer, the place is -1. With `width` at least the number
     of titles no beginning is ever left out, so the result is exact.
 
-    A node without a choice after it is computed together with what must follow, where a pass has
-    room (Zheng et al. 2024, arXiv 2312.07104, section 4: jump-forward decoding). So most of a title
-    costs no pass of its own, and the beams are those of a search token by token.
+    The beams are those of a search token by token. Where a pass has room, tokens that must follow a
+    node are computed with it (jump-forward decoding: Zheng et al. 2024, arXiv 2312.07104, section
+    4), so they need no pass of their own.
 
     Args:
       decoder: the model.
@@ -112,10 +113,11 @@ def beam_search(
 
 
 def _nothing(prefix: Prefix, catalogue: Catalogue, C: int) -> Computed:
-    """Room for all that a search may compute: a pass per inner node of the longest title."""
+    """Room for all that a search may compute: C nodes for each inner one of the longest title."""
     L, B, _, G, H = prefix.keys_LBPGH.shape
     X, Z = len(catalogue.token_X), min(C, catalogue.degree)
-    S = C * max(1, catalogue.path_YA.shape[1] - 1)
+    Q = min(C, MOST_NODES)
+    S = Q * -(-C // Q) * max(1, catalogue.path_YA.shape[1] - 1)
     cache = jnp.zeros((L, B, G, S, H), prefix.keys_LBPGH.dtype)
     return Computed(
         passes=jnp.int32(0),
@@ -145,7 +147,8 @@ def _needed_next(
 
     Those of beams come first, then the nodes that must follow them, one token further each time.
     """
-    (B, Q), X, A = beams.node_BC.shape, len(catalogue.token_X), catalogue.path_YA.shape[1]
+    (B, C), X, A = beams.node_BC.shape, len(catalogue.token_X), catalogue.path_YA.shape[1]
+    Q = min(C, MOST_NODES)
     further_A1 = jnp.arange(A)[:, None]
     node_BAC = beams.node_BC[:, None] + further_A1  # in preorder, an only child comes next
     known_BAC = further_A1 <= catalogue.forced_X[beams.node_BC][:, None]
@@ -195,17 +198,19 @@ def _forward(
 
     A node sees the prompt, its ancestors and itself. Of a free place anything may come out.
     """
-    last, window = len(catalogue.token_X) - 1, decoder.config.window
+    X, window = len(catalogue.token_X), decoder.config.window
     length_B1 = prefix.mask_BP.sum(-1, keepdims=True)
 
-    def position(node_BQ: jax.Array) -> jax.Array:
-        return length_B1 + catalogue.depth_X[jnp.minimum(node_BQ, last)] - 1
+    def position(node_BZ: jax.Array) -> jax.Array:
+        """Small at free places, as RoPE may depend on the largest position."""
+        depth_BZ = jnp.where(node_BZ < X, catalogue.depth_X[jnp.minimum(node_BZ, X - 1)], 1)
+        return length_B1 + depth_BZ - 1
 
     now_BQ = position(node_BQ)
 
     def sees(node_BZ: jax.Array) -> jax.Array:
         """[B, Q, Z]: in preorder, a node's descendants follow it without a gap."""
-        end_BZ = catalogue.end_X[jnp.minimum(node_BZ, last)]
+        end_BZ = catalogue.end_X[jnp.minimum(node_BZ, X - 1)]
         within = (node_BZ[:, None] <= node_BQ[..., None]) & (node_BQ[..., None] < end_BZ[:, None])
         return within & near(now_BQ, position(node_BZ), window)
 
@@ -219,7 +224,7 @@ def _forward(
         return attend(q, seen, decoder.dtype), (k, v)
 
     layers = (prefix.keys_LBPGH, prefix.values_LBPGH, computed.keys_LBGSH, computed.values_LBGSH)
-    token_BQ = catalogue.token_X[jnp.minimum(node_BQ, last)]
+    token_BQ = catalogue.token_X[jnp.minimum(node_BQ, X - 1)]
     hidden_BQD, new = decoder(token_BQ, now_BQ, attention, layers)
     return decoder.logits(hidden_BQD), new
 

@@ -75,7 +75,6 @@ class Recommender:
         self._shards = sharding.data_shards(source.mesh)
         self.at_once = loader.round_up(at_once(source.mesh), self._shards)
         self._placed = sharding.batch_sharding(source.mesh)
-        self._platform = sharding.platform(source.mesh)
         graphdef = source.model.graphdef
 
         def jitted(function: Callable, **settings: Any) -> Callable:
@@ -246,7 +245,7 @@ class Recommender:
         arguments = (*self._weights, prefix, self._on_devices)
         k = max(q.k for q in queries)
         if method == "beam":
-            width = max(self.beams, loader.round_up(k, BEAMS))
+            width = max(self.beams, loader.round_up(min(k, allowed_BY.shape[1]), BEAMS))
             found = self._beam(*arguments, batch["allowed_BY"], width=width, needed=k)
             title_BC, logp_BC = jax.device_get(found)
         else:

@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -157,12 +159,11 @@ def test_a_stopped_server_answers_what_it_has_accepted(run):
                         await client.get("/healthz")
                         break
                     await asyncio.sleep(0.1)
-                # More items than before, so that a wider beam is compiled while all others wait.
-                body = {"history": ["heat", "alien"], "k": 90}
-                tasks = [
-                    asyncio.create_task(client.post("/recommend", json=body)) for _ in range(20)
-                ]
+                # More answers than before, so that a program is compiled while all others wait.
+                body = {"prompt": "heat\n", "answers": ["up", "big", "alien"] * 20}
+                tasks = [asyncio.create_task(client.post("/score", json=body)) for _ in range(20)]
                 await asyncio.sleep(0.7)
+                assert not any(task.done() for task in tasks)
                 os.kill(process.pid, signal.SIGTERM)
                 return await asyncio.gather(*tasks)
 
@@ -197,31 +198,70 @@ def test_the_page_needs_nothing_from_elsewhere(client):
     assert "innerHTML" not in text  # titles are text, whatever they contain
 
 
+@contextlib.asynccontextmanager
+async def listening(run: Path) -> AsyncIterator[tuple[uvicorn.Server, int]]:
+    """A server in this process, and its port."""
+    config = uvicorn.Config(server.make_app(Recommender(of_workdir(run, ()))), port=0)
+    config.http = connection.Connection
+    config.log_level = "error"
+    serving = uvicorn.Server(config)
+    task = asyncio.create_task(serving.serve())
+    while not serving.started:
+        await asyncio.sleep(0.01)
+    yield serving, serving.servers[0].sockets[0].getsockname()[1]
+    serving.should_exit = True
+    await task
+
+
 def test_a_request_whose_head_does_not_come_is_closed_and_others_are_answered(run, monkeypatch):
     async def ask() -> tuple[bytes, int, float]:
-        config = uvicorn.Config(server.make_app(Recommender(of_workdir(run, ()))), port=0)
-        config.http = connection.Connection
-        config.log_level = "error"
-        serving = uvicorn.Server(config)
-        task = asyncio.create_task(serving.serve())
-        while not serving.started:
-            await asyncio.sleep(0.01)
-        port = serving.servers[0].sockets[0].getsockname()[1]
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        started = time.monotonic()
-        writer.write(b"GET /healthz HTTP/1.1\r\nHo")
-        async with httpx.AsyncClient() as client:
-            found = await client.get(f"http://127.0.0.1:{port}/healthz")
-        rest = await reader.read()
-        waited = time.monotonic() - started
-        writer.close()
-        serving.should_exit = True
-        await task
-        return rest, found.status_code, waited
+        async with listening(run) as (_, port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            started = time.monotonic()
+            writer.write(b"GET /healthz HTTP/1.1\r\nHo")
+            async with httpx.AsyncClient() as client:
+                found = await client.get(f"http://127.0.0.1:{port}/healthz")
+            rest = await reader.read()
+            waited = time.monotonic() - started
+            writer.close()
+            return rest, found.status_code, waited
 
     monkeypatch.setattr(connection, "HEAD_SECONDS", 0.5)
     rest, status, waited = asyncio.run(ask())
     assert (rest, status) == (b"", 200) and 0.4 < waited < 10
+
+
+def test_a_request_that_is_on_its_way_when_the_server_ends_is_answered(run, monkeypatch):
+    async def ask() -> tuple[bytes, bytes]:
+        async with listening(run) as (serving, port):
+            on_its_way = await asyncio.open_connection("127.0.0.1", port)
+            idle = await asyncio.open_connection("127.0.0.1", port)
+            serving.should_exit = True
+            while serving.servers[0].is_serving():
+                await asyncio.sleep(0.01)
+            on_its_way[1].write(b"GET /healthz HTTP/1.1\r\nHost: here\r\n\r\n")
+            found = [await reader.read() for reader, _ in (on_its_way, idle)]
+            for _, writer in (on_its_way, idle):
+                writer.close()
+            return found[0], found[1]
+
+    monkeypatch.setattr(connection, "LAST_SECONDS", 3.0)
+    answered, nothing = asyncio.run(ask())
+    assert answered.startswith(b"HTTP/1.1 200") and nothing == b""
+
+
+def test_a_connection_that_waits_to_be_accepted_when_the_server_ends_is_answered(run):
+    async def ask() -> bytes:
+        async with listening(run) as (serving, port):
+            waits = socket.create_connection(("127.0.0.1", port))  # the loop does not run yet
+            waits.sendall(b"GET /healthz HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")
+            await connection.accept_the_last(serving)
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port))
+            with waits:
+                return await asyncio.to_thread(waits.recv, 1000)
+
+    assert asyncio.run(ask()).startswith(b"HTTP/1.1 200")
 
 
 def test_a_refusal_does_not_repeat_what_is_no_text(client):

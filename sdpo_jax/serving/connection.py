@@ -1,10 +1,15 @@
-"""HTTP connections that do not wait for ever: uvicorn has no time limit for a request's head."""
+"""What uvicorn's connections lack: a time limit for a request's head, and a good end."""
 
 import asyncio
+import functools
+import os
+import socket
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 10.0  # from a connection, or a later request's first byte, to the end of its head
+LAST_SECONDS = 0.5  # for a request that is on its way when the server ends
 
 
 class Connection(H11Protocol):
@@ -27,6 +32,17 @@ class Connection(H11Protocol):
         self._stop_timer()
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        """Ends the connection after the request in progress, or one that comes in LAST_SECONDS."""
+        if self._between_requests():
+            self.loop.call_later(LAST_SECONDS, self._end)
+        else:
+            super().shutdown()
+
+    def _end(self) -> None:
+        if not self.transport.is_closing():
+            super().shutdown()
+
     def _between_requests(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
@@ -44,3 +60,33 @@ class Connection(H11Protocol):
         self._timer = None
         if self._between_requests():
             self.transport.close()
+
+
+async def accept_the_last(server: uvicorn.Server) -> None:
+    """Stops listening without losing connections that wait to be accepted."""
+    loop = asyncio.get_running_loop()
+    made = functools.partial(
+        Connection,
+        config=server.config,
+        server_state=server.server_state,
+        app_state=server.lifespan.state,
+    )
+    for listening in server.servers:
+        # Closed, a listening socket resets what waits; the copies keep it open meanwhile.
+        copies = [socket.socket(fileno=os.dup(one.fileno())) for one in listening.sockets]
+        listening.close()
+        waiting = [connection for copy in copies for connection in _accept_all(copy)]
+        for connection in waiting:
+            await loop.connect_accepted_socket(made, connection)
+
+
+def _accept_all(listening: socket.socket) -> list[socket.socket]:
+    """All connections that wait; closes the socket."""
+    listening.setblocking(False)
+    found = []
+    with listening:
+        while True:
+            try:
+                found.append(listening.accept()[0])
+            except BlockingIOError:
+                return found

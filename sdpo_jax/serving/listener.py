@@ -59,7 +59,7 @@ def serve(source: Callable[[], Source], host: str, port: int, beams: int = BEAMS
     check(host, port)
     import uvicorn
 
-    from sdpo_jax.serving.connection import Connection
+    from sdpo_jax.serving.connection import Connection, accept_the_last
     from sdpo_jax.serving.server import make_app
 
     app = make_app(Recommender(source(), beams=beams), os.environ.get(KEY, ""))
@@ -70,6 +70,10 @@ def serve(source: Callable[[], Source], host: str, port: int, beams: int = BEAMS
         async def startup(self, sockets=None) -> None:
             await super().startup(sockets)
             print(f"open http://{host}:{port}/", flush=True)
+
+        async def shutdown(self, sockets=None) -> None:
+            await accept_the_last(self)
+            await super().shutdown(sockets)
 
     config = uvicorn.Config(
         app,

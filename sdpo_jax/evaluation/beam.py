@@ -81,7 +81,7 @@ def beam_search(
       needed: how many of the best are asked for; None: all. The search ends when they are titles.
         What comes after them may be no title: -1.
     """
-    needed = width if needed is None else needed
+    Q, needed = min(width, MOST_NODES), width if needed is None else needed
     open_BX = _open(catalogue, allowed_BY)
     root_BV = decoder.logits(prefix.last_BD[:, None])[:, 0]
     beams = _roots(root_BV, catalogue, open_BX, width)
@@ -94,7 +94,7 @@ def beam_search(
 
     def compute_and_search(carry):
         beams, computed = carry
-        node_BQ = _needed_next(catalogue, beams, computed, goes_on(beams))
+        node_BQ = _needed_next(catalogue, beams, computed, goes_on(beams), Q)
         computed = _compute(decoder, prefix, catalogue, open_BX, node_BQ, computed)
         beams = jax.lax.while_loop(
             lambda beams: (goes_on(beams) & _ready(catalogue, beams, computed)).any(),
@@ -106,17 +106,16 @@ def beam_search(
     beams, _ = jax.lax.while_loop(
         lambda carry: goes_on(carry[0]).any(),
         compute_and_search,
-        (beams, _nothing(prefix, catalogue, width)),
+        (beams, _nothing(prefix, catalogue, width, Q)),
     )
     found_BC = jnp.where(beams.logp_BC > NEVER / 2, catalogue.leaf_X[beams.node_BC], -1)
     return found_BC, beams.logp_BC
 
 
-def _nothing(prefix: Prefix, catalogue: Catalogue, C: int) -> Computed:
+def _nothing(prefix: Prefix, catalogue: Catalogue, C: int, Q: int) -> Computed:
     """Room for all that a search may compute: C nodes for each inner one of the longest title."""
     L, B, _, G, H = prefix.keys_LBPGH.shape
     X, Z = len(catalogue.token_X), min(C, catalogue.degree)
-    Q = min(C, MOST_NODES)
     S = Q * -(-C // Q) * max(1, catalogue.path_YA.shape[1] - 1)
     cache = jnp.zeros((L, B, G, S, H), prefix.keys_LBPGH.dtype)
     return Computed(
@@ -141,18 +140,17 @@ def _ready(catalogue: Catalogue, beams: Beams, computed: Computed) -> jax.Array:
 
 
 def _needed_next(
-    catalogue: Catalogue, beams: Beams, computed: Computed, goes_on_B: jax.Array
+    catalogue: Catalogue, beams: Beams, computed: Computed, goes_on_B: jax.Array, Q: int
 ) -> jax.Array:
     """The nodes of the next pass, [B, Q]; X where there are fewer.
 
     Those of beams come first, then the nodes that must follow them, one token further each time.
     """
-    (B, C), X, A = beams.node_BC.shape, len(catalogue.token_X), catalogue.path_YA.shape[1]
-    Q = min(C, MOST_NODES)
+    X, A = len(catalogue.token_X), catalogue.path_YA.shape[1]
     further_A1 = jnp.arange(A)[:, None]
     node_BAC = beams.node_BC[:, None] + further_A1  # in preorder, an only child comes next
     known_BAC = further_A1 <= catalogue.forced_X[beams.node_BC][:, None]
-    node_BT = jnp.where(known_BAC, node_BAC, 0).reshape(B, -1)
+    node_BT = jnp.where(known_BAC, node_BAC, 0).reshape(len(goes_on_B), -1)
     wanted_BAC = known_BAC & beams.unfinished(catalogue)[:, None] & goes_on_B[:, None, None]
     wanted_BT = wanted_BAC.reshape(node_BT.shape)
     wanted_BT &= jnp.take_along_axis(computed.place_BX, node_BT, 1) < 0

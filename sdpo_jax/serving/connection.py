@@ -88,5 +88,5 @@ def _accept_all(listening: socket.socket) -> list[socket.socket]:
         while True:
             try:
                 found.append(listening.accept()[0])
-            except BlockingIOError:
+            except OSError:  # none waits, or no more can be opened
                 return found

@@ -74,6 +74,15 @@ class Recommendations(BaseModel):
     items: list[RecommendedItem]
 
 
+class Reason(BaseModel):
+    title: str
+    change: float
+
+
+class Reasons(BaseModel):
+    titles: list[Reason]
+
+
 class Meters:
     """What /metrics shows."""
 
@@ -226,12 +235,13 @@ def _add_routes(app: FastAPI, service: Service, checks: list[Any]) -> None:
         return {"scores": await service.ask("score", stage, (q.prompt, q.answers))}
 
     @app.post("/why", dependencies=checks, responses=_ERRORS)
-    async def why(question: WhyQuestion) -> dict[str, list[tuple[str, float]]]:
+    async def why(question: WhyQuestion) -> Reasons:
         """How much an item's log-probability falls without each title of the history."""
         q, stage = question, service.at(question.stage).stage
         history = [service.index.item(one) for one in q.history]
         item = service.index.item(q.item)
-        return {"titles": await service.ask("why", stage, (history, item))}
+        found = await service.ask("why", stage, (history, item))
+        return Reasons(titles=[Reason(title=title, change=change) for title, change in found])
 
     @app.get("/items", dependencies=checks)
     def items(
